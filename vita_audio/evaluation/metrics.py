@@ -1,0 +1,352 @@
+"""Scores: word and character error rates, answers by containment, the Seed-TTS error rate.
+
+The pair functions count exactly as the published benchmark scripts do (section 8 of the data
+specification), so that figures stand beside the paper's. What those scripts get wrong, they
+get wrong when they combine utterances: answers that are missing vanish from the denominator.
+Here :func:`corpus_error_rate` counts a missing hypothesis as deletions, and reports the
+published figure (answered utterances only) beside it.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from word2number import w2n
+
+
+@dataclass(frozen=True)
+class ErrorCounts:
+    """Edits that turn a reference into a hypothesis; add two to pool their utterances."""
+
+    substitutions: int = 0
+    deletions: int = 0
+    insertions: int = 0
+    reference_tokens: int = 0
+
+    @property
+    def errors(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
+    def rate(self) -> float:
+        """Errors per reference token, 1.0 = 100%; 0.0 without reference tokens (section 8.1)."""
+        return self.errors / self.reference_tokens if self.reference_tokens else 0.0
+
+    def __add__(self, other: ErrorCounts) -> ErrorCounts:
+        return ErrorCounts(
+            self.substitutions + other.substitutions,
+            self.deletions + other.deletions,
+            self.insertions + other.insertions,
+            self.reference_tokens + other.reference_tokens,
+        )
+
+
+def word_error_rate(
+    reference: str, hypothesis: str, *, case_sensitive: bool = False, split_ideographs: bool = True
+) -> ErrorCounts:
+    """Word errors of one utterance.
+
+    Ideographs, kana, Hangul and other caseless letters count as one word each, so that the
+    same function serves Mandarin (section 8.1; ``--char=1``).
+
+    Args:
+        case_sensitive: compare letters as written (``--cs=1``).
+        split_ideographs: if False, words are what white space separates (``--char=0``).
+    """
+    return align(
+        word_tokens(reference, case_sensitive, split_ideographs),
+        word_tokens(hypothesis, case_sensitive, split_ideographs),
+    )
+
+
+def character_error_rate(reference: str, hypothesis: str, *, case_sensitive: bool = False) -> ErrorCounts:
+    """Character errors of one utterance; a word with punctuation in it counts as one character (section 8.1)."""
+    return align(
+        character_tokens(reference, case_sensitive),
+        character_tokens(hypothesis, case_sensitive),
+    )
+
+
+@dataclass(frozen=True)
+class CorpusErrors:
+    """Errors over a test set.
+
+    Attributes:
+        counts: every reference counts; one without hypothesis is all deletions.
+        answered: only utterances with a hypothesis, as the published scripts count.
+        missing: ids of the references without hypothesis.
+    """
+
+    counts: ErrorCounts
+    answered: ErrorCounts
+    missing: tuple[str, ...]
+
+    @property
+    def rate(self) -> float:
+        return self.counts.rate
+
+
+def corpus_error_rate(
+    references: Mapping[str, str],
+    hypotheses: Mapping[str, str | None],
+    *,
+    characters: bool = False,
+) -> CorpusErrors:
+    """Pool the errors of utterances matched by id; line breaks inside a text are spaces.
+
+    Args:
+        references: id -> text.
+        hypotheses: id -> text; absent or None means that the system gave no answer. Ids that are
+            not in ``references`` are ignored.
+        characters: character instead of word errors.
+    """
+    count = character_error_rate if characters else word_error_rate
+    answered, unanswered, missing = ErrorCounts(), ErrorCounts(), []
+    for utterance, reference in references.items():
+        hypothesis = hypotheses.get(utterance)
+        if hypothesis is None:
+            missing.append(utterance)
+            unanswered += count(_one_line(reference), "")
+        else:
+            answered += count(_one_line(reference), _one_line(hypothesis))
+    return CorpusErrors(answered + unanswered, answered, tuple(missing))
+
+
+def read_transcripts(path: str | Path) -> dict[str, str]:
+    """Read ``ID TEXT`` lines, the files of the published scripts.
+
+    An id is what stands before the first white space, whole. Lines end at LF or CR LF only, so
+    that other separators stay inside their utterance.
+
+    Raises:
+        ValueError: an id occurs twice.
+    """
+    transcripts: dict[str, str] = {}
+    lines = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        utterance, _, text = line.strip().partition(" ")
+        if utterance in transcripts:
+            raise ValueError(
+                f"{path}:{number}: id {utterance!r} occurs twice; give each utterance its own id"
+            )
+        transcripts[utterance] = text.strip()
+    return transcripts
+
+
+def contains_answer(prediction: str, answer: str | Sequence[str], *, whole_words: bool = False) -> bool:
+    """Whether a free-form reply holds the answer, or one of several answers.
+
+    The published rule (section 8.2): each space-separated part of the answer is a substring of
+    the prediction; failing that, the answer's number words are tried as digits. It lets "eight"
+    match "eighteen".
+
+    Args:
+        prediction: what the model said.
+        answer: an answer, or alternatives of which one suffices.
+        whole_words: the strict rule instead: the answer's words stand in the prediction
+            side by side, as whole words; numbers match in either spelling; an answer
+            without words never matches.
+
+    Raises:
+        TypeError: prediction or an answer is not a string.
+    """
+    answers = [answer] if isinstance(answer, str) else answer
+    if not isinstance(prediction, str):
+        raise TypeError(f"the prediction must be a string, not {type(prediction).__name__}")
+    if not isinstance(answers, Sequence) or not all(isinstance(item, str) for item in answers):
+        raise TypeError(f"an answer is a string or a list of strings, not {answer!r}")
+    if whole_words:
+        return any(_has_phrase(_plain_words(prediction), _plain_words(item)) for item in answers)
+    prediction = prediction.lower()
+    cleaned = [item.translate(_ANSWER_PUNCTUATION).lower().strip() for item in answers]
+    if any(_has_all_parts(prediction, item) for item in cleaned):
+        return True
+    try:
+        numbers = [str(w2n.word_to_num(item)) for item in cleaned]
+    except ValueError:  # one that is no number disables the second try (section 8.2)
+        return False
+    return any(_has_all_parts(prediction, item) for item in numbers)
+
+
+def seed_tts_error_rate(reference: str, transcript: str, language: str) -> ErrorCounts:
+    """Errors of one Seed-TTS utterance (section 8.3); the benchmark's figure is the mean of the rates.
+
+    Args:
+        reference: the text that was to be spoken.
+        transcript: what the recogniser heard.
+        language: ``"zh"`` (errors per character) or ``"en"`` (errors per word).
+
+    Raises:
+        ValueError: unknown language, or a reference without words.
+    """
+    if language not in ("zh", "en"):
+        raise ValueError(f"language is {language!r}; Seed-TTS has 'zh' and 'en'")
+    if language == "zh":
+        transcript = simplified_chinese(transcript)
+    reference_tokens = seed_tts_tokens(reference, language)
+    if not reference_tokens:
+        raise ValueError(f"the reference {reference!r} has no words left without its punctuation")
+    return align(reference_tokens, seed_tts_tokens(transcript, language))
+
+
+def seed_tts_tokens(text: str, language: str) -> list[str]:
+    """Tokens that Seed-TTS compares: punctuation deleted, not replaced by a space (section 8.3)."""
+    text = text.translate(_SEED_TTS_PUNCTUATION)
+    text = " ".join(text) if language == "zh" else text.lower()
+    return [token for token in text.split(" ") if token]
+
+
+def simplified_chinese(text: str) -> str:
+    """Traditional to mainland simplified characters (zhconv ``zh-cn``)."""
+    import zhconv  # loads its tables on import; only Mandarin needs them
+
+    return zhconv.convert(text, "zh-cn")
+
+
+def word_tokens(text: str, case_sensitive: bool = False, split_ideographs: bool = True) -> list[str]:
+    """Words as the published script sees them (section 8.1)."""
+    return _normalise_tokens(_split_words(text) if split_ideographs else text.split(), case_sensitive)
+
+
+def character_tokens(text: str, case_sensitive: bool = False) -> list[str]:
+    """Characters as the published script sees them: only fully alphanumeric words are split."""
+    return [
+        character
+        for token in word_tokens(text, case_sensitive)
+        for character in (token if token.isalnum() else [token])
+    ]
+
+
+def align(reference: Sequence[str], hypothesis: Sequence[str]) -> ErrorCounts:
+    """Levenshtein alignment with unit costs; ties prefer deletion, then insertion.
+
+    The tie rule does not change the rate, only how it splits into kinds. One numpy operation
+    per reference token: insertions along a row are a running minimum of cost minus column.
+    """
+    vocabulary = {token: index for index, token in enumerate({*reference, *hypothesis})}
+    columns = np.arange(len(hypothesis) + 1)
+    hypothesis_ids = np.array([vocabulary[token] for token in hypothesis], dtype=np.int64)
+    cost = np.empty((len(reference) + 1, len(hypothesis) + 1), dtype=np.int64)
+    cost[0] = columns
+    for row, token in enumerate(reference, start=1):
+        deleted = cost[row - 1] + 1
+        diagonal = cost[row - 1, :-1] + (hypothesis_ids != vocabulary[token])
+        cheapest = np.concatenate([deleted[:1], np.minimum(deleted[1:], diagonal)])
+        cost[row] = np.minimum.accumulate(cheapest - columns) + columns
+
+    substitutions = deletions = insertions = 0
+    row, column = len(reference), len(hypothesis)
+    while row or column:
+        if row and cost[row, column] == cost[row - 1, column] + 1:
+            deletions, row = deletions + 1, row - 1
+        elif column and cost[row, column] == cost[row, column - 1] + 1:
+            insertions, column = insertions + 1, column - 1
+        else:
+            row, column = row - 1, column - 1
+            substitutions += reference[row] != hypothesis[column]
+    return ErrorCounts(substitutions, deletions, insertions, len(reference))
+
+
+_WORD_BREAKS = " \t\r\n"
+_LEADING_PUNCTUATION = frozenset("!,?、。！，；？：「」︰『』《》")
+_TAG = re.compile(r"<[^>]*(>|$)")
+_ANSWER_PUNCTUATION = str.maketrans({mark: " " for mark in string.punctuation if mark not in "'\\"})
+_CHINESE_PUNCTUATION = (
+    "＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､\u3000、〃〈〉《》「」『』【】〔〕〖〗〘〙"
+    "〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏﹑﹔·．！？｡。"
+)
+_SEED_TTS_PUNCTUATION = {ord(mark): None for mark in _CHINESE_PUNCTUATION + string.punctuation if mark != "'"}
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _split_words(text: str) -> list[str]:
+    """One token per caseless letter (Unicode Lo); others take the ASCII that follows them."""
+    tokens, start = [], 0
+    while start < len(text):
+        first = text[start]
+        if (
+            first in _LEADING_PUNCTUATION
+            or first in _WORD_BREAKS
+            or unicodedata.category(first) in ("Zs", "Cn")
+        ):
+            start += 1
+            continue
+        end = start + 1
+        if unicodedata.category(first) != "Lo":
+            while end < len(text) and text[end].isascii() and text[end] not in _WORD_BREAKS:
+                end += 1
+                if first == "<" and text[end - 1] == ">":
+                    break
+        tokens.append(text[start:end])
+        start = end
+    return tokens
+
+
+def _normalise_tokens(tokens: Sequence[str], case_sensitive: bool) -> list[str]:
+    cased = (token if case_sensitive else token.upper() for token in tokens)
+    return [bare for bare in (_TAG.sub("", token) for token in cased) if bare]
+
+
+def _has_all_parts(prediction: str, answer: str) -> bool:
+    return all(part in prediction for part in answer.split(" "))
+
+
+def _plain_words(text: str) -> list[str]:
+    """Lower-case words with numbers as digits, for whole-word matching."""
+    words = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+(?:'[^\W\d_]+)?", text.lower().replace("’", "'"))
+    plain: list[str] = []
+    number_words: list[str] = []
+    for word in [*words, ""]:
+        if word in _NUMBER_WORDS:
+            number_words.append(word)
+            continue
+        plain += _as_digits(number_words)
+        number_words = []
+        if word:
+            plain.append(word)
+    return plain
+
+
+_TENS = frozenset("twenty thirty forty fifty sixty seventy eighty ninety".split())
+_UNITS = frozenset("one two three four five six seven eight nine".split())
+_SCALES = frozenset("hundred thousand million billion".split())
+_NUMBER_WORDS = (
+    _TENS
+    | _UNITS
+    | _SCALES
+    | frozenset(
+        "zero ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+    )
+)
+
+
+def _as_digits(words: Sequence[str]) -> list[str]:
+    """Number words to digits: "twenty one" -> 21, while "three five" stays two numbers."""
+    numbers: list[list[str]] = []
+    for word in words:
+        continues = numbers and (
+            word in _SCALES or (numbers[-1][-1] in _TENS and word in _UNITS) or numbers[-1][-1] in _SCALES
+        )
+        if continues:
+            numbers[-1].append(word)
+        else:
+            numbers.append([word])
+    return [str(w2n.word_to_num(" ".join(number))) for number in numbers]
+
+
+def _has_phrase(words: Sequence[str], phrase: Sequence[str]) -> bool:
+    width = len(phrase)
+    return width > 0 and any(
+        list(words[start : start + width]) == list(phrase) for start in range(len(words) - width + 1)
+    )
