@@ -26,7 +26,8 @@ COUNTERS = {
     "wer_char0_v1": lambda ref, hyp: word_error_rate(ref, hyp, split_ideographs=False),
     "wer_char1_cs1": lambda ref, hyp: word_error_rate(ref, hyp, case_sensitive=True),
 }
-# The recorded scripts lose or garble utterances here (section 10, bugs 14 to 16); expected: (N, errors) done right.
+# The recorded scripts lose or garble utterances here (section 10, bugs 14 to 16).
+# Done right: (reference tokens, errors).
 CORRECTED_FILES = {
     "hyp_missing_utterance": (8, 4),
     "control_char": (3, 1),
@@ -149,3 +150,24 @@ def test_seed_tts_refuses_a_reference_without_words():
         seed_tts_error_rate("...", "x", "en")
     with pytest.raises(ValueError, match="language"):
         seed_tts_error_rate("a", "a", "fr")
+
+
+NUMBER_WORDS = [
+    "zero",
+    "one",
+    "eight",
+    "ten",
+    "twenty",
+    "hundred",
+    "thousand",
+    "million",
+    "7",
+    "and",
+    "point",
+]
+
+
+@given(st.lists(st.sampled_from(NUMBER_WORDS), max_size=8))
+def test_any_run_of_number_words_contains_itself(words):
+    text = " ".join(words)
+    assert contains_answer(text, text, whole_words=True) is bool(words)

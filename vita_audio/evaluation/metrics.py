@@ -66,7 +66,7 @@ def word_error_rate(
 
 
 def character_error_rate(reference: str, hypothesis: str, *, case_sensitive: bool = False) -> ErrorCounts:
-    """Character errors of one utterance; a word with punctuation in it counts as one character (section 8.1)."""
+    """Character errors of one utterance; a word holding punctuation counts as one (section 8.1)."""
     return align(
         character_tokens(reference, case_sensitive),
         character_tokens(hypothesis, case_sensitive),
@@ -169,11 +169,10 @@ def contains_answer(prediction: str, answer: str | Sequence[str], *, whole_words
     cleaned = [item.translate(_ANSWER_PUNCTUATION).lower().strip() for item in answers]
     if any(_has_all_parts(prediction, item) for item in cleaned):
         return True
-    try:
-        numbers = [str(w2n.word_to_num(item)) for item in cleaned]
-    except ValueError:  # one that is no number disables the second try (section 8.2)
+    numbers = [_number(item) for item in cleaned]
+    if None in numbers:  # one that is no number disables the second try (section 8.2)
         return False
-    return any(_has_all_parts(prediction, item) for item in numbers)
+    return any(_has_all_parts(prediction, str(number)) for number in numbers)
 
 
 def seed_tts_error_rate(reference: str, transcript: str, language: str) -> ErrorCounts:
@@ -308,7 +307,7 @@ def _plain_words(text: str) -> list[str]:
     plain: list[str] = []
     number_words: list[str] = []
     for word in [*words, ""]:
-        if word in _NUMBER_WORDS:
+        if word in _NUMBER_VALUES:
             number_words.append(word)
             continue
         plain += _as_digits(number_words)
@@ -318,31 +317,35 @@ def _plain_words(text: str) -> list[str]:
     return plain
 
 
-_TENS = frozenset("twenty thirty forty fifty sixty seventy eighty ninety".split())
-_UNITS = frozenset("one two three four five six seven eight nine".split())
-_SCALES = frozenset("hundred thousand million billion".split())
-_NUMBER_WORDS = (
-    _TENS
-    | _UNITS
-    | _SCALES
-    | frozenset(
-        "zero ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-    )
-)
+_NUMBER_VALUES = {word: value for word, value in w2n.american_number_system.items() if word != "point"}
 
 
 def _as_digits(words: Sequence[str]) -> list[str]:
     """Number words to digits: "twenty one" -> 21, while "three five" stays two numbers."""
     numbers: list[list[str]] = []
     for word in words:
-        continues = numbers and (
-            word in _SCALES or (numbers[-1][-1] in _TENS and word in _UNITS) or numbers[-1][-1] in _SCALES
-        )
+        last = _NUMBER_VALUES[numbers[-1][-1]] if numbers else 0
+        value = _NUMBER_VALUES[word]
+        continues = numbers and (value >= 100 or last >= 100 or (last >= 20 and 1 <= value <= 9))
         if continues:
             numbers[-1].append(word)
         else:
             numbers.append([word])
-    return [str(w2n.word_to_num(" ".join(number))) for number in numbers]
+    return [spelling for number in numbers for spelling in _number_spelling(number)]
+
+
+def _number_spelling(words: Sequence[str]) -> list[str]:
+    """The digits, or the words where they make no number ("million thousand")."""
+    number = _number(" ".join(words))
+    return list(words) if number is None else [str(number)]
+
+
+def _number(text: str) -> int | float | None:
+    """Value of English number words; None where there are none or they make no sense."""
+    try:
+        return w2n.word_to_num(text)
+    except (ValueError, IndexError):  # IndexError: word2number's own answer to "thousand zero"
+        return None
 
 
 def _has_phrase(words: Sequence[str], phrase: Sequence[str]) -> bool:
