@@ -1,0 +1,7 @@
+"""SenseVoice: how user speech enters the Plus models, as continuous features."""
+
+from vita_audio.audio.sensevoice.encoder import SenseVoiceEncoder, SenseVoiceEncoderConfig
+from vita_audio.audio.sensevoice.frontend import Frontend
+from vita_audio.audio.sensevoice.tokenizer import SenseVoiceInputTokenizer
+
+__all__ = ["Frontend", "SenseVoiceEncoder", "SenseVoiceEncoderConfig", "SenseVoiceInputTokenizer"]

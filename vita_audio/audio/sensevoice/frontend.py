@@ -1,0 +1,170 @@
+"""Speech to the 560-wide frames that the SenseVoice encoder reads.
+
+Kaldi filter banks every 10 ms, seven neighbours stacked into one frame every 60 ms, then
+the per-feature shift and scale that the released ``am.mvn`` file lists. All of it is fixed
+arithmetic without weights, so it runs in the data loader's workers and the model receives
+frames, not samples.
+
+Definition and numbers: tests/goldens/sensevoice/SPEC.md, section 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import pairwise
+from os import PathLike
+from pathlib import Path
+
+import kaldi_native_fbank as knf
+import numpy as np
+import torch
+
+from vita_audio.audio.base import AudioLike
+from vita_audio.audio.io import load_audio
+
+SAMPLE_RATE = 16_000
+NUM_MELS = 80
+STACKED_FRAMES = 7
+FRAME_STRIDE = 6
+FEATURE_DIM = NUM_MELS * STACKED_FRAMES
+STACKED_FRAME_SECONDS = 0.06
+
+_WINDOW_MS = 25.0
+_SHIFT_MS = 10.0
+_INT16_SCALE = 32_768.0
+# The filters need a 512-point transform (below it some hold no frequency bin), which Kaldi
+# chooses for windows of 257 samples and more. Shorter clips, under 16.1 ms, get silence behind.
+_MIN_SAMPLES = 257
+
+
+class Frontend:
+    """SenseVoice's feature extractor.
+
+    Args:
+        path: ``am.mvn`` itself or the folder that holds it.
+        dither: standard deviation, on the int16 scale, of the noise added to every window.
+            The public front end adds 1.0 at training and inference alike; the default here is
+            none, so that equal speech has equal features.
+
+    Raises:
+        FileNotFoundError: there is no ``am.mvn``.
+        ValueError: the file is not a normalisation of 560 features.
+    """
+
+    sample_rate = SAMPLE_RATE
+    feature_dim = FEATURE_DIM
+
+    def __init__(self, path: str | PathLike[str], dither: float = 0.0) -> None:
+        self.path = _find_cmvn_file(Path(path))
+        self.dither = dither
+        self.shift, self.scale = read_cmvn(self.path)
+
+    @property
+    def fingerprint(self) -> str:
+        """Short stable name of the normalisation; keys caches of features."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+
+    def __call__(self, audio: AudioLike | torch.Tensor | np.ndarray) -> torch.Tensor:
+        """Features of one clip.
+
+        Args:
+            audio: a path, ``(waveform, sample_rate)``, or a bare waveform at 16 kHz; samples in
+                [-1, 1], shape (samples,) or (channels, samples), any length but zero.
+
+        Returns:
+            float32 of shape (ceil(windows / 6), 560), one frame per 60 ms.
+
+        Raises:
+            AudioError: the audio cannot be read or holds no samples.
+        """
+        if isinstance(audio, torch.Tensor | np.ndarray):
+            audio = (torch.as_tensor(audio), SAMPLE_RATE)
+        waveform, _ = load_audio(audio, SAMPLE_RATE, channels="mean")
+        return self.normalize(stack_frames(filter_bank(waveform, self.dither)))
+
+    def normalize(self, frames: torch.Tensor) -> torch.Tensor:
+        """Shift and scale stacked frames (frames, 560)."""
+        return (frames + self.shift) * self.scale
+
+
+def filter_bank(waveform: torch.Tensor, dither: float = 0.0) -> torch.Tensor:
+    """Log energies of 80 mel bands in windows of 25 ms, every 10 ms (SPEC 2.2).
+
+    Args:
+        waveform: (samples,) at 16 kHz in [-1, 1]. A clip shorter than one window is one window.
+        dither: see :class:`Frontend`.
+
+    Returns:
+        float32 of shape (windows, 80).
+    """
+    samples = waveform.detach().cpu().float().numpy() * _INT16_SCALE
+    samples = np.pad(samples, (0, max(0, _MIN_SAMPLES - len(samples))))
+    options = knf.FbankOptions()
+    options.frame_opts.samp_freq = SAMPLE_RATE
+    options.frame_opts.frame_length_ms = min(_WINDOW_MS, 1000 * len(samples) / SAMPLE_RATE)
+    options.frame_opts.frame_shift_ms = _SHIFT_MS
+    options.frame_opts.window_type = "hamming"
+    options.frame_opts.dither = dither
+    options.mel_opts.num_bins = NUM_MELS
+    bank = knf.OnlineFbank(options)
+    bank.accept_waveform(SAMPLE_RATE, samples)
+    bank.input_finished()
+    return torch.from_numpy(np.stack([bank.get_frame(i) for i in range(bank.num_frames_ready)]))
+
+
+def stack_frames(frames: torch.Tensor) -> torch.Tensor:
+    """Low frame rate: (windows, 80) to (ceil(windows / 6), 560) (SPEC 2.3).
+
+    Stacked frame ``t`` holds source frames ``6t - 3 … 6t + 3``; beyond the ends the first and
+    last are repeated.
+    """
+    count = -(-len(frames) // FRAME_STRIDE)
+    centres = torch.arange(count)[:, None] * FRAME_STRIDE
+    around = torch.arange(STACKED_FRAMES)[None] - STACKED_FRAMES // 2
+    return frames[(centres + around).clamp(0, len(frames) - 1)].flatten(1)
+
+
+def read_cmvn(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift (the negative mean) and scale of Kaldi's text form, (560,) each (SPEC 2.4).
+
+    Raises:
+        ValueError: a part is missing or does not hold 560 numbers.
+    """
+    lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+
+    def values_after(tag: str) -> torch.Tensor:
+        for header, values in pairwise(lines):
+            # <LearnRateCoef> 0 [ v1 … v560 ]
+            if header[0] == tag and values[0] == "<LearnRateCoef>":
+                numbers = values[3:-1]
+                if len(numbers) != FEATURE_DIM:
+                    raise ValueError(f"{path}: {tag} holds {len(numbers)} values, expected {FEATURE_DIM}")
+                try:
+                    return torch.tensor([float(number) for number in numbers])
+                except ValueError as error:
+                    raise ValueError(f"{path}: {tag} holds something that is not a number: {error}") from None
+        raise ValueError(f"{path}: no {tag} section; expected SenseVoice's am.mvn")
+
+    return values_after("<AddShift>"), values_after("<Rescale>")
+
+
+def write_cmvn(path: Path, shift: torch.Tensor, scale: torch.Tensor) -> None:
+    """Write what :func:`read_cmvn` reads."""
+
+    def section(tag: str, values: torch.Tensor) -> str:
+        numbers = " ".join(f"{value:.6f}" for value in values.tolist())
+        return f"<{tag}> {FEATURE_DIM} {FEATURE_DIM}\n<LearnRateCoef> 0 [ {numbers} ]\n"
+
+    path.write_text(
+        f"<Nnet>\n<Splice> {FEATURE_DIM} {FEATURE_DIM}\n[ 0 ]\n"
+        + section("AddShift", shift)
+        + section("Rescale", scale)
+        + "</Nnet>\n"
+    )
+
+
+def _find_cmvn_file(path: Path) -> Path:
+    file = path / "am.mvn" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found; the SenseVoice front end needs the folder with am.mvn")
+    return file
