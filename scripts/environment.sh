@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Sourced by quickstart.sh and test.sh: makes the virtual environment and installs the package.
+#   prepare_environment EXTRAS     EXTRAS such as "eval" or "eval,dev"
+# VENV names the folder (default .venv in the repository); PYTHON_BOOTSTRAP the interpreter.
+
+TORCH_VERSION=2.13.0
+
+die() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+find_python() {
+  local candidate
+  for candidate in "${PYTHON_BOOTSTRAP:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
+    if [[ -n $candidate ]] && "$candidate" -c 'import sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 13)))' 2>/dev/null; then
+      echo "$candidate"
+      return 0
+    fi
+  done
+  return 1
+}
+
+has_nvidia_gpu() {
+  command -v nvidia-smi >/dev/null 2>&1 && [[ $(nvidia-smi -L 2>/dev/null | wc -l) -gt 0 ]]
+}
+
+install_torch() {
+  if has_nvidia_gpu; then
+    pip_install "torch==$TORCH_VERSION"
+  elif ! pip_install "torch==$TORCH_VERSION+cpu" 2>/dev/null; then
+    # PyTorch keeps its CPU builds on an index of its own.
+    pip_install "torch==$TORCH_VERSION+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+  fi
+}
+
+pip_install() {
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+}
+
+prepare_environment() {
+  local extras=$1 python stamp wanted
+  VENV=${VENV:-$REPOSITORY/.venv}
+  python=$(find_python) || die "Python 3.10 to 3.13 is needed and none was found; install one or set PYTHON_BOOTSTRAP"
+  stamp=$VENV/.installed-$extras
+  wanted=$(cat "$REPOSITORY/setup.py" "$REPOSITORY/scripts/environment.sh" | cksum)
+  if [[ -x $VENV/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    return 0
+  fi
+  echo "installing into $VENV (a few minutes the first time)"
+  if [[ ! -x $VENV/bin/python ]]; then
+    "$python" -m venv "$VENV" || die "cannot make a virtual environment in $VENV; on Debian install python3-venv"
+  fi
+  install_torch || die "cannot install torch $TORCH_VERSION; see pip's message above"
+  # DeepSpeed finds torch at install time and compiles nothing in advance.
+  if ! { pip_install setuptools wheel ninja && DS_BUILD_OPS=0 pip_install --no-build-isolation "deepspeed>=0.18"; }; then
+    die "cannot install DeepSpeed; see pip's message above"
+  fi
+  pip_install --no-build-isolation -e "${REPOSITORY}[$extras]" || die "cannot install the package; see pip's message above"
+  echo "$wanted" >"$stamp"
+}

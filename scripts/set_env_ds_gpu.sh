@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Sets up one node of a GPU cluster: pinned packages, FlashAttention, NCCL and DeepSpeed settings.
+#   source scripts/set_env_ds_gpu.sh     then run a stage script in the same shell
+# Everything can be set beforehand; nothing here overrides a variable that is there already.
+
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${VENV:-$REPOSITORY/.venv}
+
+if [[ ! -x $VENV/bin/python ]]; then
+  python3 -m venv "$VENV" || return 1
+fi
+# shellcheck disable=SC1091
+source "$VENV/bin/activate"
+
+requirements=$REPOSITORY/requirements_ds_gpu.txt
+if [[ ! -f $VENV/.cluster || $requirements -nt $VENV/.cluster ]]; then
+  # torch first: DeepSpeed and flash-attn look for it while they are built.
+  pip install --quiet setuptools wheel ninja packaging "$(grep '^torch==' "$requirements")" || return 1
+  grep -v '^flash-attn' "$requirements" >"$VENV/requirements.txt"
+  pip install --quiet --no-build-isolation -r "$VENV/requirements.txt" || return 1
+  pip install --quiet --no-build-isolation flash-attn ||
+    echo "flash-attn could not be built; the stage scripts use sdpa instead" >&2
+  pip install --quiet --no-build-isolation --no-deps -e "$REPOSITORY" || return 1
+  touch "$VENV/.cluster"
+fi
+
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+export NCCL_ASYNC_ERROR_HANDLING=${NCCL_ASYNC_ERROR_HANDLING:-1}
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}

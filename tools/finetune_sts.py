@@ -1,0 +1,167 @@
+"""Train one stage.
+
+The stage scripts in scripts/deepspeed/sts_qwen25 run this under torchrun; every option is in
+vita_audio/training/arguments.py or is one of transformers' TrainingArguments.
+
+    torchrun --nproc_per_node 8 tools/finetune_sts.py --model_name_or_path … --dataset_name mix.yaml …
+
+What happens, in order: check the options, open tokenizer and model, grow missing heads, freeze
+what the stage does not train, build the loader, continue from the last complete checkpoint if
+there is one, train, save.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoTokenizer, HfArgumentParser, set_seed
+from transformers.utils import is_flash_attn_2_available
+
+from vita_audio.audio import is_continuous_kind
+from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO, EMBEDDING_ROW_MULTIPLE
+from vita_audio.data import CodecSpec, DataConfig, build_train_loader, extend_tokenizer
+from vita_audio.models import load_with_heads
+from vita_audio.training import (
+    DataArguments,
+    ModelArguments,
+    SpeechTrainer,
+    StageArguments,
+    apply_stage,
+    last_complete_checkpoint,
+)
+from vita_audio.training.arguments import ArgumentError
+from vita_audio.training.stages import describe_trainable
+
+logger = logging.getLogger("finetune_sts")
+
+FINISHED_MARKER = "stage.complete"
+
+
+def main() -> None:
+    # 1. Options, checked as they are read.
+    parser = HfArgumentParser((ModelArguments, DataArguments, StageArguments))
+    try:
+        model_args, data_args, stage_args = parser.parse_args_into_dataclasses()
+    except ArgumentError as error:
+        sys.exit(f"finetune_sts: {error}")
+    output_dir = Path(stage_args.output_dir)
+    _set_up_logging(stage_args)
+    if (output_dir / FINISHED_MARKER).is_file():
+        logger.warning("%s holds the finished stage; remove it to train again", output_dir)
+        return
+    set_seed(stage_args.seed)
+
+    # 2. Text tokenizer with speech tokens; 3. model with its heads.
+    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name_or_path or model_args.model_name_or_path)
+    codec = CodecSpec(
+        kind=data_args.audio_tokenizer_type,
+        path=data_args.audio_tokenizer_path,
+        frontend_path=model_args.audio_model_name_or_path,
+        token_cache=data_args.audio_token_cache,
+    )
+    extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
+    model = _open_model(model_args, data_args, stage_args, tokenizer)
+
+    # 4. What this stage trains.
+    apply_stage(
+        model,
+        language_model_freeze=model_args.language_model_freeze,
+        audio_model_freeze=model_args.audio_model_freeze,
+    )
+    logger.info(describe_trainable(model))
+
+    # 5. Rows.
+    build_loader = partial(
+        build_train_loader,
+        DataConfig(
+            dataset_path=data_args.dataset_name,
+            seq_length=data_args.model_max_length,
+            text_audio_interval_ratio=data_args.text_audio_interval_ratio,
+            num_workers=stage_args.dataloader_num_workers,
+            micro_batch_size=stage_args.per_device_train_batch_size,
+            max_error_share=data_args.max_error_share,
+            strict=data_args.strict_data,
+            data_root=data_args.data_root,
+            token_cache=data_args.audio_token_cache,
+        ),
+        tokenizer,
+        codec,
+        rank=stage_args.process_index,
+        world_size=stage_args.world_size,
+        seed=stage_args.data_seed if stage_args.data_seed is not None else stage_args.seed,
+        output_dir=output_dir,
+    )
+
+    # 6. Train, from where an earlier run was stopped.
+    trainer = SpeechTrainer(
+        model=model, args=stage_args, processing_class=tokenizer, build_loader=build_loader
+    )
+    checkpoint = last_complete_checkpoint(output_dir)
+    if checkpoint is not None:
+        logger.warning("continuing from %s", checkpoint)
+    if checkpoint is None or _steps_done(checkpoint) < stage_args.max_steps:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_model()
+        trainer.save_state()
+    elif trainer.is_world_process_zero():
+        # Stopped between the last step and the result: the last checkpoint is the result.
+        for file in checkpoint.iterdir():
+            if file.suffix in (".json", ".safetensors", ".jinja", ".txt"):
+                shutil.copy2(file, output_dir)
+
+    # 7. The stage's result is an ordinary model folder; the marker says that it is whole.
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        (output_dir / FINISHED_MARKER).touch()
+
+
+def _open_model(model_args, data_args, stage_args, tokenizer) -> transformers.PreTrainedModel:
+    dtype = model_args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if stage_args.bf16 else "float32"
+    attention = model_args.attn_implementation
+    if attention == "auto":
+        attention = "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    model = load_with_heads(
+        model_args.model_name_or_path,
+        model_args.num_nextn_predict_layers,
+        sensevoice=data_args.continuous_input,
+        audio_model_path=model_args.audio_model_name_or_path,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention,
+    )
+    if model.get_input_embeddings().num_embeddings < len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_ROW_MULTIPLE)
+    if model_args.mtp_loss_weight is not None:
+        model.config.mtp_loss_weight = model_args.mtp_loss_weight
+    model.config.use_cache = False
+    if model_args.num_nextn_predict_layers:
+        model.generation_config.mtp_inference_mode = list(DEFAULT_TEXT_AUDIO_RATIO)
+    return model
+
+
+def _steps_done(checkpoint: Path) -> int:
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+
+
+def _set_up_logging(stage_args: StageArguments) -> None:
+    level = stage_args.get_process_log_level()
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    for name in ("vita_audio", "finetune_sts"):
+        logging.getLogger(name).setLevel(level)
+    transformers.utils.logging.set_verbosity(level)
+
+
+if __name__ == "__main__":
+    main()

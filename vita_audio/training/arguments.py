@@ -1,0 +1,159 @@
+"""Every option of a training run on one screen, each with its check beside it.
+
+Three groups, parsed together from the command line: what the model is, what it reads,
+and how it is trained. Whatever transformers' own ``TrainingArguments`` has (learning rate,
+steps, DeepSpeed config, …) keeps its name and meaning.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from vita_audio.audio import available_kinds, is_continuous_kind
+from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
+
+
+class ArgumentError(ValueError):
+    """An option that cannot be served; the message says which and what to do."""
+
+
+@dataclass
+class ModelArguments:
+    """The language model and its audio input."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Folder of a plain Qwen2 model or of an earlier stage's result."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder of the text tokenizer; the model's folder when absent."}
+    )
+    num_nextn_predict_layers: int = field(
+        default=0, metadata={"help": "MCTP heads (0, 1 or 10 in the paper); missing ones are grown."}
+    )
+    attn_implementation: str = field(
+        default="auto",
+        metadata={
+            "help": "flash_attention_2, sdpa, flex_attention or eager; auto takes FlashAttention-2 if it is there."
+        },
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "Weights' type: bfloat16, float32; auto follows --bf16."}
+    )
+    mtp_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the heads' mean loss; the checkpoint's own when absent."}
+    )
+    language_model_freeze: bool = field(
+        default=False, metadata={"help": "Train the MCTP heads alone (stages 2 and 3)."}
+    )
+    audio_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "SenseVoiceSmall's folder (am.mvn and weights), for sensevoice kinds."}
+    )
+    audio_model_freeze: bool = field(
+        default=True, metadata={"help": "Keep the SenseVoice encoder as it is (all published stages)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_nextn_predict_layers < 0:
+            raise ArgumentError(
+                f"--num_nextn_predict_layers {self.num_nextn_predict_layers}: give the number of heads, 0 or more"
+            )
+        if self.language_model_freeze and self.num_nextn_predict_layers == 0:
+            raise ArgumentError(
+                "--language_model_freeze with no heads leaves nothing to train: "
+                "set --num_nextn_predict_layers to 1 or more"
+            )
+        if not Path(self.model_name_or_path).is_dir():
+            raise ArgumentError(
+                f"--model_name_or_path {self.model_name_or_path}: no such folder; "
+                "give the base model's folder, or run the previous stage first"
+            )
+
+
+@dataclass
+class DataArguments:
+    """The data mix, the codec that reads it, and the shape of a row."""
+
+    dataset_name: str = field(metadata={"help": "YAML file of the data mix."})
+    audio_tokenizer_type: str = field(
+        metadata={"help": f"Codec: {', '.join(available_kinds())}."},
+    )
+    audio_tokenizer_path: str | None = field(
+        default=None, metadata={"help": "Folder of the discrete codec's weights."}
+    )
+    audio_token_cache: str | None = field(
+        default=None, metadata={"help": "Folder of token shards that tools/tokenize_audio.py wrote."}
+    )
+    data_root: str | None = field(
+        default=None, metadata={"help": "Relative paths in the mix start here; its own folder when absent."}
+    )
+    model_max_length: int = field(default=8192, metadata={"help": "Tokens in a packed row."})
+    text_audio_interval_ratio: list[int] = field(
+        default_factory=lambda: list(DEFAULT_TEXT_AUDIO_RATIO),
+        metadata={"help": "Text and audio run lengths, in turn: 1 10 4 10 (Boost), 1 4 3 8 4 10 (Balance)."},
+    )
+    max_error_share: float = field(
+        default=0.05, metadata={"help": "Stop when more than this share of samples is unusable."}
+    )
+    strict_data: bool = field(
+        default=False, metadata={"help": "Refuse to start when a file of the mix is missing."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.audio_tokenizer_type not in available_kinds():
+            raise ArgumentError(
+                f"--audio_tokenizer_type {self.audio_tokenizer_type}: known are {', '.join(available_kinds())}"
+            )
+        if not Path(self.dataset_name).is_file():
+            raise ArgumentError(f"--dataset_name {self.dataset_name}: no such file; give the mix's YAML")
+        if self.model_max_length < 16:
+            raise ArgumentError(f"--model_max_length {self.model_max_length}: too short for any document")
+        if not 0 <= self.max_error_share <= 1:
+            raise ArgumentError(f"--max_error_share {self.max_error_share}: give a share between 0 and 1")
+
+    @property
+    def continuous_input(self) -> bool:
+        return is_continuous_kind(self.audio_tokenizer_type)
+
+
+@dataclass
+class StageArguments(TrainingArguments):
+    """transformers' own options, with the defaults of this recipe and the heads' learning rate."""
+
+    mtp_learning_rate_multiplier: float = field(
+        default=1.0, metadata={"help": "The heads' learning rate over the model's (10 in stage 4)."}
+    )
+    # A row is a tensor already and the loader shards itself, so nothing may be dropped or re-split.
+    remove_unused_columns: bool = field(default=False)
+    ignore_data_skip: bool = field(
+        default=True, metadata={"help": "The loader resumes from its own state; nothing is replayed."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "A non-finite loss stops the run; it is never averaged away."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_steps <= 0:
+            raise ArgumentError(f"--max_steps {self.max_steps}: rows are endless, so give the number of steps")
+        if self.mtp_learning_rate_multiplier <= 0:
+            raise ArgumentError(
+                f"--mtp_learning_rate_multiplier {self.mtp_learning_rate_multiplier}: must be above 0"
+            )
+        if self.deepspeed and self.mtp_learning_rate_multiplier != 1 and _config_builds_optimizer(self.deepspeed):
+            raise ArgumentError(
+                f"--mtp_learning_rate_multiplier needs per-group rates, but {self.deepspeed} builds the optimizer "
+                "itself: use a DeepSpeed config without an optimizer section (ds_config_zero2_no_optimizer.json)"
+            )
+        super().__post_init__()
+
+
+def _config_builds_optimizer(deepspeed: str | dict) -> bool:
+    if isinstance(deepspeed, str):
+        path = Path(deepspeed)
+        if not path.is_file():
+            raise ArgumentError(f"--deepspeed {deepspeed}: no such file")
+        deepspeed = json.loads(path.read_text(encoding="utf-8"))
+    return "optimizer" in deepspeed

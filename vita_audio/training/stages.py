@@ -1,0 +1,75 @@
+"""What each of the four stages trains, and at which rate.
+
+=====  ==================  ======================  =======================
+stage  script              trains                  heads' learning rate
+=====  ==================  ======================  =======================
+1      stage1              LLM (Plus: + adapter)   no heads
+2      mtp1_stage1         one head                as given
+3      mtp10_stage1        ten heads               as given
+4      mtp10_stage2        everything              ten times the LLM's
+=====  ==================  ======================  =======================
+
+The SenseVoice encoder stays frozen throughout unless asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from vita_audio.models import freeze_audio_encoder, freeze_backbone, is_head_parameter
+
+
+def apply_stage(
+    model: nn.Module, *, language_model_freeze: bool = False, audio_model_freeze: bool = True
+) -> None:
+    """Set ``requires_grad`` for one stage; whatever is not frozen here trains."""
+    model.requires_grad_(True)
+    if language_model_freeze:
+        freeze_backbone(model)
+    if audio_model_freeze and hasattr(model.config, "audio_encoder"):
+        freeze_audio_encoder(model)
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, head_multiplier: float = 1.0
+) -> list[dict]:
+    """Optimizer groups of the trainable parameters.
+
+    Heads learn at ``learning_rate * head_multiplier``; norms and biases (tensors of one dimension)
+    are not decayed. Empty groups are left out, which DeepSpeed would refuse.
+    """
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # Under ZeRO-3 a gathered-away parameter is empty; ds_shape is its real shape.
+            decayed = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            key = (is_head_parameter(model, name), decayed)
+            members.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * (head_multiplier if in_head else 1.0),
+            "weight_decay": weight_decay if decayed else 0.0,
+        }
+        for (in_head, decayed), parameters in sorted(members.items(), key=lambda item: item[0])
+    ]
+
+
+def describe_trainable(model: nn.Module) -> str:
+    """One line for the log: how many parameters of each part train."""
+    trained, total = Counter(), Counter()
+    for name, parameter in model.named_parameters():
+        if is_head_parameter(model, name):
+            part = "heads"
+        elif name.startswith("model.audio_model."):
+            part = "audio encoder"
+        elif name.startswith("model.audio_projection."):
+            part = "audio adapter"
+        else:
+            part = "language model"
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        total[part] += size
+        trained[part] += size * parameter.requires_grad
+    return ", ".join(f"{part}: {trained[part]:,} of {total[part]:,} parameters train" for part in total)
