@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from vita_audio.audio import AudioError, AudioTokenizer
 from vita_audio.audio.sensevoice import Frontend, SenseVoiceInputTokenizer
-from vita_audio.audio.sensevoice.frontend import filter_bank, read_cmvn, stack_frames, write_cmvn
+from vita_audio.audio.sensevoice.frontend import (
+    estimate_cmvn,
+    filter_bank,
+    read_cmvn,
+    stack_frames,
+    write_cmvn,
+)
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "sensevoice"
 WAVS = {
@@ -106,6 +112,21 @@ def test_a_written_normalisation_file_reads_back(tmp_path):
     torch.testing.assert_close(read.shift, shift, atol=1e-6, rtol=0)
     torch.testing.assert_close(read.scale, scale, atol=1e-6, rtol=0)
     assert read.fingerprint != Frontend(GOLDENS).fingerprint
+
+
+def test_an_estimated_normalisation_standardises_its_clips(tmp_path):
+    clips = [GOLDENS / WAVS["a"], GOLDENS / WAVS["c"], GOLDENS / WAVS["d"]]
+    write_cmvn(tmp_path / "am.mvn", *estimate_cmvn(clips))
+    features = torch.cat([Frontend(tmp_path)(clip) for clip in clips])
+    torch.testing.assert_close(features.mean(dim=0), torch.zeros(560), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features.std(dim=0, correction=0), torch.ones(560), atol=1e-3, rtol=0)
+
+
+def test_a_constant_band_does_not_blow_up_the_estimate():
+    _, scale = estimate_cmvn([(torch.zeros(1600), 16000)])
+    assert scale.max() <= 1000
+    with pytest.raises(ValueError, match="no audio"):
+        estimate_cmvn([])
 
 
 def test_a_folder_without_normalisation_file_is_refused_by_name(tmp_path):

@@ -142,7 +142,7 @@ class SANMStack(nn.Module):
         self.tp_norm = Float32LayerNorm(width)
 
     def forward(self, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """(batch, time, input_size) to (batch, time, output_size); the mask (batch, time) marks valid frames."""
+        """(batch, time, input_size) to (batch, time, output_size); mask (batch, time) marks valid frames."""
         positions = sinusoidal_positions(inputs.shape[1], inputs.shape[2], inputs.dtype, inputs.device)
         hidden = self.dropout(inputs * self.scale + positions)
         for block in [*self.encoders0, *self.encoders]:

@@ -11,6 +11,7 @@ Definition and numbers: tests/goldens/sensevoice/SPEC.md, section 2.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -35,6 +36,7 @@ _INT16_SCALE = 32_768.0
 # The filters need a 512-point transform (below it some hold no frequency bin), which Kaldi
 # chooses for windows of 257 samples and more. Shorter clips, under 16.1 ms, get silence behind.
 _MIN_SAMPLES = 257
+_LEAST_DEVIATION = 1e-3  # of a log energy; keeps a constant band from being blown up
 
 
 class Frontend:
@@ -146,6 +148,29 @@ def read_cmvn(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"{path}: no {tag} section; expected SenseVoice's am.mvn")
 
     return values_after("<AddShift>"), values_after("<Rescale>")
+
+
+def estimate_cmvn(audios: Iterable[AudioLike]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift and scale that give the features of these clips mean 0 and variance 1, (560,) each.
+
+    For encoders trained from scratch; the released weights need the released file.
+
+    Raises:
+        AudioError: a clip cannot be read.
+        ValueError: there are no clips.
+    """
+    count, total, squares = 0, torch.zeros(FEATURE_DIM).double(), torch.zeros(FEATURE_DIM).double()
+    for audio in audios:
+        waveform, _ = load_audio(audio, SAMPLE_RATE, channels="mean")
+        frames = stack_frames(filter_bank(waveform)).double()
+        count += len(frames)
+        total += frames.sum(dim=0)
+        squares += frames.square().sum(dim=0)
+    if count == 0:
+        raise ValueError("no audio to estimate the normalisation from")
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp(min=0).sqrt()
+    return -mean.float(), 1 / deviation.clamp(min=_LEAST_DEVIATION).float()
 
 
 def write_cmvn(path: Path, shift: torch.Tensor, scale: torch.Tensor) -> None:

@@ -1,0 +1,82 @@
+"""Make a small, untrained SenseVoice folder, for training the Plus family from scratch.
+
+    python tools/make_sensevoice.py --data train.jsonl --output sensevoice/
+
+writes ``model.safetensors``, ``config.json`` and an ``am.mvn`` estimated from the clips of the
+training data. The released Plus models use SenseVoiceSmall instead, whose folder has the same
+parts. An untrained encoder has to be trained with the model: ``--audio-model-freeze False``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from vita_audio.audio.sensevoice import SenseVoiceEncoder, SenseVoiceEncoderConfig
+from vita_audio.audio.sensevoice.frontend import estimate_cmvn, write_cmvn
+
+
+def main() -> None:
+    args = parse_args()
+    clips = list(read_audio_paths(args.data))
+    random.Random(args.seed).shuffle(clips)
+    shift, scale = estimate_cmvn(tqdm(clips[: args.max_clips], desc="normalisation", unit="clip"))
+    torch.manual_seed(args.seed)
+    encoder = SenseVoiceEncoder(
+        SenseVoiceEncoderConfig(
+            output_size=args.output_size,
+            attention_heads=args.attention_heads,
+            linear_units=args.linear_units,
+            num_blocks=args.num_blocks,
+            tp_blocks=args.tp_blocks,
+            dropout_rate=args.dropout,
+            positional_dropout_rate=args.dropout,
+            attention_dropout_rate=args.dropout,
+            ctc_vocab_size=args.ctc_vocab_size,
+        )
+    )
+    encoder.save_pretrained(args.output)
+    write_cmvn(args.output / "am.mvn", shift, scale)
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    print(f"{args.output}: {parameters:,} parameters, normalised on {min(len(clips), args.max_clips)} clips")
+
+
+def read_audio_paths(files: list[Path]) -> Iterator[str]:
+    """Every path under ``audios`` of JSON-lines data files."""
+    for file in files:
+        with file.open() as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    yield from json.loads(line).get("audios") or []
+                except (json.JSONDecodeError, AttributeError, TypeError) as error:
+                    raise SystemExit(f"{file}:{number}: not a sample: {error}") from None
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSON-lines files with audios")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--output-size", type=int, default=128, help="width of the encoder")
+    parser.add_argument("--attention-heads", type=int, default=4)
+    parser.add_argument("--linear-units", type=int, default=256, help="width inside the feed-forward layers")
+    parser.add_argument("--num-blocks", type=int, default=3)
+    parser.add_argument("--tp-blocks", type=int, default=1)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--ctc-vocab-size", type=int, default=32, help="of the unused CTC layer")
+    parser.add_argument("--max-clips", type=int, default=500, help="clips that the normalisation looks at")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
