@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# The whole system on one machine, no GPU and no downloads of weights needed:
+# a spoken corpus is made, four DeepSpeed stages run by the cluster's own scripts, the model
+# answers aloud, an independent recogniser scores it, and a page shows the result.
+#
+#   bash scripts/quickstart.sh [--out DIR] [--minutes N] [--smoke] [--variant base|plus]
+#
+#   --out DIR        where everything goes (default: quickstart/ in the repository)
+#   --minutes N      scales the training steps; 25 is the measured default on two cores
+#   --smoke          the same chain with a few steps each, in minutes; its scores mean nothing
+#   --variant plus   user speech enters through SenseVoice features and an adapter
+#
+# Finished steps are skipped; an interrupted step continues. Delete DIR to start again.
+set -euo pipefail
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$REPOSITORY/scripts/environment.sh"
+
+usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
+
+out=$REPOSITORY/quickstart
+minutes=25
+variant=base
+size=full
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --out) out=${2:?--out needs a folder}; shift 2 ;;
+    --minutes) minutes=${2:?--minutes needs a number}; shift 2 ;;
+    --variant) variant=${2:?--variant needs base or plus}; shift 2 ;;
+    --smoke) size=smoke; shift ;;
+    -h | --help) usage; exit 0 ;;
+    *) die "unknown option $1; see bash scripts/quickstart.sh --help" ;;
+  esac
+done
+
+# -- refuse at the door ---------------------------------------------------------------------------------
+
+[[ $minutes =~ ^[1-9][0-9]*$ ]] || die "--minutes $minutes: give a whole number, 1 or more"
+[[ $variant == base || $variant == plus ]] || die "--variant $variant: base or plus"
+find_python >/dev/null || die "Python 3.10 to 3.13 is needed and none was found; install one or set PYTHON_BOOTSTRAP"
+if ! { mkdir -p "$out" 2>/dev/null && [[ -w $out ]]; }; then
+  die "--out $out: cannot write there; choose another folder"
+fi
+out=$(cd "$out" && pwd)
+
+require_space() { # FOLDER MEGABYTES WHAT
+  local free
+  free=$(df -Pm "$1" | awk 'NR == 2 { print $4 }')
+  [[ $free -ge $2 ]] || die "$1: $free MB free, but $3 needs $2 MB; free some or choose another folder"
+}
+require_space "$out" 1500 "the run"
+[[ -d ${VENV:-$REPOSITORY/.venv} ]] || require_space "$REPOSITORY" 4000 "the installation"
+
+# -- steps ----------------------------------------------------------------------------------------------
+
+mkdir -p "$out/.done" "$out/logs"
+started=$SECONDS
+
+step() { # NAME COMMAND…
+  local name=$1 from=$SECONDS
+  shift
+  if [[ -f $out/.done/$name ]]; then
+    echo "[$name] done before, in $(<"$out/.done/$name") s"
+    return
+  fi
+  echo "[$name]"
+  if ! "$@" 2>&1 | tee -a "$out/logs/$name.log"; then
+    die "step $name failed; its log is $out/logs/$name.log. Run the same command again to continue"
+  fi
+  echo $((SECONDS - from)) >"$out/.done/$name"
+  echo "[$name] took $((SECONDS - from)) s"
+}
+
+prepare_environment eval
+PATH=$VENV/bin:$PATH
+export PYTHON=$VENV/bin/python PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# Sizes, steps and rates: configuration only.
+set -a
+QUICKSTART_CONFIG=$REPOSITORY/configs/quickstart
+# shellcheck source=../configs/quickstart/full.env
+source "$QUICKSTART_CONFIG/$size.env"
+# shellcheck source=../configs/quickstart/plus.env
+[[ $variant == base ]] || source "$QUICKSTART_CONFIG/$variant.env"
+set +a
+
+scaled() { # STEPS, in proportion to --minutes
+  local steps=$(($1 * minutes / 25))
+  echo $((steps > 2 ? steps : 2))
+}
+
+corpus=$out/corpus
+codec=$out/codec
+base=$out/base
+stages=$out/stages
+token_cache=$out/audio_tokens
+
+python "$REPOSITORY/tools/make_spoken_arithmetic.py" --check || exit 1
+step corpus python "$REPOSITORY/tools/make_spoken_arithmetic.py" --out "$corpus" --utterances "$UTTERANCES"
+step codec python "$REPOSITORY/tools/fit_mel_vq.py" --corpus "$corpus" --out "$codec"
+step base_llm python "$REPOSITORY/tools/make_base_llm.py" \
+  --corpus "$corpus" --config "$QUICKSTART_CONFIG/$BASE_LLM_CONFIG" --out "$base"
+if [[ $variant == plus ]]; then
+  step sensevoice python "$REPOSITORY/tools/make_sensevoice.py" --corpus "$corpus" --out "$out/sensevoice"
+  export AUDIO_MODEL_NAME_OR_PATH=$out/sensevoice
+fi
+
+export DATA_ROOT=$corpus OUTPUT_ROOT=$stages AUDIO_TOKENIZER_PATH=$codec
+export AUDIO_TOKEN_CACHE=$token_cache
+step audio_tokens "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 2 \
+  "$REPOSITORY/tools/tokenize_audio.py" --audio_tokenizer_type "$DISCRETE_TOKENIZER_TYPE" \
+  --audio_tokenizer_path "$codec" --dataset_name "$QUICKSTART_CONFIG/mix_stage1.yaml" \
+  --data_root "$corpus" --output_dir "$token_cache"
+
+stage() { # NAME MIX STEPS RATE SEQ_LENGTH DEEPSPEED_CONFIG
+  DATASET_NAME=$QUICKSTART_CONFIG/$2 MAX_STEPS=$(scaled "$3") LEARNING_RATE=$4 DEEPSPEED_CONFIG=$6 \
+    step "$1" bash "$REPOSITORY/scripts/deepspeed/sts_qwen25/finetune_${STAGE_PREFIX}_$1.sh" "$5" quickstart
+}
+zero2=$QUICKSTART_CONFIG/ds_config_zero2.json
+zero2_no_optimizer=$REPOSITORY/scripts/deepspeed/ds_config_zero2_no_optimizer.json
+MODEL_NAME_OR_PATH=$base AUDIO_MODEL_FREEZE=${STAGE1_AUDIO_MODEL_FREEZE:-True} \
+  stage stage1 mix_stage1.yaml "$STAGE1_STEPS" "$STAGE1_RATE" "$SEQ_LENGTH" "$zero2"
+stage mtp1_stage1 mix_stage1.yaml "$STAGE2_STEPS" "$STAGE2_RATE" "$SEQ_LENGTH" "$zero2"
+stage mtp10_stage1 mix_stage1.yaml "$STAGE3_STEPS" "$STAGE3_RATE" "$SEQ_LENGTH" "$zero2"
+stage mtp10_stage2 mix_stage2.yaml "$STAGE4_STEPS" "$STAGE4_RATE" "$STAGE4_SEQ_LENGTH" "$zero2_no_optimizer"
+
+result=$stages/finetune_${STAGE_PREFIX}_mtp10_stage2/quickstart
+step inference python "$REPOSITORY/tools/inference_sts.py" \
+  --model_name_or_path "$result" --audio_tokenizer_type "$AUDIO_TOKENIZER_TYPE" \
+  --audio_tokenizer_path "$codec" ${AUDIO_MODEL_NAME_OR_PATH:+--frontend_path "$AUDIO_MODEL_NAME_OR_PATH"} \
+  --samples "$corpus/examples.jsonl" --output_dir "$out/inference"
+step evaluation env STAGES_ROOT="$stages" STAGE_PREFIX="$STAGE_PREFIX" CORPUS="$corpus" \
+  OUTPUT_DIR="$out/evaluation" LIMIT="$EVALUATION_LIMIT" \
+  bash "$REPOSITORY/scripts/deepspeed/evaluate_sts.sh"
+step report python "$REPOSITORY/tools/report.py" --run "$out"
+
+echo "finished in $((SECONDS - started)) s; open $out/report.html"
+cat "$out/evaluation/scores.md"

@@ -1,0 +1,58 @@
+"""Options refuse what cannot work, in one line that says what to do."""
+
+import json
+
+import pytest
+
+from vita_audio.training.arguments import ArgumentError, DataArguments, ModelArguments, StageArguments
+
+
+@pytest.fixture
+def mix(tmp_path):
+    path = tmp_path / "mix.yaml"
+    path.write_text("dataset: {}\n")
+    return str(path)
+
+
+def test_a_missing_model_folder_is_named(tmp_path):
+    with pytest.raises(ArgumentError, match="no such folder"):
+        ModelArguments(model_name_or_path=str(tmp_path / "absent"))
+
+
+def test_freezing_the_model_without_heads_leaves_nothing_to_train(tmp_path):
+    with pytest.raises(ArgumentError, match="nothing to train"):
+        ModelArguments(model_name_or_path=str(tmp_path), language_model_freeze=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("audio_tokenizer_type", "opus", "known are"),
+        ("dataset_name", "absent.yaml", "no such file"),
+        ("model_max_length", 4, "too short"),
+        ("max_error_share", 1.5, "between 0 and 1"),
+    ],
+)
+def test_data_options_out_of_range_are_refused(mix, field, value, message):
+    good = {"dataset_name": mix, "audio_tokenizer_type": "mel_vq"}
+    DataArguments(**good)
+    with pytest.raises(ArgumentError, match=message):
+        DataArguments(**{**good, field: value})
+
+
+def test_a_run_without_a_number_of_steps_is_refused(tmp_path):
+    with pytest.raises(ArgumentError, match="max_steps"):
+        StageArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+
+
+def test_head_rates_need_a_deepspeed_config_that_leaves_the_optimizer_to_us(tmp_path):
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"optimizer": {"type": "AdamW"}}))
+    with pytest.raises(ArgumentError, match="no_optimizer"):
+        StageArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            use_cpu=True,
+            deepspeed=str(config),
+            mtp_learning_rate_multiplier=10,
+        )
