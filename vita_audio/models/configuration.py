@@ -1,0 +1,70 @@
+"""Configuration of Qwen2 with cross-modal token prediction heads.
+
+The released files count the heads among the decoder layers: ``num_hidden_layers`` is backbone
+plus heads (28 + 10 = 38 at 7B). The field keeps that meaning here, so that every config.json
+ever written for these models loads unchanged; code asks for ``num_backbone_layers``.
+"""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import Qwen2Config
+
+from vita_audio.audio.sensevoice.checkpoint import SenseVoiceEncoderConfig
+
+
+@strict
+class Qwen2MTPConfig(Qwen2Config):
+    """Qwen2 with ``num_nextn_predict_layers`` heads (0: a plain Qwen2 under this class).
+
+    Args:
+        num_nextn_predict_layers: number of heads K. The last K of ``num_hidden_layers`` are theirs.
+        mtp_loss_weight: weight of the mean of the head losses in the training loss.
+        mtp_detach_backbone: in joint training, keep the heads' gradients out of the backbone and
+            the token embeddings. The GLM-4-Voice variant lets them through, the SenseVoice variant
+            and the paper's text do not.
+
+    Raises:
+        ValueError: K is negative or leaves no backbone layer.
+    """
+
+    model_type = "qwen2_mtp"
+
+    num_nextn_predict_layers: int = 0
+    mtp_loss_weight: float | int = 1.0
+    mtp_detach_backbone: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if not 0 <= self.num_nextn_predict_layers < self.num_hidden_layers:
+            raise ValueError(
+                f"config: num_nextn_predict_layers={self.num_nextn_predict_layers} must be at least 0 and below "
+                f"num_hidden_layers={self.num_hidden_layers}, which counts backbone and head layers together"
+            )
+
+    @property
+    def num_backbone_layers(self) -> int:
+        """Decoder layers of the language model itself."""
+        return self.num_hidden_layers - self.num_nextn_predict_layers
+
+
+@strict
+class Qwen2MTPSenseVoiceConfig(Qwen2MTPConfig):
+    """The Plus family: Qwen2 with heads, SenseVoice encoder and adapter.
+
+    Args:
+        audio_encoder: sizes of the encoder under FunASR's names, SenseVoiceSmall's where left out.
+        mtp_detach_backbone: see :class:`Qwen2MTPConfig`; this family detaches.
+
+    Raises:
+        ValueError: the encoder's settings describe another network.
+    """
+
+    model_type = "qwen2_mtp_sensevoice"
+
+    mtp_detach_backbone: bool = True
+    audio_encoder: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.audio_encoder = SenseVoiceEncoderConfig.from_dict(self.audio_encoder or {}).to_dict()

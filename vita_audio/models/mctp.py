@@ -1,0 +1,82 @@
+"""Cross-modal token prediction heads: one head, and the cascade that training runs.
+
+A head reads the hidden state of position t and the embedding of a token further ahead, and
+predicts the one after it (paper section 3.2; SPEC "Notation"). It is the MTP module of
+DeepSeek-V3 with one difference: the state handed on is taken after the shared final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class MCTPHead:
+    """Head k, a view on modules the model owns (their released names: see ``modeling.py``).
+
+    For position t it takes h^k_t and token t+k+1, and gives h^{k+1}_t, from which the shared LM
+    head predicts token t+k+2.
+    """
+
+    index: int
+    embed_norm: nn.Module
+    hidden_norm: nn.Module
+    proj: nn.Linear
+    layer: nn.Module
+    final_norm: nn.Module
+
+    def __call__(self, token_embeds: Tensor, hidden: Tensor, checkpoint: Callable | None = None, **attention):
+        """One pass of the head.
+
+        Args:
+            token_embeds: (batch, time, d), embeddings of tokens t+k+1, never the spliced audio.
+            hidden: (batch, time, d), h^k_t; for head 0 the backbone's normed output.
+            checkpoint: runs a function so that its activations are recomputed in the backward pass.
+            attention: mask, cache and rotary embeddings (of positions t+k+1) for the decoder layer.
+
+        Returns:
+            (batch, time, d), h^{k+1}_t.
+        """
+        fuse = self.fuse if checkpoint is None else partial(checkpoint, self.fuse)
+        return self.final_norm(self.layer(fuse(token_embeds, hidden), **attention))
+
+    def fuse(self, token_embeds: Tensor, hidden: Tensor) -> Tensor:
+        """x^k_t = W_k [norm(embedding) ; norm(hidden)], embedding first. (batch, time, d) twice, and back."""
+        return self.proj(torch.cat([self.embed_norm(token_embeds), self.hidden_norm(hidden)], dim=-1))
+
+
+def run_cascade(
+    heads: list[MCTPHead],
+    token_embeds: Tensor,
+    hidden: Tensor,
+    position_ids: Tensor,
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    **attention,
+) -> Iterator[Tensor]:
+    """Run every head over whole rows, as training does; yields h^1, h^2, … each (batch, time, d).
+
+    Rows keep their length: inputs that reach past the end of a document (t > n-k-2) are computed
+    from the wrong token, but they stand last in their document, so causality keeps them from every
+    valid position, and they have no label. All heads thus share the backbone's attention mask.
+
+    Args:
+        token_embeds: (batch, time, d), plain embeddings of the row's own tokens.
+        hidden: (batch, time, d), the backbone's normed output.
+        position_ids: (batch, time), restarting at 0 with each document.
+        rotary: the model's rotary embedding, (hidden, position_ids) -> (cos, sin).
+    """
+    for head in heads:
+        ahead = head.index + 1
+        hidden = head(
+            token_embeds.roll(-ahead, dims=1),
+            hidden,
+            position_embeddings=rotary(hidden, position_ids + ahead),
+            position_ids=position_ids,
+            **attention,
+        )
+        yield hidden

@@ -1,0 +1,295 @@
+"""Qwen2 with cross-modal token prediction heads, for transformers.
+
+In memory every module bears its released name, so checkpoints need no key mapping: the layers of
+the heads follow the backbone's in ``model.layers`` (head k at ``model.layers.{L+k}``), and
+``mtp_projs.k``, ``mtp_embed_norms.k`` and ``mtp_hidden_norms.k`` stand beside ``lm_head``.
+Everything is checked against tests/goldens/mctp (SPEC.md there).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2ForCausalLM
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2RMSNorm
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from vita_audio.constants import IGNORE_INDEX
+from vita_audio.models.attention import attention_masks, document_ids, is_packed
+from vita_audio.models.configuration import Qwen2MTPConfig
+from vita_audio.models.generation import MTPGenerationMixin
+from vita_audio.models.loss import LanguageModelHead, shifted_targets
+from vita_audio.models.mctp import MCTPHead, run_cascade
+
+
+@dataclass
+class MTPOutput(CausalLMOutputWithPast):
+    """Output of the causal LM.
+
+    ``loss`` is what training minimises. ``main_loss`` (scalar, None with a frozen LM) and
+    ``mtp_losses`` (K,) are its parts, without gradient, for logging.
+    """
+
+    main_loss: torch.Tensor | None = None
+    mtp_losses: torch.Tensor | None = None
+
+
+class Qwen2MTPModel(Qwen2Model):
+    """Token embedding, all decoder layers, final norm; its forward is the backbone's."""
+
+    config_class = Qwen2MTPConfig
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Backbone pass; ``last_hidden_state`` (batch, time, d) is h^0, after the final norm.
+
+        Args as for Qwen2Model; ``attention_mask`` may be the dict of ready masks.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = self.positions(inputs_embeds, past_key_values)
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+        hidden = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden, position_ids)
+        for index in range(self.config.num_backbone_layers):
+            hidden = self.layers[index](
+                hidden,
+                attention_mask=masks[self.config.layer_types[index]],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
+        )
+
+    def positions(self, inputs_embeds: Tensor, past_key_values: Cache | None = None) -> Tensor:
+        """Positions that continue the cache, (1, time)."""
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
+
+
+class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
+    """Qwen2ForCausalLM with K heads; see SPEC.md for what it computes.
+
+    Subclasses with further inputs (audio) override :meth:`embed_inputs` and name those inputs in
+    ``embedding_inputs``.
+    """
+
+    config_class = Qwen2MTPConfig
+    accepts_loss_kwargs = True
+    """The Trainer passes num_items_in_batch, and the loss is already divided by it."""
+
+    model_class = Qwen2MTPModel
+
+    def __init__(self, config: Qwen2MTPConfig):
+        super(Qwen2ForCausalLM, self).__init__(config)
+        num_heads, d = config.num_nextn_predict_layers, config.hidden_size
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = LanguageModelHead(d, config.vocab_size, bias=False)
+        self.mtp_projs = nn.ModuleList(nn.Linear(2 * d, d, bias=False) for _ in range(num_heads))
+        self.mtp_embed_norms = nn.ModuleList(Qwen2RMSNorm(d, config.rms_norm_eps) for _ in range(num_heads))
+        self.mtp_hidden_norms = nn.ModuleList(Qwen2RMSNorm(d, config.rms_norm_eps) for _ in range(num_heads))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> MTPOutput:
+        """Backbone logits, or with labels the training loss over the backbone and all heads.
+
+        Args:
+            input_ids: (batch, time).
+            attention_mask: (batch, past + time) of 0 and 1 for padded rows. Leave out for packed rows.
+            position_ids: (batch, time). Where they restart, a new document begins: attention and
+                predictions stay inside it.
+            inputs_embeds: (batch, time, d), the backbone's input. Heads always read the plain
+                embeddings of ``input_ids``, which labels and K > 0 therefore require.
+            labels: (batch, time), not shifted, -100 where there is no supervision.
+            logits_to_keep: last positions whose logits are wanted (0: all), or their indices.
+            num_items_in_batch: divide each loss by this instead of by its own supervised positions.
+
+        Returns:
+            MTPOutput. ``logits`` (batch, kept, vocabulary) is None in training with labels.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_inputs(
+                input_ids, **{name: kwargs.pop(name) for name in self.embedding_inputs if name in kwargs}
+            )
+        if labels is not None or (past_key_values is None and is_packed(position_ids, attention_mask)):
+            use_cache = False
+        if position_ids is None:
+            position_ids = self.model.positions(inputs_embeds, past_key_values)
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            # A cache that does not exist yet changes no mask, and packing is only seen without one.
+            masks = attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+        # A frozen LM (stages 2 and 3) has no loss of its own and receives none: no graph for it.
+        heads_only = labels is not None and self.has_frozen_backbone
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not heads_only):
+            outputs = self.model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=masks,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        hidden = outputs.last_hidden_state
+
+        result = MTPOutput(
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        if labels is not None:
+            result.loss, result.main_loss, result.mtp_losses = self.training_loss(
+                input_ids, hidden, labels, position_ids, masks, num_items_in_batch, **kwargs
+            )
+        if labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            result.logits = self.lm_head(hidden[:, kept])
+        return result
+
+    def training_loss(
+        self,
+        input_ids: Tensor,
+        hidden: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        masks: dict,
+        num_items_in_batch: Tensor | int | None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """loss = CE_main + (mtp_loss_weight / K) sum_k CE_k, without the main term when the LM is frozen.
+
+        Args:
+            hidden: (batch, time, d), h^0.
+            masks: ready attention masks of the row.
+
+        Returns:
+            The loss; the main loss or None; the head losses (K,), the last two detached.
+        """
+        num_heads = self.config.num_nextn_predict_layers
+        with_main = not self.has_frozen_backbone
+        states = [hidden] if with_main else []
+        if num_heads:
+            states.extend(self.head_states(input_ids, hidden, position_ids, masks, **kwargs))
+
+        documents = document_ids(position_ids).expand_as(labels)
+        first_shift = 1 if with_main else 2
+        targets = torch.stack(
+            [shifted_targets(labels, documents, first_shift + i).flatten() for i in range(len(states))]
+        )
+        supervised = targets != IGNORE_INDEX
+        counts = supervised.sum(dim=1)
+        # One transfer to the host for the whole step: all indices, then where each term's end.
+        term_of_row, position_of_row = supervised.nonzero(as_tuple=True)
+        positions = position_of_row.split(counts.tolist())
+        rows = torch.cat([state.flatten(0, 1)[index] for state, index in zip(states, positions, strict=True)])
+
+        items = counts.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        means = (1.0 / torch.as_tensor(items, device=rows.device)).expand(len(states))
+        weights = torch.full_like(means, self.config.mtp_loss_weight / max(num_heads, 1))
+        if with_main:
+            weights[0] = 1.0
+        loss, row_losses = self.lm_head(rows, targets[supervised], (weights * means)[term_of_row])
+        losses = torch.zeros_like(means).index_add_(0, term_of_row, row_losses) * means
+        return loss, losses[0] if with_main else None, losses[1:] if with_main else losses
+
+    def head_states(
+        self, input_ids: Tensor, hidden: Tensor, position_ids: Tensor, masks: dict, **kwargs
+    ) -> list[Tensor]:
+        """Hidden states h^1 … h^K over whole rows, each (batch, time, d)."""
+        if input_ids is None:
+            raise ValueError(
+                "labels with inputs_embeds: pass input_ids too, the heads read plain token embeddings"
+            )
+        token_embeds = self.get_input_embeddings()(input_ids)
+        if self.config.mtp_detach_backbone or self.has_frozen_backbone:
+            token_embeds, hidden = token_embeds.detach(), hidden.detach()
+        checkpoint = None
+        if self.training and self.model.gradient_checkpointing:
+            checkpoint = self.model._gradient_checkpointing_func
+        layer_types = self.config.layer_types[self.config.num_backbone_layers :]
+        if len(set(layer_types)) > 1:
+            raise ValueError(f"config: all head layers must share one layer type, got {layer_types}")
+        return list(
+            run_cascade(
+                self.heads,
+                token_embeds,
+                hidden,
+                position_ids,
+                self.model.rotary_emb,
+                attention_mask=masks[layer_types[0]],
+                checkpoint=checkpoint,
+                **kwargs,
+            )
+        )
+
+    @property
+    def heads(self) -> list[MCTPHead]:
+        """The K heads, as views on this model's modules."""
+        first = self.config.num_backbone_layers
+        return [
+            MCTPHead(
+                index=k,
+                embed_norm=self.mtp_embed_norms[k],
+                hidden_norm=self.mtp_hidden_norms[k],
+                proj=self.mtp_projs[k],
+                layer=self.model.layers[first + k],
+                final_norm=self.model.norm,
+            )
+            for k in range(self.config.num_nextn_predict_layers)
+        ]
+
+    @property
+    def has_frozen_backbone(self) -> bool:
+        """Whether only heads train: the LM head takes no gradient, and there are heads."""
+        return self.config.num_nextn_predict_layers > 0 and not self.lm_head.weight.requires_grad
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Install an LM head (resizing the vocabulary makes a plain Linear) as one that computes losses."""
+        head = LanguageModelHead(
+            new_embeddings.in_features, new_embeddings.out_features, bias=False, device="meta"
+        )
+        head.weight = new_embeddings.weight
+        self.lm_head = head
