@@ -1,0 +1,443 @@
+"""The training loader: from a data mix to full rows, the same for a seed, resumable to the row.
+
+    mix → (shard of this rank and worker) → sample → document → packer → row → batch
+
+Workers do all of it, and ``torchdata``'s StatefulDataLoader runs them: with each batch it brings the
+worker's state to the main process, so :meth:`TrainLoader.state_dict` speaks of the last batch that
+the trainer received, however far the workers are ahead. docs/data.md says why torchdata and not grain.
+
+Workers start from a fork server: the trainer's process holds threads (OpenMP, CUDA, gloo), which a
+plain fork would copy in the middle of what they hold, and spawning would import everything anew in each.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import PreTrainedTokenizerBase
+
+from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
+from vita_audio.data.chat import ChatTokens, Example, build_example
+from vita_audio.data.collator import collate_rows
+from vita_audio.data.interleave import check_ratio
+from vita_audio.data.mixing import Mix, Place, read_mix
+from vita_audio.data.packing import OPEN_ROWS, PATIENCE, OpenRow, RowPacker
+from vita_audio.data.report import ErrorFile, Report
+from vita_audio.data.schema import Reason, Sample, SampleError, parse_sample
+from vita_audio.data.sharding import ShardState, reshard
+from vita_audio.data.speech import CodecSpec, SpeechReader, check_codec_matches
+from vita_audio.data.token_cache import TokenCache
+
+logger = logging.getLogger(__name__)
+
+_STATE_VERSION = 1
+_LOWEST_FRAME_RATE = 12.5
+"""Speech codes per second of all codecs here; sets the longest clip that a row could hold."""
+_ERRORS_BEFORE_NOTICE = 64
+"""A worker that finds this many bad samples reports them even without a full batch."""
+
+
+@dataclass
+class DataConfig:
+    """What to train on, and how it becomes rows.
+
+    Attributes:
+        dataset_path: YAML of the mix.
+        seq_length: tokens in a row.
+        text_audio_interval_ratio: text and speech run lengths of interleaved replies.
+        num_workers: worker processes of this rank; 0 works in the trainer's own.
+        micro_batch_size: rows in a batch.
+        max_error_share: the run stops when more samples than this are unusable.
+        strict: refuse to start when a file of the mix cannot be opened.
+        token_cache: folder that tools/tokenize_audio.py wrote.
+        data_root: where relative paths start; the YAML's folder when absent.
+        default_system_message: for samples without a system message.
+        max_audio_seconds: longer clips are refused unread; by default what a row could hold.
+        open_rows: the packer's look-ahead.
+        patience: rows after which a waiting row is finished, see :mod:`vita_audio.data.packing`.
+        arrow_cache: where ``datasets`` keeps its memory-mapped copies; its own default when absent.
+    """
+
+    dataset_path: str | Path
+    seq_length: int = 8192
+    text_audio_interval_ratio: Sequence[int] = DEFAULT_TEXT_AUDIO_RATIO
+    num_workers: int = 8
+    micro_batch_size: int = 1
+    max_error_share: float = 0.05
+    strict: bool = False
+    token_cache: str | Path | None = None
+    data_root: str | Path | None = None
+    default_system_message: str | None = None
+    max_audio_seconds: float | None = None
+    open_rows: int = OPEN_ROWS
+    patience: int = PATIENCE
+    arrow_cache: str | None = None
+
+    def __post_init__(self) -> None:
+        check_ratio(self.text_audio_interval_ratio)
+        if self.seq_length < 1 or self.micro_batch_size < 1 or self.num_workers < 0:
+            raise ValueError("seq_length and micro_batch_size must be positive, num_workers not negative")
+        if not 0 <= self.max_error_share <= 1:
+            raise ValueError(f"max_error_share must lie between 0 and 1, it is {self.max_error_share}")
+        if self.data_root is None:
+            self.data_root = Path(self.dataset_path).parent
+        if self.max_audio_seconds is None:
+            self.max_audio_seconds = self.seq_length / _LOWEST_FRAME_RATE
+
+
+def build_train_loader(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    codec: CodecSpec | Any | None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 42,
+    output_dir: str | Path | None = None,
+) -> TrainLoader:
+    """Open a mix for training.
+
+    Args:
+        config: what to read.
+        tokenizer: extended by :func:`vita_audio.data.chat.extend_tokenizer`.
+        codec: a spec, opened by each worker on first need; or an open, picklable codec; None for text.
+        rank: of this process.
+        world_size: number of processes that share the mix.
+        seed: of all shuffling; the same on every rank.
+        output_dir: where ``data_errors.jsonl`` goes.
+
+    Raises:
+        MixError: the mix cannot be used.
+        TokenCacheError: the token cache cannot.
+        ValueError: tokenizer and codec do not match.
+    """
+    if codec is not None:
+        check_codec_matches(codec, ChatTokens.of(tokenizer).context is not None)
+    specs = read_mix(config.dataset_path, config.data_root)
+    mix = Mix(specs, seed, strict=config.strict, cache_dir=config.arrow_cache)
+    reader = None
+    if codec is not None:
+        cache = None
+        if config.token_cache is not None:
+            fingerprint = None if isinstance(codec, CodecSpec) else getattr(codec, "fingerprint", None)
+            cache = TokenCache.find(config.token_cache, codec.kind, fingerprint, config.arrow_cache)
+        reader = SpeechReader(codec, cache, config.data_root, config.max_audio_seconds)
+    rows = PackedRows(config, mix, tokenizer, reader, rank, world_size)
+    return TrainLoader(config, rows, ErrorFile(output_dir))
+
+
+class TrainLoader:
+    """Endless batches with a memory of where it is. Made by :func:`build_train_loader`.
+
+    Iterating yields the dicts of :func:`vita_audio.data.collator.collate_rows`, epoch after epoch, each
+    in a new order. It raises :class:`vita_audio.data.report.TooManyBadSamples` where the mix is too bad.
+    """
+
+    def __init__(self, config: DataConfig, rows: PackedRows, errors: ErrorFile) -> None:
+        self._config = config
+        self._rows = rows
+        self._errors = errors
+        self._report = Report()
+        self._loader = self._start_workers(rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch, report in self._loader:
+            self._report.add(report)
+            self._errors.write(report.errors)
+            self._report.check(self._config.max_error_share, len(self._rows.mix))
+            if batch is not None:
+                yield batch
+
+    @property
+    def report(self) -> Report:
+        """Counts of this rank over the whole run, by source and reason."""
+        return self._report
+
+    def counts(self) -> dict[str, float]:
+        """Counts of this rank for a log: ``used``, ``skipped``, ``skipped/REASON``, ``epoch``, ``speech/FROM``."""
+        report = self._report
+        reasons: dict[str, float] = {}
+        for (_, reason), count in report.skipped.items():
+            reasons[f"skipped/{reason}"] = reasons.get(f"skipped/{reason}", 0) + count
+        return {
+            "epoch": report.position / len(self._rows.mix),
+            "used": report.used.total(),
+            "skipped": report.skipped.total(),
+            **reasons,
+            **{f"speech/{origin}": count for origin, count in report.speech.items()},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place after the last batch that was yielded; small, and plain enough for JSON."""
+        return {
+            "version": _STATE_VERSION,
+            **self._identity(),
+            "counts": self._report.to_dict(),
+            "loader": self._loader.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+        """Continue from a state, before the first batch is asked for.
+
+        Args:
+            state: this rank's, from a run of the same world size, or those of all ranks, from a run of
+                any. With the same numbers of ranks and workers the very rows follow that would have
+                followed; otherwise the samples do, none repeated and none lost.
+
+        Raises:
+            ValueError: the state belongs to another mix, seed or row length, or states are missing.
+        """
+        states = [state] if isinstance(state, dict) else list(state)
+        for one in states:
+            self._check_state(one)
+        rank, world_size = self._rows.rank, self._rows.world_size
+        if len(states) == world_size:
+            states = [one for one in states if one["rank"] == rank]
+        same_ranks = len(states) == 1 and states[0]["world_size"] == world_size and states[0]["rank"] == rank
+        if not same_ranks and {one["rank"] for one in states} != set(range(states[0]["world_size"])):
+            raise ValueError(
+                f"this is rank {rank} of {world_size} and the state is of rank {states[0]['rank']} of "
+                f"{states[0]['world_size']}; give the states of all ranks to continue on another number"
+            )
+        if same_ranks and states[0]["num_workers"] == self._config.num_workers:
+            self._loader.load_state_dict(states[0]["loader"])
+        else:
+            self._loader = self._start_workers(self._rows.continuing(_shards_of(states), one_rank=same_ranks))
+        # Totals live on: with each rank where it can, else on the first.
+        self._report = Report()
+        if same_ranks or rank == 0:
+            for one in states:
+                self._report.add(Report.from_dict(one["counts"]))
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(f"loader state of version {state.get('version')}, expected {_STATE_VERSION}")
+        mine = self._identity()
+        for field, meaning in (("mix", "data mix or seed"), ("seq_length", "row length")):
+            if state[field] != mine[field]:
+                raise ValueError(
+                    f"the checkpoint was made with another {meaning} ({state[field]}, now {mine[field]}); "
+                    "restore it, or start the stage in an empty folder"
+                )
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "rank": self._rows.rank,
+            "world_size": self._rows.world_size,
+            "num_workers": self._config.num_workers,
+            "seq_length": self._config.seq_length,
+            "mix": self._rows.mix.fingerprint,
+        }
+
+    def _start_workers(self, rows: PackedRows) -> StatefulDataLoader:
+        workers = self._config.num_workers
+        if workers:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+        return StatefulDataLoader(
+            rows,
+            batch_size=None,  # rows come batched: a report may come without one
+            num_workers=workers,
+            worker_init_fn=_set_up_worker if workers else None,
+            multiprocessing_context=context if workers else None,
+        )
+
+
+class PackedRows(IterableDataset):
+    """The work of one shard: reads its samples and yields ``(batch or None, report)``."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        mix: Mix,
+        tokenizer: PreTrainedTokenizerBase,
+        reader: SpeechReader | None,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.config = config
+        self.mix = mix
+        self.tokenizer = tokenizer
+        self.reader = reader
+        self.rank = rank
+        self.world_size = world_size
+        self._starts: dict[int, ShardState] = {}
+        self._state: dict[str, Any] | None = None
+
+    def continuing(self, old: list[ShardState], *, one_rank: bool) -> PackedRows:
+        """These rows, with the work of other shards continued.
+
+        Args:
+            old: shards of a whole earlier run, or with ``one_rank`` of this rank.
+            one_rank: whether the other ranks keep their own.
+        """
+        workers = max(1, self.config.num_workers)
+        ranks = [self.rank] if one_rank else range(self.world_size)
+        owners = [(rank, worker) for worker in range(workers) for rank in ranks]
+        new = [ShardState.start(rank, self.world_size, worker, workers) for rank, worker in owners]
+        rows = PackedRows(self.config, self.mix, self.tokenizer, self.reader, self.rank, self.world_size)
+        rows._starts = {
+            worker: shard
+            for (rank, worker), shard in zip(owners, reshard(old, new), strict=True)
+            if rank == self.rank
+        }
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shard": self._state or self._start().to_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state = state["shard"]
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any] | None, Report]]:
+        shard = ShardState.from_dict(self._state) if self._state else replace(self._start())
+        packer: RowPacker[_Document] = RowPacker(
+            self.config.seq_length, self.config.open_rows, self.config.patience
+        )
+        ready = self._restore(shard, packer)
+        report = Report()
+        while True:
+            while len(ready) < self.config.micro_batch_size:
+                document = self._read(self.mix.place(shard.take()), report)
+                if document is not None:
+                    row = packer.add(document, len(document.example))
+                    if row is not None:
+                        ready.append(row)
+                elif len(report.errors) >= _ERRORS_BEFORE_NOTICE:
+                    self._remember(shard, packer, ready)
+                    yield None, report
+                    report = Report()
+            rows, ready = ready[: self.config.micro_batch_size], ready[self.config.micro_batch_size :]
+            self._remember(shard, packer, ready)
+            yield self._collate(rows), report
+            report = Report()
+
+    def _start(self) -> ShardState:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if worker in self._starts:
+            return ShardState.from_dict(self._starts[worker].to_dict())
+        return ShardState.start(self.rank, self.world_size, worker, workers)
+
+    def _remember(
+        self, shard: ShardState, packer: RowPacker[_Document], ready: list[list[_Document]]
+    ) -> None:
+        shard.open = [(row.age, _positions(row.documents)) for row in packer.rows]
+        shard.ready = [_positions(row) for row in ready]
+        self._state = shard.to_dict()
+
+    def _restore(self, shard: ShardState, packer: RowPacker[_Document]) -> list[list[_Document]]:
+        """Read the samples of unfinished rows again; they were counted when they were first read."""
+        uncounted = Report()
+
+        def read(positions: list[int]) -> list[_Document]:
+            documents = (self._read(self.mix.place(position), uncounted) for position in positions)
+            return [document for document in documents if document is not None]
+
+        for age, positions in shard.open:
+            documents = read(positions)
+            packer.rows.append(OpenRow(documents, sum(len(one.example) for one in documents), age))
+        return [read(positions) for positions in shard.ready]
+
+    def _read(self, place: Place, report: Report) -> _Document | None:
+        """One document, or None and a reason in the report. Nothing that a sample holds may end the run."""
+        spec = self.mix.specs[place.source]
+        report.position = max(report.position, place.position)
+        try:
+            sample = self._locate(parse_sample(self.mix.raw(place)), spec.path.parent)
+            example = build_example(
+                sample,
+                self.tokenizer,
+                self.reader,
+                self.config.text_audio_interval_ratio,
+                default_system_message=self.config.default_system_message,
+            )
+            if len(example) > self.config.seq_length:
+                raise SampleError(
+                    Reason.TOO_LONG, f"{len(example)} tokens, a row holds {self.config.seq_length}"
+                )
+        except SampleError as error:
+            self._skip(report, place, error.reason, str(error))
+            return None
+        except Exception as error:  # an unforeseen fault of one sample: counted and reported like the others
+            logger.debug("sample %s of %s", place.row, spec.path, exc_info=True)
+            self._skip(report, place, Reason.INTERNAL.value, f"{type(error).__name__}: {error}"[:500])
+            return None
+        finally:
+            if self.reader is not None:
+                report.speech.update(self.reader.sources)
+                self.reader.sources.clear()
+        report.used[spec.name] += 1
+        return _Document(place.position, example)
+
+    def _skip(self, report: Report, place: Place, reason: str, message: str) -> None:
+        spec = self.mix.specs[place.source]
+        report.skipped[spec.name, reason] += 1
+        report.errors.append(
+            {
+                "source": spec.name,
+                "file": str(spec.path),
+                "row": place.row,
+                "epoch": place.epoch,
+                "reason": reason,
+                "message": message,
+            }
+        )
+
+    def _locate(self, sample: Sample, beside: Path) -> Sample:
+        """Find the audio files: below the data root, or else beside the data file."""
+        if not sample.audios:
+            return sample
+        return replace(
+            sample, audios=tuple(locate_audio(path, self.config.data_root, beside) for path in sample.audios)
+        )
+
+    def _collate(self, rows: list[list[_Document]]) -> dict[str, Any]:
+        examples = [[document.example for document in row] for row in rows]
+        return collate_rows(examples, self.config.seq_length, self.tokenizer.pad_token_id)
+
+
+def locate_audio(path: str, data_root: str | Path, beside: str | Path) -> str:
+    """Where a sample's audio lies: as it is if absolute, else below the data root or beside the data file."""
+    if os.path.isabs(path):
+        return path
+    below_root, beside_file = os.path.join(data_root, path), os.path.join(beside, path)
+    return beside_file if not os.path.exists(below_root) and os.path.exists(beside_file) else below_root
+
+
+@dataclass
+class _Document:
+    position: int
+    example: Example
+
+
+def _positions(documents: list[_Document]) -> list[int]:
+    return [document.position for document in documents]
+
+
+def _shards_of(states: Sequence[dict[str, Any]]) -> list[ShardState]:
+    """All shard states inside loader states, wherever torchdata keeps them."""
+
+    def search(tree: Any) -> Iterator[ShardState]:
+        if isinstance(tree, dict):
+            if "shard" in tree:
+                yield ShardState.from_dict(tree["shard"])
+            else:
+                for branch in tree.values():
+                    yield from search(branch)
+
+    return [shard for state in states for shard in search(state["loader"])]
+
+
+def _set_up_worker(_worker: int) -> None:
+    torch.set_num_threads(1)  # the cores belong to the workers one by one, and to the trainer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

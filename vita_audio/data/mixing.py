@@ -1,0 +1,259 @@
+"""The data mix: which samples, how often, in which order.
+
+A YAML file names data sets, each with its files, a ``ratio`` (above 1 repeats, below 1 takes a part) and a
+cap ``num`` per file (section 7 of the data specification). From it follows one endless stream of
+samples that depends on the seed alone: position ``p`` of the stream belongs to epoch ``p // len(mix)``,
+and within an epoch the order is a pseudo-random permutation. Permutations are computed, not stored, so
+a mix of a hundred million samples needs no memory, and any position can be asked for at once: that
+makes sharding and resuming arithmetic.
+
+A file with ratio below 1 gives other rows in each epoch until all were seen; with ratio above 1 every row
+comes up equally often, give or take one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vita_audio.data.sources import Rows, SourceError
+
+logger = logging.getLogger(__name__)
+
+
+class MixError(ValueError):
+    """A mix that cannot be used. The message names file, data set and what to do."""
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """One file of the mix, as configured.
+
+    Attributes:
+        dataset: name of its data set.
+        path: of the file.
+        ratio: share of its rows used in an epoch; may exceed 1.
+        num: at most this many samples in an epoch.
+    """
+
+    dataset: str
+    path: Path
+    ratio: float
+    num: float = math.inf
+
+    def samples_per_epoch(self, rows: int) -> int:
+        return int(min(int(rows * self.ratio), self.num))
+
+    @property
+    def name(self) -> str:
+        """How counters and reports call it."""
+        return f"{self.dataset}/{self.path.stem}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stream position leads."""
+
+    position: int
+    epoch: int
+    source: int
+    row: int
+
+
+def read_mix(path: str | Path, data_root: str | Path | None = None) -> list[SourceSpec]:
+    """Read a mix's YAML.
+
+    ``${NAME}`` in paths comes from the environment; relative paths start at ``data_root``.
+
+    Args:
+        path: the YAML file.
+        data_root: the YAML's own folder when absent.
+
+    Raises:
+        MixError: anything in the file that cannot be right.
+    """
+    path = Path(path)
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MixError(f"{path}: cannot be read: {error}") from error
+    named = config.get("dataset") if isinstance(config, Mapping) else None
+    if not isinstance(named, Mapping) or not named:
+        raise MixError(f"{path}: needs a section 'dataset' with at least one data set")
+    root = Path(data_root) if data_root else path.parent
+    return [spec for name, entry in named.items() for spec in _read_entry(path, str(name), entry, root)]
+
+
+_KNOWN_FIELDS = {"ratio", "num", "data_paths"}
+
+
+def _read_entry(file: Path, name: str, entry: Any, root: Path) -> list[SourceSpec]:
+    where = f"{file}: data set {name!r}"
+    if not isinstance(entry, Mapping):
+        raise MixError(f"{where} must hold 'data_paths' and may hold 'ratio' and 'num'")
+    unknown = set(map(str, entry)) - _KNOWN_FIELDS
+    if unknown:
+        raise MixError(
+            f"{where}: unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(_KNOWN_FIELDS))}"
+        )
+    paths = entry.get("data_paths")
+    if isinstance(paths, str):
+        paths = [paths]
+    if not isinstance(paths, list) or not paths or not all(isinstance(item, str) for item in paths):
+        raise MixError(f"{where}: 'data_paths' must list one or more files")
+    ratio = _number(where, "ratio", entry.get("ratio", 1.0))
+    num = _number(where, "num", entry.get("num", math.inf))
+    if num != math.inf and num and len(paths) > 1:
+        logger.info("%s: 'num' caps each of its %d files, not their sum", where, len(paths))
+    return [SourceSpec(name, _expand(where, item, root), ratio, num) for item in paths]
+
+
+def _number(where: str, field: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise MixError(f"{where}: {field!r} must be a number of 0 or more, it is {value!r}")
+    return float(value)
+
+
+def _expand(where: str, path: str, root: Path) -> Path:
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise MixError(f"{where}: {path} needs the environment variable {name}; export it")
+        return os.environ[name]
+
+    return root / Path(re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, path)).expanduser()
+
+
+class Mix:
+    """The endless stream of samples.
+
+    Args:
+        specs: the files, from :func:`read_mix`.
+        seed: of all shuffling.
+        strict: refuse a mix of which a file cannot be opened, instead of going on without it.
+        cache_dir: passed to :class:`Rows`.
+
+    Attributes:
+        specs: the files in use.
+        used: samples of each file in one epoch.
+        missing: one line for each file that could not be opened.
+
+    Raises:
+        MixError: nothing can be used, or, with ``strict``, any file cannot.
+    """
+
+    def __init__(
+        self, specs: list[SourceSpec], seed: int, *, strict: bool = False, cache_dir: str | None = None
+    ) -> None:
+        self.seed = seed
+        self.specs: list[SourceSpec] = []
+        self.rows: list[Rows] = []
+        self.missing: list[str] = []
+        opened: dict[Path, Rows] = {}
+        for spec in specs:
+            if spec.ratio == 0 or spec.num == 0:
+                continue
+            try:
+                if spec.path not in opened:
+                    opened[spec.path] = Rows(spec.path, cache_dir)
+            except SourceError as error:
+                self.missing.append(f"{spec.dataset}: {error}")
+                continue
+            if spec.samples_per_epoch(len(opened[spec.path])) == 0:
+                logger.warning("%s: %s gives no samples", spec.dataset, spec.path)
+                continue
+            self.specs.append(spec)
+            self.rows.append(opened[spec.path])
+        self.used = [
+            spec.samples_per_epoch(len(rows)) for spec, rows in zip(self.specs, self.rows, strict=True)
+        ]
+        self._ends = list(accumulate(self.used))
+        self._report_missing(strict)
+
+    def _report_missing(self, strict: bool) -> None:
+        report = "".join(f"\n  {line}" for line in self.missing)
+        if self.missing and strict:
+            raise MixError(f"{len(self.missing)} files of the mix cannot be used:{report}")
+        if not self.specs:
+            raise MixError(f"the mix has no samples; check its paths, ratios and nums{report}")
+        if self.missing:
+            logger.warning(
+                "%d files of the mix cannot be used and are left out:%s", len(self.missing), report
+            )
+
+    def __len__(self) -> int:
+        """Samples in one epoch."""
+        return self._ends[-1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the stream changes: other files, sizes, ratios or seed."""
+        parts = [
+            f"{spec.name}:{len(rows)}:{used}"
+            for spec, rows, used in zip(self.specs, self.rows, self.used, strict=True)
+        ]
+        return hashlib.sha256("\n".join([str(self.seed), *parts]).encode()).hexdigest()[:16]
+
+    def place(self, position: int) -> Place:
+        """Which row of which file stands at a position of the stream."""
+        epoch, index = divmod(position, len(self))
+        entry = permuted(index, len(self), _key(self.seed, "epoch", epoch))
+        source = bisect.bisect_right(self._ends, entry)
+        within = entry - (self._ends[source - 1] if source else 0)
+        rows = len(self.rows[source])
+        # Epochs take up the file's own permutation where the last one left off.
+        draw = (epoch * self.used[source] + within) % rows
+        return Place(position, epoch, source, permuted(draw, rows, _key(self.seed, "file", source)))
+
+    def raw(self, place: Place) -> str | Mapping[str, Any]:
+        """The raw sample at a place.
+
+        Raises:
+            SampleError: the row cannot be read.
+        """
+        return self.rows[place.source][place.row]
+
+
+def permuted(index: int, size: int, key: int) -> int:
+    """Image of ``index`` under a pseudo-random permutation of ``range(size)`` chosen by ``key``.
+
+    A Feistel network over the smallest even number of bits that holds ``size``, walked along its
+    cycle until it lands inside; at most four steps on average.
+    """
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half_bits) - 1
+    while True:
+        left, right = index >> half_bits, index & mask
+        for round_number in range(_FEISTEL_ROUNDS):
+            left, right = right, left ^ (_scramble(right + (round_number << 48) + key) & mask)
+        index = (left << half_bits) | right
+        if index < size:
+            return index
+
+
+_FEISTEL_ROUNDS = 6
+_MASK_64 = (1 << 64) - 1
+
+
+def _scramble(value: int) -> int:
+    """The finaliser of splitmix64: every input bit moves every output bit."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK_64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return value ^ (value >> 31)
+
+
+def _key(*parts: object) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

@@ -1,0 +1,186 @@
+"""Codes and features for the loader: from the cache where possible, from the codec where not.
+
+For the codes of ``DIR/NAME.EXT`` it asks, in this order, the token cache, the file
+``DIR/NAME_CODEC.json`` that the public tools write, and the codec, which is opened on first need, in
+the worker that needs it. What is found is checked before it is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vita_audio.audio import get_audio_tokenizer, is_continuous_kind
+from vita_audio.audio.io import audio_duration
+from vita_audio.constants import AUDIO_CODEBOOK_SIZE
+from vita_audio.data.schema import Reason, SampleError
+from vita_audio.data.token_cache import TokenCache, audio_key, discrete_kind, identities
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """A codec by name and folders: light to send to workers, opened where it is used.
+
+    Attributes:
+        kind: a registered kind, such as ``"glm4voice"`` or ``"sensevoice_glm4voice"``.
+        path: folder of the discrete codec's weights; may be None where all codes are cached.
+        frontend_path: folder of SenseVoice's ``am.mvn``, for continuous kinds.
+        token_cache: folder of cached codes.
+        device: where the codec computes.
+    """
+
+    kind: str
+    path: str | None = None
+    frontend_path: str | None = None
+    token_cache: str | None = None
+    device: str = "cpu"
+
+    def codebook_size(self) -> int:
+        """Number of speech codes; opens the codec only where nothing else knows."""
+        if discrete_kind(self.kind) == "glm4voice":
+            return AUDIO_CODEBOOK_SIZE
+        for _, identity in identities(self.token_cache) if self.token_cache else ():
+            if identity.kind == discrete_kind(self.kind):
+                return identity.codebook_size
+        return self.open_discrete().codebook_size
+
+    def open_discrete(self) -> Any:
+        """The codec that makes codes."""
+        return get_audio_tokenizer(discrete_kind(self.kind), self.path, device=self.device)
+
+    def open_frontend(self) -> Any:
+        """What makes features: a callable from audio to (frames, feature_dim)."""
+        from vita_audio.audio.sensevoice import Frontend
+
+        if self.frontend_path is None:
+            raise ValueError(f"the {self.kind} codec needs frontend_path, the folder of SenseVoice's am.mvn")
+        return Frontend(self.frontend_path)
+
+
+class SpeechReader:
+    """The codec that the loader renders with (:class:`vita_audio.data.chat.Codec`).
+
+    Args:
+        codec: a spec, or an open codec.
+        cache: codes made ahead, if any.
+        data_root: where the cache's relative paths start.
+        max_seconds: longer clips are refused before they are read.
+
+    Attributes:
+        sources: how many clips came from ``cache``, ``file``, ``codec``; and how many cached
+            entries were ``stale`` or ``invalid``.
+    """
+
+    def __init__(
+        self,
+        codec: CodecSpec | Any,
+        cache: TokenCache | None = None,
+        data_root: str | Path = ".",
+        max_seconds: float = float("inf"),
+    ) -> None:
+        self.kind: str = codec.kind
+        self._codec = codec
+        self._cache = cache
+        self._data_root = data_root
+        self._max_seconds = max_seconds
+        self._discrete: Any = None
+        self._frontend: Any = None
+        self.sources: Counter[str] = Counter()
+
+    def encode(self, audio: str) -> list[int]:
+        """Codes of a file.
+
+        Raises:
+            SampleError: it is too long.
+            AudioError: it cannot be read.
+        """
+        for name, find in (("cache", self._from_cache), ("file", self._from_file)):
+            codes = find(audio)
+            if codes is not None:
+                self.sources[name] += 1
+                return codes
+        self._check_length(audio)
+        if self._discrete is None:
+            self._discrete = (
+                self._codec.open_discrete() if isinstance(self._codec, CodecSpec) else self._codec
+            )
+        self.sources["codec"] += 1
+        return self._discrete.encode(audio)
+
+    def features(self, audio: str) -> Tensor:
+        """Continuous features of a file, shape (frames, feature_dim).
+
+        Raises:
+            SampleError: it is too long.
+            AudioError: it cannot be read.
+        """
+        self._check_length(audio)
+        if self._frontend is None:
+            is_spec = isinstance(self._codec, CodecSpec)
+            self._frontend = self._codec.open_frontend() if is_spec else self._codec.features
+        self.sources["features"] += 1
+        return self._frontend(audio)
+
+    def _from_cache(self, audio: str) -> list[int] | None:
+        clip = self._cache.find_clip(audio_key(audio, self._data_root)) if self._cache is not None else None
+        if clip is None:
+            return None
+        try:
+            stale = os.path.getsize(audio) != clip.size
+        except OSError:
+            stale = False  # the codes suffice, the audio need not be here
+        if stale:
+            self.sources["stale"] += 1
+            return None
+        return clip.codes
+
+    def _from_file(self, audio: str) -> list[int] | None:
+        path = Path(audio)
+        try:
+            text = path.with_name(f"{path.stem}_{discrete_kind(self.kind)}.json").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            self.sources["invalid"] += 1
+            return None
+        try:
+            codes = json.loads(text)
+        except (ValueError, RecursionError):
+            codes = None
+        if (
+            not isinstance(codes, list)
+            or not codes
+            or not all(type(code) is int and code >= 0 for code in codes)
+        ):
+            self.sources["invalid"] += 1
+            return None
+        return codes
+
+    def _check_length(self, audio: str) -> None:
+        if self._max_seconds == float("inf"):
+            return
+        seconds = audio_duration(audio)
+        if seconds > self._max_seconds:
+            raise SampleError(
+                Reason.AUDIO_TOO_LONG, f"{audio}: {seconds:.0f} s, the limit is {self._max_seconds:.0f} s"
+            )
+
+
+def check_codec_matches(codec: CodecSpec | Any, continuous_tokenizer: bool) -> None:
+    """Refuse a text tokenizer that was extended for the other family of codecs.
+
+    Raises:
+        ValueError: they do not match.
+    """
+    if is_continuous_kind(codec.kind) != continuous_tokenizer:
+        family = "continuous" if is_continuous_kind(codec.kind) else "discrete"
+        raise ValueError(
+            f"codec {codec.kind} needs a text tokenizer extended for {family} input; "
+            f"call extend_tokenizer(tokenizer, {family == 'continuous'}, codebook_size)"
+        )

@@ -1,0 +1,240 @@
+"""Speech codes made ahead of training: Parquet shards, looked up by path, keyed by codec and content.
+
+A cache folder holds one folder per codec, ``KIND-FINGERPRINT``, with ``codec.json`` and shards
+``tokens-*.parquet`` of
+
+====== ===============================================================
+path   relative to the data root where it lies below it, else absolute
+content BLAKE2b-128 of the file's bytes
+size   of the file in bytes
+seconds of speech
+codes  list of int32
+====== ===============================================================
+
+A shard is written under a temporary name and renamed, so it is whole or absent. Readers map the shards
+through ``datasets``, and find a path by binary search in a sorted, memory-mapped array of path
+hashes: 16 bytes a clip, shared by all workers of a machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+from filelock import FileLock
+
+logger = logging.getLogger(__name__)
+
+CODEC_FILE = "codec.json"
+_SHARD_PATTERN = "tokens-*.parquet"
+_FEATURES = datasets.Features(
+    {
+        "path": datasets.Value("string"),
+        "content": datasets.Value("string"),
+        "size": datasets.Value("int64"),
+        "seconds": datasets.Value("float32"),
+        "codes": datasets.List(datasets.Value("int32")),
+    }
+)
+
+
+class TokenCacheError(ValueError):
+    """A cache that cannot be used. The message says which folder and what to do."""
+
+
+@dataclass(frozen=True)
+class CodecIdentity:
+    """The codec that made a cache's codes."""
+
+    kind: str
+    fingerprint: str
+    codebook_size: int
+
+    @property
+    def folder_name(self) -> str:
+        return f"{self.kind}-{self.fingerprint}"
+
+
+@dataclass(frozen=True)
+class CachedClip:
+    """The codes of one file, and what identifies the file."""
+
+    path: str
+    content: str
+    size: int
+    seconds: float
+    codes: list[int]
+
+
+def audio_key(path: str | Path, data_root: str | Path) -> str:
+    """How a cache names a file: relative to the data root where possible, so that the data can move."""
+    absolute, root = os.path.abspath(path), os.path.abspath(data_root)
+    return os.path.relpath(absolute, root) if absolute.startswith(root + os.sep) else absolute
+
+
+def content_hash(path: str | Path) -> str:
+    """Name of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def discrete_kind(kind: str) -> str:
+    """The codec that makes the codes of a kind: itself, or what follows ``sensevoice_``."""
+    return kind.removeprefix("sensevoice_")
+
+
+def write_shard(folder: Path, name: str, clips: Sequence[CachedClip]) -> Path:
+    """Write ``tokens-NAME.parquet``, whole or not at all."""
+    columns = {field: [getattr(clip, field) for clip in clips] for field in _FEATURES}
+    path = folder / f"tokens-{name}.parquet"
+    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
+    datasets.Dataset.from_dict(columns, features=_FEATURES).to_parquet(temporary)
+    os.replace(temporary, path)
+    return path
+
+
+def write_identity(folder: Path, identity: CodecIdentity) -> None:
+    """Say whose codes a folder holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{CODEC_FILE}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(asdict(identity), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / CODEC_FILE)
+
+
+def identities(folder: str | Path) -> Iterator[tuple[Path, CodecIdentity]]:
+    """The codecs with codes in a cache folder, or in the folder of one codec itself."""
+    folder = Path(folder)
+    for file in sorted([folder / CODEC_FILE, *folder.glob(f"*/{CODEC_FILE}")]):
+        if file.is_file():
+            yield file.parent, CodecIdentity(**json.loads(file.read_text(encoding="utf-8")))
+
+
+class TokenCache:
+    """Codes of one codec, by path. Picklable; workers share its memory maps.
+
+    Args:
+        folder: a ``KIND-FINGERPRINT`` folder.
+        arrow_cache: where ``datasets`` keeps its Arrow copy of the shards; its default when absent.
+
+    Attributes:
+        identity: the codec.
+    """
+
+    def __init__(self, folder: Path, arrow_cache: str | None = None) -> None:
+        self.folder = folder
+        self.identity = dict(identities(folder))[folder]
+        shards = [str(shard) for shard in _readable_shards(folder)]
+        self._clips = (
+            datasets.load_dataset("parquet", data_files=shards, split="train", cache_dir=arrow_cache)
+            if shards
+            else datasets.Dataset.from_dict({name: [] for name in _FEATURES}, features=_FEATURES)
+        )
+        self._index_file = _build_index(folder, shards, self._clips)
+        self._index: np.ndarray | None = None
+
+    @classmethod
+    def find(
+        cls, cache: str | Path, kind: str, fingerprint: str | None = None, arrow_cache: str | None = None
+    ) -> TokenCache:
+        """Open a codec's part of a cache.
+
+        Args:
+            cache: the cache folder, or a ``KIND-FINGERPRINT`` folder.
+            kind: of the codec; ``sensevoice_X`` uses the codes of ``X``.
+            fingerprint: needed where codes of several codecs of this kind lie in the cache.
+
+        Raises:
+            TokenCacheError: there is no such part, or there are several.
+        """
+        wanted = discrete_kind(kind)
+        found = [
+            (folder, identity)
+            for folder, identity in identities(cache)
+            if identity.kind == wanted and fingerprint in (None, identity.fingerprint)
+        ]
+        if len(found) != 1:
+            have = ", ".join(identity.folder_name for _, identity in identities(cache)) or "nothing"
+            problem = "no codes" if not found else "codes of several codecs"
+            raise TokenCacheError(
+                f"{cache}: {problem} of kind {wanted!r} (it holds {have}); "
+                + ("run tools/tokenize_audio.py" if not found else "give the folder of one of them")
+            )
+        return cls(found[0][0], arrow_cache)
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_index": None}  # the map is opened again, not copied
+
+    def find_clip(self, key: str) -> CachedClip | None:
+        """The clip of a path key (see :func:`audio_key`), if it is there."""
+        if self._index is None:
+            self._index = np.load(self._index_file, mmap_mode="r")
+        wanted = _path_hash(key)
+        hashes, rows = self._index
+        at = int(np.searchsorted(hashes, wanted))
+        newest = None
+        while at < len(hashes) and hashes[at] == wanted:
+            clip = self._clips[int(rows[at])]
+            if clip["path"] == key:  # two paths may share a hash
+                newest = CachedClip(**clip)
+            at += 1
+        return newest
+
+    def paths_and_sizes(self) -> dict[str, int]:
+        """Every path key with the size that its file had."""
+        columns = self._clips.select_columns(["path", "size"])
+        return {
+            path: size
+            for batch in columns.iter(10_000)
+            for path, size in zip(batch["path"], batch["size"], strict=True)
+        }
+
+
+def _readable_shards(folder: Path) -> Iterator[Path]:
+    """A damaged shard is reported and left out: its clips are encoded again on demand."""
+    import pyarrow.parquet
+
+    for shard in sorted(folder.glob(_SHARD_PATTERN)):
+        try:
+            pyarrow.parquet.ParquetFile(shard).close()
+            yield shard
+        except Exception as error:
+            logger.warning("%s: damaged token shard left out: %s", shard, error)
+
+
+def _build_index(folder: Path, shards: list[str], clips: datasets.Dataset) -> Path:
+    """Sorted path hashes with row numbers, shape (2, clips) uint64, as a file beside the shards."""
+    key = hashlib.blake2b(
+        "\n".join(f"{Path(shard).name}:{os.path.getsize(shard)}" for shard in shards).encode(), digest_size=8
+    ).hexdigest()
+    target = folder / f"index-{key}.npy"
+    with FileLock(folder / ".index.lock"):
+        if not target.is_file():
+            hashes = np.fromiter(
+                (
+                    _path_hash(path)
+                    for batch in clips.select_columns("path").iter(10_000)
+                    for path in batch["path"]
+                ),
+                dtype=np.uint64,
+                count=len(clips),
+            )
+            order = np.argsort(hashes, kind="stable").astype(np.uint64)
+            temporary = folder / f".{target.name}.tmp.npy"
+            np.save(temporary, np.stack([hashes[order.astype(np.int64)], order]))
+            os.replace(temporary, target)
+    return target
+
+
+def _path_hash(key: str) -> np.uint64:
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return np.uint64(int.from_bytes(digest, "little"))
