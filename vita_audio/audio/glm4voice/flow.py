@@ -1,0 +1,258 @@
+"""Codes to mel by conditional flow matching (sections 4 and 5 of the GLM-4-Voice specification).
+
+Codes are encoded and stretched to mel rate (``mu``); then noise is carried to a mel spectrogram along the
+velocity that the estimator names, in a few Euler steps, guided away from the unconditional answer. A
+prompt, codes with their known mel, makes the new mel continue what was said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vita_audio.audio.glm4voice.config import FlowConfig, LengthRegulatorConfig, load_decoder_config
+from vita_audio.audio.glm4voice.estimator import Estimator, MaskedGroupNorm
+from vita_audio.audio.glm4voice.token_encoder import TokenEncoder
+from vita_audio.audio.glm4voice.weights import find_weights, load_strictly, read_state_dict
+
+DEFAULT_SEED = 42
+"""The reference re-seeds with this before each call; used when no generator is given."""
+
+
+@dataclass
+class FlowInput:
+    """One row of a batch.
+
+    Attributes:
+        tokens: codes, prompt first, (codes,), long.
+        frames: mel frames of all of them.
+        noise: start of the solver, (80, frames).
+        prompt_mel: known first frames, (80, known).
+        speaker: embedding (spk_embed_dim,); zeros when absent.
+    """
+
+    tokens: Tensor
+    frames: int
+    noise: Tensor
+    prompt_mel: Tensor
+    speaker: Tensor | None = None
+
+
+class FlowDecoder(nn.Module):
+    """Codes to an 80-bin mel spectrogram at 22050 / 256 frames per second."""
+
+    def __init__(self, config: FlowConfig):
+        super().__init__()
+        self.config = config
+        self.input_embedding = nn.Embedding(config.vocab_size, config.input_size)
+        self.spk_embed_affine_layer = nn.Linear(config.spk_embed_dim, config.output_size)
+        self.encoder = TokenEncoder(config.encoder)
+        self.encoder_proj = nn.Linear(config.encoder.output_size, config.output_size)
+        self.decoder = nn.ModuleDict({"estimator": Estimator(config.estimator)})
+        self.length_regulator = LengthRegulator(config.length_regulator, config.output_size)
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | PathLike[str], *, device: str | torch.device = "cpu"
+    ) -> FlowDecoder:
+        """Load ``flow.safetensors`` or ``flow.pt`` with the folder's configuration.
+
+        Raises:
+            ConfigError: the configuration is missing or not of this decoder.
+            WeightsError: the weights are missing, damaged or of other sizes.
+        """
+        path = find_weights(folder, "flow")
+        with torch.device("meta"):
+            flow = cls(load_decoder_config(Path(folder)).flow)
+        load_strictly(flow, read_state_dict(path), path)
+        return flow.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder_proj.weight.device
+
+    @property
+    def estimator(self) -> Estimator:
+        """The velocity network."""
+        return self.decoder["estimator"]
+
+    def frames(self, tokens: int) -> int:
+        """Mel frames of a number of codes, in the reference's float32 order of operations (section 4.5)."""
+        config = self.config
+        seconds = np.float32(tokens) / np.float32(config.input_frame_rate)
+        return int(seconds * np.float32(config.mel_sampling_rate) / np.float32(config.mel_hop_size))
+
+    @torch.no_grad()
+    def forward(
+        self,
+        token: Tensor,
+        prompt_token: Tensor | None = None,
+        prompt_feat: Tensor | None = None,
+        embedding: Tensor | None = None,
+        *,
+        steps: int = 10,
+        z: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Mel of new codes.
+
+        Args:
+            token: codes (rows, codes) or (codes,).
+            prompt_token: codes already spoken, (rows, prompt codes).
+            prompt_feat: their mel, time-major, (rows, prompt frames, 80).
+            embedding: speaker, (rows, spk_embed_dim); zeros when absent, as in the applications.
+            steps: Euler steps.
+            z: standard normal noise for prompt and new frames, (rows, 80, frames).
+            generator: draws ``z`` when it is absent; seeded with 42 when absent too.
+
+        Returns:
+            (rows, 80, frames - prompt frames).
+        """
+        token = torch.atleast_2d(token)
+        rows = token.shape[0]
+        if prompt_token is not None:
+            token = torch.cat([torch.atleast_2d(prompt_token).to(token), token], dim=1)
+        frames, bins = self.frames(token.shape[1]), self.config.output_size
+        if prompt_feat is None:
+            prompt_feat = torch.zeros(rows, 0, bins)
+        if z is None:
+            z = draw_normal((rows, bins, frames), generator)
+        inputs = [
+            FlowInput(
+                token[row], frames, z[row], prompt_feat[row].T, None if embedding is None else embedding[row]
+            )
+            for row in range(rows)
+        ]
+        return torch.stack(self.generate(inputs, steps))
+
+    @torch.no_grad()
+    def generate(self, inputs: Sequence[FlowInput], steps: int) -> list[Tensor]:
+        """Mel of several rows of any lengths in one batch, prompt frames dropped; each (80, new frames)."""
+        mu, frame_mask = self.condition([row.tokens for row in inputs], [row.frames for row in inputs])
+        z, cond = torch.zeros_like(mu), torch.zeros_like(mu)
+        for index, row in enumerate(inputs):
+            z[index, :, : row.frames] = row.noise
+            cond[index, :, : row.prompt_mel.shape[1]] = row.prompt_mel
+        silent = torch.zeros(self.config.spk_embed_dim)
+        speakers = torch.stack([silent if row.speaker is None else row.speaker.cpu() for row in inputs])
+        speaker = self.spk_embed_affine_layer(F.normalize(speakers.to(mu), dim=1))
+        mel = self.solve(z, mu, speaker, cond, steps, frame_mask)
+        return [mel[index, :, row.prompt_mel.shape[1] : row.frames] for index, row in enumerate(inputs)]
+
+    @torch.no_grad()
+    def condition(
+        self, tokens: Sequence[Tensor], frames: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode codes and stretch them to mel rate.
+
+        Args:
+            tokens: rows of codes, each (codes,).
+            frames: mel frames of each row; :meth:`frames` of its codes when absent.
+
+        Returns:
+            mu (rows, 80, most frames) and the frame mask (rows, 1, most frames), None when all are equal.
+        """
+        frames = frames or [self.frames(len(row)) for row in tokens]
+        counts = [len(row) for row in tokens]
+        padded = nn.utils.rnn.pad_sequence([row.to(self.device) for row in tokens], batch_first=True)
+        encoded = self.encode(padded, _length_mask(counts, self.device))
+        frame_mask = _length_mask(frames, self.device)
+        stretched = encoded.new_zeros(len(frames), encoded.shape[2], max(frames))
+        for index, (count, length) in enumerate(zip(counts, frames, strict=True)):
+            source = nearest_indices(count, length).to(self.device)
+            stretched[index, :, :length] = encoded[index, source].T
+        mask = None if frame_mask is None else frame_mask[:, None].to(stretched)
+        return self.length_regulator(stretched, mask), mask
+
+    def encode(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """Codes (rows, codes) to (rows, codes, 80) at code rate; ``key_mask`` as in :class:`TokenEncoder`."""
+        return self.encoder_proj(self.encoder(self.input_embedding(tokens.clamp(min=0)), key_mask))
+
+    @torch.no_grad()
+    def solve(
+        self,
+        z: Tensor,
+        mu: Tensor,
+        speaker: Tensor,
+        cond: Tensor,
+        steps: int,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Euler steps from noise to mel, guided (section 5); shapes as :meth:`Estimator.forward`."""
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        x = z
+        times = solver_times(steps).to(z.device)
+        t, step = times[0], times[1] - times[0]
+        for index in range(1, steps + 1):
+            x = x + step * self.velocity(x, mu, t, speaker, cond, mask)
+            t = t + step
+            if index < steps:
+                step = times[index + 1] - t
+        return x
+
+    def velocity(
+        self, x: Tensor, mu: Tensor, t: Tensor, speaker: Tensor, cond: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Guided velocity: both answers come from one pass over a doubled batch."""
+        rate = self.config.cfm.inference_cfg_rate
+        doubled = [torch.cat([known, torch.zeros_like(known)]) for known in (mu, speaker, cond)]
+        both = None if mask is None else torch.cat([mask, mask])
+        answer = self.estimator(torch.cat([x, x]), doubled[0], t, doubled[1], doubled[2], both)
+        conditional, unconditional = answer.chunk(2)
+        return (1 + rate) * conditional - rate * unconditional
+
+
+class LengthRegulator(nn.Module):
+    """Smooths the stretched codes: [conv, norm, Mish] per ratio, then a pointwise conv (section 4.6)."""
+
+    def __init__(self, config: LengthRegulatorConfig, out_channels: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in config.sampling_ratios:
+            layers += [
+                nn.Conv1d(config.channels, config.channels, 3, padding=1),
+                MaskedGroupNorm(1, config.channels),
+                nn.Mish(),
+            ]
+        self.model = nn.Sequential(*layers, nn.Conv1d(config.channels, out_channels, 1))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(rows, channels, frames) to (rows, 80, frames); zero outside ``mask`` (rows, 1, frames)."""
+        for layer in self.model:
+            x = layer(x, mask) if isinstance(layer, MaskedGroupNorm) else layer(x)
+            if mask is not None:
+                x = x * mask
+        return x
+
+
+def solver_times(steps: int) -> Tensor:
+    """Cosine schedule of ``steps + 1`` times from 0 to 1."""
+    return 1 - torch.cos(torch.linspace(0, 1, steps + 1) * 0.5 * torch.pi)
+
+
+def nearest_indices(tokens: int, frames: int) -> Tensor:
+    """Code that each mel frame repeats, (frames,), in the reference's float32 arithmetic."""
+    scale = np.float32(tokens) / np.float32(frames)
+    return (torch.arange(frames, dtype=torch.float32) * scale).floor().long().clamp(max=tokens - 1)
+
+
+def draw_normal(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers; seeded with 42 when there is no generator."""
+    generator = generator or torch.Generator().manual_seed(DEFAULT_SEED)
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def _length_mask(lengths: Sequence[int], device: torch.device) -> Tensor | None:
+    """(rows, longest), True inside each row; None when all are equal."""
+    if min(lengths) == max(lengths):
+        return None
+    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]

@@ -1,0 +1,331 @@
+"""Speech while the reply is still being written (section 7 of the GLM-4-Voice specification).
+
+Each chunk of codes is decoded with what was already said as the flow's prompt; neighbouring chunks share
+34 mel frames that are faded into each other, and the vocoder starts from the previous chunk's last frame
+and the end of its source. All of that lives in a :class:`StreamState` that the caller holds.
+
+The reference keeps the whole history as the prompt, so chunk k costs k chunks. Here the prompt is the last
+``prompt_tokens`` codes (cut at an attention block of the token encoder), so every chunk costs the same;
+with ``prompt_tokens=None`` the window is unbounded and the numbers are the reference's.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vita_audio.audio.base import AudioStream
+from vita_audio.audio.glm4voice.flow import DEFAULT_SEED, FlowDecoder, FlowInput, draw_normal
+from vita_audio.audio.glm4voice.vocoder import Vocoder, draw_source
+
+OVERLAP_TOKENS = 5
+"""Mel frames of this many codes (34) are held back and faded into the next chunk."""
+
+_CACHED_FRAMES = 1  # of mel, and of source samples, that the vocoder repeats at a seam
+
+
+@dataclass(frozen=True)
+class StreamSchedule:
+    """How a reply is cut, small and quick first, and how far each chunk looks back.
+
+    Attributes:
+        chunks: (codes, solver steps) of each chunk in turn; the last pair repeats. The steps grow as in
+            the public demo.
+        prompt_tokens: codes of history that condition a chunk; None for all of them.
+    """
+
+    chunks: tuple[tuple[int, int], ...] = ((10, 1), (10, 3), (20, 5), (30, 7), (40, 9), (50, 10))
+    prompt_tokens: int | None = 50
+
+    def __post_init__(self) -> None:
+        if not self.chunks or any(size < 1 or steps < 1 for size, steps in self.chunks):
+            raise ValueError(f"schedule chunks must be pairs of positive (codes, steps), got {self.chunks}")
+        if self.chunks[0][0] <= OVERLAP_TOKENS:
+            raise ValueError(
+                f"the first chunk needs more than {OVERLAP_TOKENS} codes, got {self.chunks[0][0]}"
+            )
+        if self.prompt_tokens is not None and self.prompt_tokens <= OVERLAP_TOKENS:
+            raise ValueError(f"prompt_tokens must exceed {OVERLAP_TOKENS}, got {self.prompt_tokens}")
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """(codes, steps) of chunk ``index``."""
+        return self.chunks[min(index, len(self.chunks) - 1)]
+
+
+@dataclass
+class StreamState:
+    """What decoding one reply must remember between chunks.
+
+    Attributes:
+        generator: draws the noise; a fresh one seeded with 42 for each chunk when absent, as the
+            reference does.
+        source_draws: replaces the vocoder's draws: samples -> (phase, noise) as in
+            :meth:`Vocoder.forward`, without the row dimension.
+        tokens: codes of the prompt window, (kept,).
+        mel: what was returned for them, (80, kept frames); see :attr:`StreamChunk.mel`.
+        total_tokens: codes of the whole reply so far.
+        total_frames: mel frames returned so far.
+        overlap: frames held back for the fade, (80, 34).
+        cached_mel: last returned frame, (80, 1).
+        cached_source: last source samples, (256,).
+    """
+
+    generator: torch.Generator | None = None
+    source_draws: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    mel: Tensor | None = None
+    total_tokens: int = 0
+    total_frames: int = 0
+    overlap: Tensor | None = None
+    cached_mel: Tensor | None = None
+    cached_source: Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget the reply; the generator goes on."""
+        fresh = StreamState(self.generator, self.source_draws)
+        self.__dict__.update(fresh.__dict__)
+
+
+@dataclass
+class StreamChunk:
+    """Output of one chunk.
+
+    Attributes:
+        wave: new samples, (samples,).
+        mel: as it went into the vocoder, with the repeated frame and without the overlap, (80, frames).
+    """
+
+    wave: Tensor
+    mel: Tensor
+
+
+class StreamingDecoder:
+    """Flow and vocoder for streams; holds no state of any of them."""
+
+    def __init__(self, flow: FlowDecoder, vocoder: Vocoder, prompt_tokens: int | None = None):
+        self.flow = flow
+        self.vocoder = vocoder
+        self.prompt_tokens = prompt_tokens
+        self.overlap_frames = flow.frames(OVERLAP_TOKENS)
+        self.cached_samples = _CACHED_FRAMES * vocoder.samples_per_frame
+        # Symmetric Hamming window, as in the reference: first half fades in, second half out.
+        window = torch.hamming_window(2 * self.overlap_frames, periodic=False, dtype=torch.float64)
+        self._fade_in, self._fade_out = window.chunk(2)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        states: Sequence[StreamState],
+        chunks: Sequence[Tensor],
+        last: Sequence[bool],
+        steps: int = 10,
+    ) -> list[StreamChunk]:
+        """The next chunk of several replies in one batch; lengths may differ.
+
+        Args:
+            states: one per reply, updated in place.
+            chunks: new codes of each, (codes,), long; may be empty only where ``last``.
+            last: whether the reply ends with its chunk.
+            steps: solver steps, for all.
+
+        Raises:
+            ValueError: a reply's first chunk is too short to hold the overlap back.
+        """
+        generators = [state.generator or torch.Generator().manual_seed(DEFAULT_SEED) for state in states]
+        mels = self._mels(states, chunks, generators, steps)
+        vocoded: list[tuple[Tensor, Tensor | None]] = []
+        for state, mel, final in zip(states, mels, last, strict=True):
+            if state.overlap is not None:
+                mel = self._faded(mel, state.overlap) if mel.shape[1] else state.overlap
+            if not final and mel.shape[1] <= self.overlap_frames:
+                raise ValueError(
+                    f"a first chunk of {mel.shape[1]} mel frames is too short; "
+                    f"give more than {OVERLAP_TOKENS} codes"
+                )
+            if state.cached_mel is not None:
+                mel = torch.cat([state.cached_mel, mel], dim=1)
+            keep = mel.shape[1] - (0 if final else self.overlap_frames)
+            vocoded.append((mel[:, :keep], None if final else mel[:, keep:]))
+        sounds = self._vocode(states, [mel for mel, _ in vocoded], generators)
+        return [
+            self._advance(*arguments) for arguments in zip(states, chunks, vocoded, sounds, last, strict=True)
+        ]
+
+    def _mels(
+        self,
+        states: Sequence[StreamState],
+        chunks: Sequence[Tensor],
+        generators: Sequence[torch.Generator],
+        steps: int,
+    ) -> list[Tensor]:
+        """New mel of each reply, (80, frames); none for a reply without new codes."""
+        bins = self.flow.config.output_size
+        inputs = {
+            index: self._flow_input(state, chunk, generator)
+            for index, (state, chunk, generator) in enumerate(zip(states, chunks, generators, strict=True))
+            if len(chunk)
+        }
+        mels = [torch.zeros(bins, 0, device=self.flow.device) for _ in states]
+        if inputs:
+            for index, mel in zip(inputs, self.flow.generate(list(inputs.values()), steps), strict=True):
+                mels[index] = mel
+        return mels
+
+    def _flow_input(self, state: StreamState, chunk: Tensor, generator: torch.Generator) -> FlowInput:
+        tokens = torch.cat([state.tokens, chunk])
+        frames = self.flow.frames(len(tokens))
+        # A cropped prompt keeps the unbounded one's right edge, and so the number of new frames.
+        new = self.flow.frames(state.total_tokens + len(chunk)) - state.total_frames
+        known = frames - new
+        bins = self.flow.config.output_size
+        prompt = torch.zeros(bins, 0) if state.mel is None else state.mel[:, state.mel.shape[1] - known :]
+        return FlowInput(tokens, frames, draw_normal((1, bins, frames), generator)[0], prompt)
+
+    def _faded(self, mel: Tensor, overlap: Tensor) -> Tensor:
+        """The first frames of ``mel`` faded in over those held back."""
+        start = mel[:, : self.overlap_frames] * self._fade_in.to(mel.device)
+        mixed = start + overlap * self._fade_out.to(mel.device)
+        return torch.cat([mixed.to(mel.dtype), mel[:, self.overlap_frames :]], dim=1)
+
+    def _vocode(
+        self,
+        states: Sequence[StreamState],
+        mels: Sequence[Tensor],
+        generators: Sequence[torch.Generator],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Wave and source of each mel; mels of equal length share a pass."""
+        groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
+        for index, (state, mel) in enumerate(zip(states, mels, strict=True)):
+            groups[mel.shape[1], state.cached_source is not None].append(index)
+        sounds: dict[int, tuple[Tensor, Tensor]] = {}
+        for (frames, cached), members in groups.items():
+            if frames == 0:
+                sounds |= {index: (mels[index].new_zeros(0),) * 2 for index in members}
+                continue
+            draws = [self._source_draws(states[i], frames, generators[i]) for i in members]
+            waves, sources = self.vocoder(
+                torch.stack([mels[index] for index in members]),
+                torch.stack([states[index].cached_source for index in members])[:, None] if cached else None,
+                phase=torch.stack([phase for phase, _ in draws]),
+                noise=torch.stack([noise for _, noise in draws]),
+            )
+            sounds |= dict(zip(members, zip(waves, sources[:, 0], strict=True), strict=True))
+        return [sounds[index] for index in range(len(states))]
+
+    def _source_draws(
+        self, state: StreamState, frames: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        samples = frames * self.vocoder.samples_per_frame
+        if state.source_draws is not None:
+            return state.source_draws(samples)
+        phase, noise = draw_source(1, self.vocoder.config.nb_harmonics + 1, samples, generator)
+        return phase[0], noise[0]
+
+    def _advance(
+        self,
+        state: StreamState,
+        chunk: Tensor,
+        vocoded: tuple[Tensor, Tensor | None],
+        sound: tuple[Tensor, Tensor],
+        final: bool,
+    ) -> StreamChunk:
+        """Put into the state what the next chunk needs; the output is what is final now."""
+        (mel, overlap), (wave, source) = vocoded, sound
+        if final:
+            state.reset()
+            return StreamChunk(wave.cpu(), mel.cpu())
+        state.overlap, state.cached_mel = overlap, mel[:, -_CACHED_FRAMES:]
+        state.cached_source = source[-self.cached_samples :]
+        state.total_tokens += len(chunk)
+        state.total_frames += mel.shape[1]
+        state.tokens = torch.cat([state.tokens, chunk])
+        state.mel = mel if state.mel is None else torch.cat([state.mel, mel], dim=1)
+        if self.prompt_tokens is not None:
+            block = self.flow.config.encoder.block_size
+            start = max(0, state.total_tokens - self.prompt_tokens) // block * block
+            state.tokens = state.tokens[len(state.tokens) - (state.total_tokens - start) :]
+            kept_frames = self.flow.frames(len(state.tokens))
+            state.mel = state.mel[:, max(0, state.mel.shape[1] - kept_frames) :]
+        return StreamChunk(wave[: -self.cached_samples].cpu(), mel.cpu())
+
+
+class GLM4VoiceStream(AudioStream):
+    """One reply: collects codes until the schedule's next chunk is full, then decodes it."""
+
+    def __init__(
+        self,
+        decoder: StreamingDecoder,
+        schedule: StreamSchedule,
+        generator: torch.Generator | None = None,
+    ):
+        self.decoder = decoder
+        self.schedule = schedule
+        self.state = StreamState(generator)
+        self.pending: list[int] = []
+        self.chunks_done = 0
+        self.ending = False
+
+    def push(self, tokens: Sequence[int], last: bool = False) -> Tensor:
+        """See :meth:`AudioStream.push`; nothing comes out before the first chunk is full."""
+        return push_streams([self], [tokens], [last])[0]
+
+    def _next_chunk(self) -> tuple[Tensor, bool, int] | None:
+        """(codes, last, steps) of the chunk that is due, if any."""
+        size, steps = self.schedule[self.chunks_done]
+        final = self.ending and len(self.pending) <= size
+        if len(self.pending) < size and not final:
+            return None
+        codes, self.pending = self.pending[:size], self.pending[size:]
+        self.chunks_done += 1
+        if final:
+            self.ending, self.chunks_done = False, 0
+        return torch.tensor(codes, dtype=torch.long), final, steps
+
+
+@torch.no_grad()
+def push_streams(
+    streams: Sequence[GLM4VoiceStream], tokens: Sequence[Sequence[int]], last: Sequence[bool]
+) -> list[Tensor]:
+    """:meth:`GLM4VoiceStream.push` for several streams of one decoder, in shared batches.
+
+    Args:
+        streams: distinct streams of the same codec.
+        tokens: next codes of each.
+        last: whether each reply ends here.
+
+    Returns:
+        New samples of each, (samples,).
+
+    Raises:
+        ValueError: a code is outside the vocabulary.
+    """
+    waves: list[list[Tensor]] = [[] for _ in streams]
+    for stream, codes, final in zip(streams, tokens, last, strict=True):
+        check_codes(codes, stream.decoder.flow.config.vocab_size)
+        stream.pending += [int(code) for code in codes]
+        stream.ending = bool(final)
+    while True:
+        due: dict[int, list[tuple[int, Tensor, bool]]] = defaultdict(list)  # by solver steps
+        for index, stream in enumerate(streams):
+            chunk = stream._next_chunk()
+            if chunk is not None:
+                codes, final, steps = chunk
+                due[steps].append((index, codes, final))
+        if not due:
+            return [torch.cat([torch.empty(0), *parts]) for parts in waves]
+        for steps, members in due.items():
+            indices, codes, finals = zip(*members, strict=True)
+            outputs = streams[0].decoder.decode([streams[i].state for i in indices], codes, finals, steps)
+            for index, output in zip(indices, outputs, strict=True):
+                waves[index].append(output.wave.float())
+
+
+def check_codes(codes: Sequence[int], vocab_size: int) -> None:
+    """Refuse codes outside ``[0, vocab_size)``."""
+    for position, code in enumerate(codes):
+        if not 0 <= int(code) < vocab_size:
+            raise ValueError(f"code {int(code)} at position {position} is outside [0, {vocab_size})")
