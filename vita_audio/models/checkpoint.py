@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
+from vita_audio.audio.sensevoice.checkpoint import read_sizes
 from vita_audio.constants import EMBEDDING_ROW_MULTIPLE
 from vita_audio.models.configuration import Qwen2MTPConfig
 from vita_audio.models.modeling import Qwen2MTPForCausalLM
@@ -46,7 +47,8 @@ def load_with_heads(
     Args:
         directory: config.json and safetensors, whole or in shards.
         num_heads: heads the model shall have; 0 gives the plain language model under this class.
-        sensevoice: build the variant that reads SenseVoice features.
+        sensevoice: build the variant that reads SenseVoice features; a folder of that variant
+            always gives it.
         audio_model_path: SenseVoiceSmall weights, for a folder that does not hold the encoder yet.
         from_pretrained_kwargs: dtype, attn_implementation, device_map, …
 
@@ -57,7 +59,7 @@ def load_with_heads(
     directory = Path(directory)
     config = check_folder(directory, num_heads)
     model_class = Qwen2MTPForCausalLM
-    if sensevoice:
+    if sensevoice or config.model_type == "qwen2_mtp_sensevoice":
         from vita_audio.models.modeling_sensevoice import Qwen2MTPSenseVoiceForCausalLM
 
         model_class = Qwen2MTPSenseVoiceForCausalLM
@@ -68,6 +70,10 @@ def load_with_heads(
     values["num_nextn_predict_layers"] = num_heads
     # One entry a layer: let the configuration fill it in for the new number of layers.
     values.pop("layer_types", None)
+    if config.model_type != model_class.config_class.model_type:
+        values.pop("mtp_detach_backbone", None)  # each family has its own default
+    if audio_model_path is not None:
+        values.setdefault("audio_encoder", read_sizes(audio_model_path).to_dict())
 
     grown = range(present, num_heads)
     # transformers would list every tensor of the new heads as missing; we say it in one line instead.

@@ -11,6 +11,7 @@ Checked against tests/goldens/sensevoice (SPEC.md there, sections 4 and 5).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vita_audio.audio.sensevoice.checkpoint import SenseVoiceEncoderConfig
 from vita_audio.audio.sensevoice.encoder import NUM_QUERY_FRAMES, SenseVoiceEncoder
+from vita_audio.models.checkpoint import CheckpointError, copy_parameters
 from vita_audio.models.configuration import Qwen2MTPSenseVoiceConfig
 from vita_audio.models.modeling import MTPOutput, Qwen2MTPForCausalLM, Qwen2MTPModel
+
+_ENCODER_PREFIX, _ADAPTER_PREFIX = "model.audio_model.", "model.audio_projection."
 
 
 class Qwen2MTPSenseVoiceModel(Qwen2MTPModel):
@@ -132,6 +136,34 @@ class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
                 inputs["audio_indices"] = [indices for _, indices in new]
         return inputs
 
+    def start_new_parts(self, missing: set[str], audio_model_path: str | Path | None) -> list[str]:
+        """Start what a folder without audio lacks: the encoder from its own weights, the adapter fresh.
+
+        Args:
+            missing: names of all parameters that the folder lacks.
+            audio_model_path: SenseVoiceSmall's folder; used only if the whole encoder is missing.
+
+        Returns:
+            Prefixes of the parameters that now have their start.
+
+        Raises:
+            CheckpointError: the encoder is missing and no path is given.
+        """
+        names = [name for name, _ in self.named_parameters()]
+        started = [
+            prefix
+            for prefix in (_ENCODER_PREFIX, _ADAPTER_PREFIX)
+            if missing.issuperset(name for name in names if name.startswith(prefix))
+        ]
+        if _ENCODER_PREFIX in started:
+            if audio_model_path is None:
+                raise CheckpointError(
+                    "the model folder holds no SenseVoice encoder: pass audio_model_path "
+                    "(--audio_model_name_or_path), the folder of SenseVoiceSmall"
+                )
+            copy_parameters(SenseVoiceEncoder.from_pretrained(audio_model_path), self.model.audio_model.model)
+        return started
+
     @staticmethod
     def _expand_inputs_for_generation(
         expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
@@ -151,12 +183,13 @@ class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
         return input_ids, model_kwargs
 
 
-def freeze_audio_encoder(model: Qwen2MTPSenseVoiceForCausalLM) -> None:
+def freeze_audio_encoder(model: Qwen2MTPSenseVoiceForCausalLM) -> Qwen2MTPSenseVoiceForCausalLM:
     """Keep the SenseVoice encoder as it is: no gradients, and no dropout even in ``train()``.
 
     The adapter goes on training.
     """
     model.model.audio_model.requires_grad_(False).eval()
+    return model
 
 
 def gather_indices(audios: Sequence[Tensor], audio_indices: Sequence[Tensor] | None) -> Tensor:

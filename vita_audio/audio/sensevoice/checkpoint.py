@@ -102,6 +102,16 @@ def read_config(path: str | PathLike[str]) -> SenseVoiceEncoderConfig:
     return SenseVoiceEncoderConfig()
 
 
+def read_sizes(path: str | PathLike[str]) -> SenseVoiceEncoderConfig:
+    """All sizes of the encoder in a folder, those that only its weights tell included.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: they are not a SenseVoice encoder's.
+    """
+    return sizes_from_weights(read_config(path), read_weights(path))
+
+
 def sizes_from_weights(
     config: SenseVoiceEncoderConfig, weights: Mapping[str, torch.Tensor]
 ) -> SenseVoiceEncoderConfig:
@@ -126,7 +136,7 @@ def read_weights(path: str | PathLike[str]) -> dict[str, torch.Tensor]:
     if file.suffix == ".safetensors":
         weights = load_file(file)
     else:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         for nesting in _NESTINGS:
             weights = weights.get(nesting, weights)
     prefix = next((name.removesuffix(_LANDMARK) for name in weights if name.endswith(_LANDMARK)), None)
