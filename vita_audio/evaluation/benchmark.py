@@ -1,0 +1,229 @@
+"""What the ASR, TTS and speech-QA benchmarks share: test items, batched replies, hearing them.
+
+A test set is a file in the training data's format (one sample per line); its last assistant
+message is the reference. Items are spread over the processes of a ``torchrun`` launch, answered
+in batches of similar length, and gathered again, so that every process scores the whole set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from vita_audio.audio import AudioTokenizer, save_audio
+from vita_audio.constants import AUDIO_TAG
+from vita_audio.evaluation.transcribers import TranscriberPool
+from vita_audio.inference import Conversation, GenerationOptions, Reply, SpeechPipeline
+from vita_audio.inference.prompts import from_sample
+
+SPOKEN_REPLY_TOKENS = 1024
+"""Longest reply of the TTS and speech-QA benchmarks (section 5 of the data specification)."""
+
+
+@dataclass(frozen=True)
+class TestItem:
+    """One test sample.
+
+    Attributes:
+        id: names it in result files.
+        conversation: what is asked.
+        answer: text of the reference reply.
+        answers: accepted answers of a question; just ``answer`` unless the sample lists them.
+        reference_audio: the reference reply as speech, where the sample has one.
+    """
+
+    id: str
+    conversation: Conversation
+    answer: str
+    answers: tuple[str, ...]
+    reference_audio: str | None
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One scored reply, a line of the result files.
+
+    Attributes:
+        reference: expected text or answers.
+        text: what the model wrote.
+        heard: what the recogniser heard in its speech; None when there was no speech.
+        wav: file of the speech, relative to the result file.
+    """
+
+    id: str
+    reference: str | list[str]
+    text: str
+    heard: str | None = None
+    wav: str | None = None
+
+
+def read_test_set(
+    path: str | PathLike[str],
+    data_root: str | PathLike[str] | None = None,
+    limit: int | None = None,
+    default_system: str | None = None,
+) -> list[TestItem]:
+    """Read a JSON-lines test set.
+
+    Args:
+        data_root: folder that relative audio paths start from; the file's own when absent.
+        limit: at most so many items, evenly spread over the file.
+        default_system: system message for samples that have none.
+
+    Raises:
+        ValueError: the file is missing or empty, or a line cannot be used; names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such test set")
+    root = Path(data_root) if data_root else path.parent
+    lines = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: holds no samples")
+    if limit and limit < len(lines):
+        lines = [lines[index * len(lines) // limit] for index in range(limit)]
+    items: list[TestItem] = []
+    seen: set[str] = set()
+    for number, line in lines:
+        try:
+            items.append(_test_item(json.loads(line), number, root, default_system))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}:{number}: not a test sample: {error}") from error
+        if items[-1].id in seen:
+            raise ValueError(f"{path}:{number}: id {items[-1].id!r} occurs twice")
+        seen.add(items[-1].id)
+    return items
+
+
+def _test_item(sample: Mapping[str, Any], number: int, root: Path, default_system: str | None) -> TestItem:
+    audios = [str(root / audio) for audio in sample.get("audios") or ()]
+    conversation = from_sample({**sample, "audios": audios}, default_system)
+    answer = str(sample["messages"][-1]["content"]).replace(AUDIO_TAG, "").strip()
+    answers = sample.get("answers") or [answer]
+    later = audios[len(conversation.audios) :]
+    return TestItem(
+        id=str(sample.get("id", number)),
+        conversation=conversation,
+        answer=answer,
+        answers=tuple(answers),
+        reference_audio=later[-1] if later else None,
+    )
+
+
+def batched_replies(
+    pipeline: SpeechPipeline,
+    items: Sequence[TestItem],
+    options: GenerationOptions | Callable[[int], GenerationOptions],
+    batch_size: int,
+    label: str,
+) -> Iterator[tuple[TestItem, Reply]]:
+    """Replies of this process's share of the items, as codes, batch by batch.
+
+    Prompts of similar length share a batch, which keeps padding small.
+
+    Args:
+        options: the options, or a function of a batch's longest prompt that gives them.
+    """
+    rank, world_size = rank_and_world_size()
+    mine = list(items[rank::world_size])
+    prompts = {item.id: pipeline.prompt(item.conversation) for item in mine}
+    mine.sort(key=lambda item: len(prompts[item.id]))
+    progress = tqdm(total=len(mine), desc=label, unit="reply", disable=rank != 0, leave=False)
+    for start in range(0, len(mine), batch_size):
+        batch = mine[start : start + batch_size]
+        batch_prompts = [prompts[item.id] for item in batch]
+        batch_options = options(max(map(len, batch_prompts))) if callable(options) else options
+        yield from zip(
+            batch, pipeline.reply_to_prompts(batch_prompts, batch_options, decode=False), strict=True
+        )
+        progress.update(len(batch))
+    progress.close()
+
+
+class Listener:
+    """Turns codes into WAV files and has them recognised, in parallel with the caller.
+
+    The same codes are decoded and recognised once: codec and recognisers are deterministic, and
+    stages that share a frozen language model say the same.
+    """
+
+    def __init__(self, codec: AudioTokenizer, pool: TranscriberPool):
+        self._codec = codec
+        self._pool = pool
+        self._written: dict[str, Path] = {}
+        self._heard: dict[str, Future[str]] = {}
+
+    def hear(self, codes: Sequence[int], wav: Path) -> Future[str]:
+        """Write the speech to ``wav`` and start recognising it."""
+        key = hashlib.sha256(json.dumps(list(codes)).encode()).hexdigest()
+        wav.parent.mkdir(parents=True, exist_ok=True)
+        if key in self._written:
+            shutil.copyfile(self._written[key], wav)
+        else:
+            save_audio(wav, self._codec.decode(codes), self._codec.sample_rate)
+            self._written[key] = wav
+            self._heard[key] = self._pool.submit(str(wav))
+        return self._heard[key]
+
+    def hear_file(self, audio: str) -> Future[str]:
+        """Start recognising a recording."""
+        return self._pool.submit(audio)
+
+
+def spoken_utterances(
+    replies: Iterable[tuple[TestItem, Reply]],
+    listener: Listener,
+    folder: Path,
+    task: str,
+    reference: Callable[[TestItem], str | list[str]],
+) -> list[Utterance]:
+    """Write, recognise and gather spoken replies; WAV files lie in ``folder/wav/task``."""
+    started = []
+    for item, reply in replies:
+        wav = Path("wav") / task / f"{_file_name(item.id)}.wav" if reply.codes else None
+        started.append((item, reply, wav, listener.hear(reply.codes, folder / wav) if wav else None))
+    return gather(
+        [
+            Utterance(item.id, reference(item), reply.text, heard and heard.result(), wav and wav.as_posix())
+            for item, reply, wav, heard in started
+        ]
+    )
+
+
+def write_utterances(path: Path, utterances: Iterable[Utterance]) -> None:
+    """One JSON object per line; only the first process writes."""
+    if rank_and_world_size()[0] == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps(asdict(utterance), ensure_ascii=False) for utterance in utterances)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's place among those of the launch; (0, 1) without ``torchrun``."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def gather(mine: list[Utterance]) -> list[Utterance]:
+    """Every process's utterances, in every process, in order of id."""
+    _, world_size = rank_and_world_size()
+    shares: list[list[Utterance]] = [mine] * world_size
+    if world_size > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        dist.all_gather_object(shares, mine)
+    return sorted((utterance for share in shares for utterance in share), key=lambda utterance: utterance.id)
+
+
+def _file_name(identifier: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in identifier)

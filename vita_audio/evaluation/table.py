@@ -1,0 +1,253 @@
+"""The score table: one row per checkpoint and generation mode, written after every row.
+
+A row is skipped when it is already in ``scores.json`` and nothing behind it has changed
+(weights, test sets, limits, recogniser), so an interrupted evaluation continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from vita_audio.evaluation.asr import run_asr, score_asr
+from vita_audio.evaluation.benchmark import (
+    SPOKEN_REPLY_TOKENS,
+    Listener,
+    TestItem,
+    rank_and_world_size,
+    write_utterances,
+)
+from vita_audio.evaluation.sqa import run_sqa, score_sqa
+from vita_audio.evaluation.tts import run_codec_floor, run_tts, score_codec_floor, score_tts
+from vita_audio.inference import AudioChunk, GenerationOptions, SpeechPipeline, resolve_mode
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TestSets:
+    """The items of each benchmark; an empty one is left out of the table."""
+
+    asr: Sequence[TestItem] = ()
+    tts: Sequence[TestItem] = ()
+    sqa: Sequence[TestItem] = ()
+
+
+@dataclass
+class Table:
+    """Rows of ``folder/scores.json`` and ``folder/scores.md``.
+
+    Attributes:
+        settings: whatever else decides the scores (test sets, limits, recogniser).
+    """
+
+    folder: Path
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, folder: Path, settings: Mapping[str, Any]) -> Table:
+        """Continue the table in ``folder``, or begin one."""
+        path = folder / "scores.json"
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        return cls(folder, settings, rows)
+
+    def fingerprint(self, checkpoint: Path) -> str:
+        """Changes when the weights or the settings do."""
+        files = sorted(path for path in checkpoint.glob("*.safetensors"))
+        state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        text = json.dumps([str(checkpoint), state, dict(self.settings)], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def find(self, stage: str, mode: str, fingerprint: str) -> Row | None:
+        """The row, if it is there and still holds."""
+        return next(
+            (
+                row
+                for row in self.rows
+                if (row["stage"], row["mode"], row["fingerprint"]) == (stage, mode, fingerprint)
+            ),
+            None,
+        )
+
+    def put(self, row: Row) -> None:
+        """Add a row, replacing an outdated one, and write both files."""
+        key = (row["stage"], row["mode"])
+        places = [index for index, old in enumerate(self.rows) if (old["stage"], old["mode"]) == key]
+        if places:
+            self.rows[places[0]] = row
+        else:
+            self.rows.append(row)
+        self.write()
+
+    def keep_only(self, keys: Sequence[tuple[str, str]]) -> None:
+        """Drop the rows that are not asked for, and put the others in this order."""
+        known = {(row["stage"], row["mode"]): row for row in self.rows}
+        self.rows = [known[key] for key in keys if key in known]
+
+    def write(self) -> None:
+        if rank_and_world_size()[0] == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _replace(self.folder / "scores.json", json.dumps(self.rows, indent=1) + "\n")
+            _replace(self.folder / "scores.md", markdown(self.rows))
+
+
+def score_row(
+    pipeline: SpeechPipeline,
+    sets: TestSets,
+    listener: Listener,
+    folder: Path,
+    stage: str,
+    mode: str,
+    *,
+    batch_size: int = 32,
+    speed_items: int = 5,
+) -> Row:
+    """All scores of one checkpoint in one mode; utterances and WAV files go to ``folder``.
+
+    Speech-QA and ASR decode greedily; so does TTS, so that a row can be repeated.
+    """
+    options = GenerationOptions(mode=mode, max_new_tokens=SPOKEN_REPLY_TOKENS)
+    row: Row = {"stage": stage, "mode": mode, "schedule": resolve_mode(mode)}
+    if sets.asr:
+        asr = run_asr(pipeline, sets.asr, options, batch_size)
+        write_utterances(folder / "asr.jsonl", asr)
+        row |= score_asr(asr)
+    if sets.tts:
+        tts = run_tts(pipeline, sets.tts, options, listener, folder, batch_size)
+        write_utterances(folder / "tts.jsonl", tts)
+        row |= score_tts(tts)
+    if sets.sqa:
+        sqa = run_sqa(pipeline, sets.sqa, options, listener, folder, batch_size)
+        write_utterances(folder / "sqa.jsonl", sqa)
+        row |= score_sqa(sqa)
+    spoken = sets.tts or sets.sqa
+    if spoken and speed_items:
+        row |= measure_speed(pipeline, spoken[: speed_items + 1], options)
+    return row
+
+
+def measure_speed(
+    pipeline: SpeechPipeline, items: Sequence[TestItem], options: GenerationOptions
+) -> dict[str, float | None]:
+    """Speed of one reply at a time; the first item warms up and does not count.
+
+    Returns:
+        ``tokens_per_second`` of generation; ``first_chunk_seconds``, median time from the finished
+        prompt to the last code of the first audio chunk; ``first_sound_seconds``, median time
+        from the question to the first decoded samples, prompt and decoder included.
+    """
+    warm_up, *measured = items if len(items) > 1 else [*items, *items]
+    pipeline.reply(warm_up.conversation, options, decode=False)
+    timings = [pipeline.reply(item.conversation, options, decode=False).timings for item in measured]
+    chunks = [timing.first_chunk - timing.prompt for timing in timings if timing.first_chunk is not None]
+    sounds = [first_sound_seconds(pipeline, item, options) for item in measured]
+    heard = [seconds for seconds in sounds if seconds is not None]
+    return {
+        "tokens_per_second": sum(timing.new_tokens for timing in timings)
+        / sum(timing.generated - timing.prompt for timing in timings),
+        "first_chunk_seconds": median(chunks) if chunks else None,
+        "first_sound_seconds": median(heard) if heard else None,
+        "speed_utterances": len(measured),
+    }
+
+
+def first_sound_seconds(pipeline: SpeechPipeline, item: TestItem, options: GenerationOptions) -> float | None:
+    """Streams a reply until its first samples; None if it has none."""
+    events = pipeline.stream(item.conversation, options)
+    try:
+        return next(
+            (event.seconds for event in events if isinstance(event, AudioChunk) and len(event.samples)), None
+        )
+    finally:
+        events.close()
+
+
+def score_floor(
+    pipeline: SpeechPipeline, items: Sequence[TestItem], listener: Listener, folder: Path, settings: Any
+) -> dict[str, float | None]:
+    """The codec's floor, kept in ``folder/floor.json`` for the next run with the same settings."""
+    path = folder / "floor.json"
+    key = json.loads(json.dumps({"codec": pipeline.codec.fingerprint, "settings": settings}, default=str))
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["key"] == key:
+            return stored["scores"]
+    resynthesised, natural = run_codec_floor(pipeline.codec, items, listener, folder)
+    write_utterances(folder / "floor.jsonl", resynthesised)
+    write_utterances(folder / "natural.jsonl", natural)
+    scores = score_codec_floor(resynthesised, natural)
+    if rank_and_world_size()[0] == 0:
+        _replace(path, json.dumps({"key": key, "scores": scores}, indent=1) + "\n")
+    return scores
+
+
+def modes_for(num_heads: int, modes: Sequence[str]) -> list[str]:
+    """The modes that a model with so many heads can show.
+
+    A mode whose runs outlast the heads would repeat what a shorter one shows, so it is left
+    out; a model with few heads is shown with one mode that uses them all, ``"1 HEADS"``.
+    """
+    fitting = [mode for mode in modes if max(resolve_mode(mode)[1::2]) <= num_heads]
+    if num_heads and all(max(resolve_mode(mode)[1::2]) == 0 for mode in fitting):
+        fitting.append(f"1 {num_heads}")
+    return fitting
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table as Markdown, with what its columns mean."""
+    lines = [
+        "| " + " | ".join(header for header, _, _ in _COLUMNS) + " |",
+        "|" + "|".join("---" if kind is str else "---:" for _, _, kind in _COLUMNS) + "|",
+    ]
+    lines += [
+        "| " + " | ".join(_cell(row.get(key), kind) for _, key, kind in _COLUMNS) + " |" for row in rows
+    ]
+    return "\n".join([*lines, "", _LEGEND, ""])
+
+
+_percent, _seconds, _whole = object(), object(), object()
+_COLUMNS = (
+    ("stage", "stage", str),
+    ("mode", "mode", str),
+    ("ASR WER %", "asr_wer", _percent),
+    ("TTS WER %", "tts_wer", _percent),
+    ("codec floor %", "tts_floor_wer", _percent),
+    ("SQA S→T %", "sqa_s2t_accuracy", _percent),
+    ("SQA S→S %", "sqa_s2s_accuracy", _percent),
+    ("S→T whole words %", "sqa_s2t_accuracy_whole_words", _percent),
+    ("S→S whole words %", "sqa_s2s_accuracy_whole_words", _percent),
+    ("tokens/s", "tokens_per_second", _whole),
+    ("first chunk ms", "first_chunk_seconds", _seconds),
+    ("first sound ms", "first_sound_seconds", _seconds),
+)
+_LEGEND = (
+    "ASR: the model's text. TTS: what the recogniser hears in the model's speech; the codec floor is what it "
+    "hears in the reference recordings after encoding and decoding. Replies without speech count as wholly "
+    "wrong. SQA: the answer occurs in the text (S→T) or is heard in the speech (S→S), as the published rule "
+    "counts, and by whole words. Speed: one reply at a time after a warm-up; first chunk: from the finished "
+    "prompt to the codes of the first audio chunk; first sound: from the question to the first samples."
+)
+
+
+def _cell(value: Any, kind: object) -> str:
+    if value is None:
+        return "–"
+    if kind is _percent:
+        return f"{100 * value:.1f}"
+    if kind is _seconds:
+        return f"{1000 * value:.0f}"
+    return f"{value:.0f}" if kind is _whole else str(value)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(path.suffix + ".partial")
+    partial_path.write_text(text, encoding="utf-8")
+    partial_path.replace(path)

@@ -1,0 +1,225 @@
+"""Independent recognisers: what does the speech that the model produced actually say?
+
+* ``pocketsphinx``: small, on the CPU, its acoustic model inside its pip package. Over open speech
+  it is weak; bound to a grammar (a JSGF file) it is a fair judge of a small world.
+* ``whisper``: Whisper-large-v3 (or any folder of that architecture) through transformers, the judge
+  of the published speech-QA and English TTS figures.
+* ``paraformer``: Paraformer-zh through FunASR, the judge of the published Mandarin TTS figures.
+
+All share ``transcribe(waveform, rate) -> str``; :class:`TranscriberPool` runs one of them over
+WAV files in several processes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from vita_audio.audio import AudioLike, load_audio
+
+RECOGNISER_RATE = 16_000
+"""All three recognisers were trained on 16 kHz speech."""
+
+
+class Transcriber(ABC):
+    """Speech to text."""
+
+    @abstractmethod
+    def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
+        """Words spoken in a waveform of shape (samples,); the same input gives the same words."""
+
+
+@dataclass(frozen=True)
+class TranscriberConfig:
+    """Which recogniser to open, and how. Small and picklable, so that processes can open their own.
+
+    Attributes:
+        name: ``pocketsphinx``, ``whisper`` or ``paraformer``.
+        path: weights (folder or hub name) of the neural recognisers.
+        grammar: JSGF file that bounds what pocketsphinx can hear; its language model when absent.
+        language: spoken language, such as ``en`` or ``zh``; whisper only.
+        device: where the neural recognisers compute.
+    """
+
+    name: str = "pocketsphinx"
+    path: str | None = None
+    grammar: str | None = None
+    language: str | None = None
+    device: str = "cpu"
+
+    def open(self) -> Transcriber:
+        """The recogniser.
+
+        Raises:
+            ValueError: unknown name, a file that is missing, or a package that is not installed.
+        """
+        if self.name == "pocketsphinx":
+            return PocketSphinxTranscriber(self.grammar)
+        if self.name == "whisper":
+            return WhisperTranscriber(self.path or "openai/whisper-large-v3", self.language, self.device)
+        if self.name == "paraformer":
+            return ParaformerTranscriber(self.path or "paraformer-zh", self.device)
+        raise ValueError(f"unknown transcriber {self.name!r}; known: pocketsphinx, whisper, paraformer")
+
+
+class PocketSphinxTranscriber(Transcriber):
+    """CMU Sphinx with its US English acoustic model.
+
+    Args:
+        grammar: JSGF file with one public rule; every word must be in CMU's dictionary.
+    """
+
+    def __init__(self, grammar: str | PathLike[str] | None = None):
+        try:
+            from pocketsphinx import Decoder
+        except ImportError as error:
+            raise ValueError("pocketsphinx is not installed; pip install 'vita-audio[eval]'") from error
+        # Cepstral means over the whole utterance: nothing is carried from one to the next.
+        settings = {"samprate": float(RECOGNISER_RATE), "cmn": "batch", "loglevel": "FATAL"}
+        if grammar is None:
+            self._decoder = Decoder(**settings)
+            return
+        if not Path(grammar).is_file():
+            raise ValueError(f"{grammar}: no such grammar file")
+        self._decoder = Decoder(lm=None, **settings)
+        try:
+            self._decoder.add_jsgf_file("grammar", str(grammar))
+            self._decoder.activate_search("grammar")
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{grammar}: no JSGF grammar with one public rule over words of CMU's dictionary"
+            ) from error
+
+    def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
+        waveform, _ = load_audio((waveform, rate), RECOGNISER_RATE)
+        pcm = (waveform.clamp(-1, 1) * 32767).to(torch.int16).numpy().tobytes()
+        self._decoder.start_utt()
+        self._decoder.process_raw(pcm, full_utt=True)
+        self._decoder.end_utt()
+        hypothesis = self._decoder.hyp()
+        return hypothesis.hypstr if hypothesis else ""
+
+
+class WhisperTranscriber(Transcriber):
+    """Whisper through transformers' speech-recognition pipeline; long speech in 30 s windows.
+
+    Args:
+        model: folder or hub name.
+        language: spoken language; detected when absent.
+    """
+
+    def __init__(
+        self, model: str = "openai/whisper-large-v3", language: str | None = None, device: str = "cpu"
+    ):
+        from transformers import pipeline
+
+        try:
+            self._pipeline = pipeline(
+                "automatic-speech-recognition",
+                model=model,
+                device=device,
+                dtype=torch.float16 if device.startswith("cuda") else torch.float32,
+                chunk_length_s=30,
+            )
+        except OSError as error:
+            raise ValueError(
+                f"{model}: no Whisper weights there; give --transcriber_path a folder"
+            ) from error
+        self._arguments = {"task": "transcribe"} | ({"language": language} if language else {})
+
+    def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
+        waveform, rate = load_audio((waveform, rate), RECOGNISER_RATE)
+        result = self._pipeline(
+            {"raw": waveform.numpy(), "sampling_rate": rate}, generate_kwargs=self._arguments
+        )
+        return result["text"].strip()
+
+
+class ParaformerTranscriber(Transcriber):
+    """Paraformer through FunASR, which its users install themselves.
+
+    Args:
+        model: folder or hub name.
+    """
+
+    def __init__(self, model: str = "paraformer-zh", device: str = "cpu"):
+        try:
+            from funasr import AutoModel
+        except ImportError as error:
+            raise ValueError("the paraformer transcriber needs FunASR; pip install funasr") from error
+        self._model = AutoModel(model=model, device=device, disable_update=True, disable_pbar=True)
+
+    def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
+        waveform, rate = load_audio((waveform, rate), RECOGNISER_RATE)
+        (result,) = self._model.generate(input=waveform.numpy(), fs=rate)
+        return result["text"].strip()
+
+
+class TranscriberPool:
+    """One recogniser in each of several processes; a context manager.
+
+    Work is submitted as it arises, so that recognition runs beside generation and decoding.
+
+    Args:
+        config: the recogniser.
+        processes: 0 recognises in this process, at once (for recognisers on a GPU).
+    """
+
+    def __init__(self, config: TranscriberConfig, processes: int = 2):
+        self._in_process = config.open() if processes == 0 else None
+        self._executor = (
+            ProcessPoolExecutor(
+                processes, mp_context=get_context("spawn"), initializer=_open_in_worker, initargs=(config,)
+            )
+            if processes
+            else None
+        )
+
+    def __enter__(self) -> TranscriberPool:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._executor:
+            self._executor.shutdown(cancel_futures=True)
+
+    def submit(self, audio: AudioLike) -> Future[str]:
+        """Start recognising one clip."""
+        if self._executor:
+            return self._executor.submit(_transcribe_in_worker, audio)
+        result: Future[str] = Future()
+        result.set_result(_transcribe(self._in_process, audio))
+        return result
+
+    def transcribe(self, audios: Iterable[AudioLike]) -> Iterator[str]:
+        """Words of each clip, in order."""
+        futures = [self.submit(audio) for audio in audios]
+        return (future.result() for future in futures)
+
+
+_worker_transcriber: Transcriber | ValueError
+
+
+def _open_in_worker(config: TranscriberConfig) -> None:
+    global _worker_transcriber
+    torch.set_num_threads(1)
+    try:
+        _worker_transcriber = config.open()
+    except ValueError as error:  # raised at the first clip: an initialiser's own error reaches no one
+        _worker_transcriber = error
+
+
+def _transcribe_in_worker(audio: AudioLike) -> str:
+    if isinstance(_worker_transcriber, ValueError):
+        raise _worker_transcriber
+    return _transcribe(_worker_transcriber, audio)
+
+
+def _transcribe(transcriber: Transcriber, audio: AudioLike) -> str:
+    return transcriber.transcribe(*load_audio(audio))
