@@ -139,7 +139,10 @@ def batched_replies(
     mine = list(items[rank::world_size])
     prompts = {item.id: pipeline.prompt(item.conversation) for item in mine}
     mine.sort(key=lambda item: len(prompts[item.id]))
-    progress = tqdm(total=len(mine), desc=label, unit="reply", disable=rank != 0, leave=False)
+    # One bar, in a terminal only: logs get the rows instead.
+    progress = tqdm(
+        total=len(mine), desc=label, unit="reply", leave=False, disable=None if rank == 0 else True
+    )
     for start in range(0, len(mine), batch_size):
         batch = mine[start : start + batch_size]
         batch_prompts = [prompts[item.id] for item in batch]

@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Scores checkpoints on ASR, TTS and speech-QA test sets, in every generation mode:
+#   bash scripts/deepspeed/evaluate_sts.sh [flags of tools/evaluate_table.py]
+#
+# Which checkpoints (one of):
+#   MODEL_NAME_OR_PATH   a checkpoint folder, or several as "NAME=DIR NAME=DIR@vanilla,turbo"
+#   STAGES_ROOT          folder that the stage scripts wrote to (their OUTPUT_ROOT); with STAGE_PREFIX
+#                        (glm4voice or sensevoice_glm4voice) and TIMESTAMP (default: the newest run)
+# Which codec:           AUDIO_TOKENIZER_TYPE AUDIO_TOKENIZER_PATH FLOW_PATH AUDIO_MODEL_NAME_OR_PATH
+# Which test sets:       ASR_JSON TTS_JSON SQA_JSON (JSON lines; several separated by spaces), or CORPUS, a
+#                        folder with test_asr.jsonl, test_tts.jsonl, test_sqa.jsonl; DATA_ROOT for relative
+#                        audio paths; LIMIT items of each set
+# Which recogniser:      TRANSCRIBER (pocketsphinx, whisper, paraformer) TRANSCRIBER_PATH GRAMMAR LANGUAGE_CODE
+# Also:                  MODES OUTPUT_DIR SYSTEM_PROMPT BATCH_SIZE, and NNODES NODE_RANK MASTER_ADDR
+#                        MASTER_PORT NPROC_PER_NODE as in the stage scripts
+#
+# Writes OUTPUT_DIR/scores.json, scores.md, and every utterance with its WAV file.
+set -euo pipefail
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+
+die() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+ROOT_PATH=${ROOT_PATH:-$REPOSITORY}
+LOCAL_ROOT_PATH=${LOCAL_ROOT_PATH:-$ROOT_PATH}
+OUTPUT_DIR=${OUTPUT_DIR:-$LOCAL_ROOT_PATH/output/evaluation}
+AUDIO_TOKENIZER_TYPE=${AUDIO_TOKENIZER_TYPE:-glm4voice}
+AUDIO_TOKENIZER_PATH=${AUDIO_TOKENIZER_PATH:-$ROOT_PATH/models/THUDM/glm-4-voice-tokenizer}
+if [[ $AUDIO_TOKENIZER_TYPE == *glm4voice ]]; then
+  FLOW_PATH=${FLOW_PATH:-$ROOT_PATH/models/THUDM/glm-4-voice-decoder}
+fi
+
+# -- checkpoints ----------------------------------------------------------------------------------------
+
+run_folder() { # STAGE_NAME: the run of that stage, the newest unless TIMESTAMP says which
+  local stage_folder=$STAGES_ROOT/finetune_${STAGE_PREFIX:-glm4voice}_$1 candidate
+  if [[ -n ${TIMESTAMP:-} ]]; then
+    echo "$stage_folder/$TIMESTAMP"
+    return
+  fi
+  # shellcheck disable=SC2012  # names are time stamps
+  candidate=$(ls -td "$stage_folder"/*/config.json 2>/dev/null | head -n 1)
+  echo "${candidate%/config.json}"
+}
+
+read -r -a checkpoints <<<"${MODEL_NAME_OR_PATH:-}"
+for i in "${!checkpoints[@]}"; do
+  [[ ${checkpoints[i]} == *=* ]] || checkpoints[i]=$(basename "${checkpoints[i]}")=${checkpoints[i]}
+done
+if [[ ${#checkpoints[@]} -eq 0 && -n ${STAGES_ROOT:-} ]]; then
+  number=0
+  for name in stage1 mtp1_stage1 mtp10_stage1 mtp10_stage2; do
+    number=$((number + 1))
+    folder=$(run_folder "$name")
+    if [[ -f $folder/config.json ]]; then
+      checkpoints+=("stage$number=$folder")
+    else
+      echo "stage $number ($name) has no result under $STAGES_ROOT; left out" >&2
+    fi
+  done
+fi
+[[ ${#checkpoints[@]} -gt 0 ]] || die "nothing to score: set MODEL_NAME_OR_PATH or STAGES_ROOT"
+
+# -- test sets ------------------------------------------------------------------------------------------
+
+sets=()
+for task in asr tts sqa; do
+  variable=${task^^}_JSON
+  files=${!variable:-}
+  if [[ -z $files && -n ${CORPUS:-} && -f $CORPUS/test_$task.jsonl ]]; then
+    files=$CORPUS/test_$task.jsonl
+  fi
+  if [[ -n $files ]]; then
+    read -r -a files <<<"$files"
+    sets+=("--$task" "${files[@]}")
+  fi
+done
+[[ ${#sets[@]} -gt 0 ]] || die "no test set: set ASR_JSON, TTS_JSON or SQA_JSON, or CORPUS"
+DATA_ROOT=${DATA_ROOT:-${CORPUS:-}}
+
+# -- launch ---------------------------------------------------------------------------------------------
+
+options=()
+add() { # FLAG VALUE, unless the value is empty
+  [[ -z $2 ]] || options+=("$1" "$2")
+}
+add --audio_tokenizer_path "$AUDIO_TOKENIZER_PATH"
+add --flow_path "${FLOW_PATH:-}"
+add --frontend_path "${AUDIO_MODEL_NAME_OR_PATH:-}"
+add --data_root "$DATA_ROOT"
+add --limit "${LIMIT:-}"
+add --batch_size "${BATCH_SIZE:-}"
+add --system_prompt "${SYSTEM_PROMPT:-}"
+add --transcriber "${TRANSCRIBER:-}"
+add --transcriber_path "${TRANSCRIBER_PATH:-}"
+add --grammar "${GRAMMAR:-}"
+add --language "${LANGUAGE_CODE:-}"
+if [[ -n ${MODES:-} ]]; then
+  read -r -a modes <<<"$MODES"
+  options+=(--modes "${modes[@]}")
+fi
+
+if command -v nvidia-smi >/dev/null 2>&1 && [[ $(nvidia-smi -L 2>/dev/null | wc -l) -gt 0 ]]; then
+  NPROC_PER_NODE=${NPROC_PER_NODE:-$(nvidia-smi -L | wc -l)}
+else
+  NPROC_PER_NODE=${NPROC_PER_NODE:-1}
+fi
+export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
+command=("$REPOSITORY/tools/evaluate_table.py")
+if [[ $NPROC_PER_NODE -gt 1 || ${NNODES:-1} -gt 1 ]]; then
+  command=(
+    -m torch.distributed.run --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
+    --nproc_per_node "$NPROC_PER_NODE" --master_addr "${MASTER_ADDR:-127.0.0.1}"
+    --master_port "${MASTER_PORT:-34568}" "${command[@]}"
+  )
+fi
+exec "${PYTHON:-python}" "${command[@]}" \
+  --checkpoints "${checkpoints[@]}" \
+  --audio_tokenizer_type "$AUDIO_TOKENIZER_TYPE" \
+  --output_dir "$OUTPUT_DIR" \
+  "${sets[@]}" "${options[@]}" "$@"
