@@ -72,12 +72,17 @@ class MTPGenerationMixin:
     def _uses_heads(self, generation_config) -> bool:
         return self.config.num_nextn_predict_layers > 0 and any(generation_config.mtp_inference_mode[1::2])
 
-    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, **kwargs):
-        """As in transformers; further inputs are passed on when the prompt itself is embedded."""
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, is_first_iteration=False, inputs_embeds=None, **kwargs
+    ):
+        """As in transformers; further inputs are passed on when the prompt itself is embedded.
+
+        transformers reads from this signature that prompts may come as ``inputs_embeds``.
+        """
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs = {key: value for key, value in kwargs.items() if key not in self.embedding_inputs}
         return super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, *args, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
         )
 
     def _sample(

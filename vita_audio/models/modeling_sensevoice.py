@@ -120,20 +120,17 @@ class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
             return embeds + 0 * self.model.encode_audio([silent]).mean().to(embeds.dtype)
         return embeds
 
-    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs):
         """As the base class does; clips whose tokens a given cache already holds are left out."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
         if inputs.get("audios") and inputs.get("input_ids") is not None:
             cached = input_ids.shape[1] - inputs["input_ids"].shape[1]
-            if cached:
-                step = torch.tensor([0, cached]).view(2, 1, 1)
-                new = [
-                    (audio, indices - step.to(indices.device))
-                    for audio, indices in zip(inputs["audios"], inputs["audio_indices"], strict=True)
-                    if int(indices[1].min()) >= cached
-                ]
-                inputs["audios"] = [audio for audio, _ in new]
-                inputs["audio_indices"] = [indices for _, indices in new]
+            clips = zip(inputs["audios"], inputs["audio_indices"], strict=True)
+            new = [(audio, places) for audio, places in clips if int(places[1].min()) >= cached]
+            inputs["audios"] = [audio for audio, _ in new]
+            inputs["audio_indices"] = [torch.stack([places[0], places[1] - cached]) for _, places in new]
         return inputs
 
     def start_new_parts(self, missing: set[str], audio_model_path: str | Path | None) -> list[str]:
@@ -164,13 +161,12 @@ class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
             copy_parameters(SenseVoiceEncoder.from_pretrained(audio_model_path), self.model.audio_model.model)
         return started
 
-    @staticmethod
     def _expand_inputs_for_generation(
-        expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
     ):
         """Several sequences per prompt: row r becomes rows r * size … r * size + size - 1, clips likewise."""
         audios, indices = model_kwargs.pop("audios", None), model_kwargs.pop("audio_indices", None)
-        input_ids, model_kwargs = Qwen2MTPForCausalLM._expand_inputs_for_generation(
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         if audios:
