@@ -163,7 +163,7 @@ class TrainLoader:
         return self._report
 
     def counts(self) -> dict[str, float]:
-        """Counts of this rank for a log: ``used``, ``skipped``, ``skipped/REASON``, ``epoch``, ``speech/FROM``."""
+        """This rank's ``epoch``, ``used``, ``skipped``, ``skipped/REASON``, ``speech/ORIGIN``, for a log."""
         report = self._report
         reasons: dict[str, float] = {}
         for (_, reason), count in report.skipped.items():

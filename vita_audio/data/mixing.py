@@ -87,7 +87,7 @@ def read_mix(path: str | Path, data_root: str | Path | None = None) -> list[Sour
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MixError(f"{path}: cannot be read: {error}") from error
+        raise MixError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     named = config.get("dataset") if isinstance(config, Mapping) else None
     if not isinstance(named, Mapping) or not named:
         raise MixError(f"{path}: needs a section 'dataset' with at least one data set")
@@ -122,6 +122,8 @@ def _read_entry(file: Path, name: str, entry: Any, root: Path) -> list[SourceSpe
 def _number(where: str, field: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise MixError(f"{where}: {field!r} must be a number of 0 or more, it is {value!r}")
+    if field == "ratio" and value == math.inf:
+        raise MixError(f"{where}: {field!r} must be finite")
     return float(value)
 
 

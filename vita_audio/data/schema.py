@@ -147,10 +147,8 @@ def _check_message(message: Any, index: int) -> Message:
         )
     if len(content) > _MAX_CONTENT_CHARACTERS:
         raise SampleError(Reason.TOO_LONG, f"content of message {index} has {len(content)} characters")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can write and no tokenizer can read
-        raise SampleError(Reason.WRONG_TYPE, f"content of message {index} is not valid Unicode") from None
+    if not _is_unicode(content):
+        raise SampleError(Reason.WRONG_TYPE, f"content of message {index} is not valid Unicode")
     return Message(_ROLES[role], content)
 
 
@@ -162,9 +160,18 @@ def _check_audios(audios: Any) -> tuple[str, ...]:
     if not isinstance(audios, list):
         raise SampleError(Reason.WRONG_TYPE, f"'audios' must be a list of paths, it is {_kind(audios)}")
     for index, path in enumerate(audios):
-        if not isinstance(path, str) or not path or "\0" in path:
+        if not isinstance(path, str) or not path or "\0" in path or not _is_unicode(path):
             raise SampleError(Reason.WRONG_TYPE, f"audio {index} must be a path, it is {path!r:.80}")
     return tuple(audios)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for lone surrogates, which JSON can write and no tokenizer or file system can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(value: Any) -> str:

@@ -68,7 +68,7 @@ class Rows:
             raise SampleError(
                 Reason.UNREADABLE_ROW, f"{type(error).__name__}: {_first_line(error)}"
             ) from error
-        return row[_LINE] if _LINE in row else row
+        return row.get(_LINE, row)
 
 
 def _open(path: Path, cache_dir: str | None) -> datasets.Dataset:
@@ -100,7 +100,7 @@ def _nonblank_lines(path: str, size: int, mtime_ns: int) -> Iterator[dict[str, s
             if index == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
-                # Bytes that are not UTF-8 become escapes that JSON does not know, so the line is refused as such.
+                # Bytes that are not UTF-8 become escapes unknown to JSON, so the line is refused as broken.
                 yield {_LINE: line.strip().decode("utf-8", errors="backslashreplace")}
 
 

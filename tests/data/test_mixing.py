@@ -1,0 +1,185 @@
+"""The mix: counts as the goldens have them, files that cannot be used, and the order of the stream."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vita_audio.data.mixing import Mix, MixError, permuted, read_mix
+from vita_audio.data.schema import SampleError, parse_sample
+
+
+@pytest.fixture(scope="module")
+def mix_folder(goldens, tmp_path_factory):
+    import json
+
+    folder = tmp_path_factory.mktemp("mix")
+    for name, text in json.loads((goldens.folder / "mixer" / "files.json").read_text()).items():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def open_mix(mix_folder, arrow_cache):
+    def open_mix(yaml: str, **options) -> Mix:
+        file = mix_folder / "mix.yaml"
+        file.write_text(yaml, encoding="utf-8")
+        return Mix(read_mix(file), seed=42, cache_dir=arrow_cache, **options)
+
+    return open_mix
+
+
+def draws(mix: Mix, epoch: int = 0) -> list[tuple[str, int]]:
+    """File stem and row of every sample of an epoch, in order."""
+    places = [mix.place(position) for position in range(epoch * len(mix), (epoch + 1) * len(mix))]
+    return [(mix.specs[place.source].path.stem, place.row) for place in places]
+
+
+def test_counts_and_repetitions_equal_the_goldens_in_every_epoch(goldens, open_mix):
+    for case in goldens.lines("mixer/cases.jsonl"):
+        mix, expected = open_mix(case["yaml"]), case["expected"]
+        assert len(mix) == expected["total"], case["name"]
+        counts = [count for count in expected["counts_by_source_index"].values() if count]
+        assert sorted(mix.used) == sorted(counts), case["name"]
+        for epoch in range(3):
+            by_file: dict[str, Counter] = {}
+            for (stem, _), times in Counter(draws(mix, epoch)).items():
+                by_file.setdefault(stem, Counter())[str(times)] += 1
+            assert by_file == expected["multiplicity_histogram_by_file"], (case["name"], epoch)
+
+
+# The golden files name an audio on each line without a tag for it, so a line that was read whole, with its
+# audio, is refused for that and no other reason.
+READ_WHOLE = "fewer_tags_than_audios"
+
+
+@pytest.mark.parametrize(
+    ("file", "outcomes"),
+    [
+        ("malformed", {READ_WHOLE: 5, "bad_json": 1}),
+        ("mixed_content", {READ_WHOLE: 3, "wrong_type": 3}),
+        ("mixed_id", {READ_WHOLE: 6}),
+        ("mixed_audios", {READ_WHOLE: 6}),
+        ("extra_message_key", {READ_WHOLE: 5}),
+        ("conversations", {"good": 5}),
+        ("late_error", {READ_WHOLE: 400, "wrong_type": 1}),
+    ],
+)
+def test_a_broken_line_or_changing_column_costs_that_line_only(open_mix, file, outcomes):
+    """The public code drops such files whole, or strips them of their audio."""
+    mix = open_mix(MIX.format(paths=f"d/{file}.jsonl, d/qa.jsonl", more="ratio: 1"))
+    found = Counter()
+    for position in range(len(mix)):
+        place = mix.place(position)
+        if mix.specs[place.source].path.stem == file:
+            try:
+                parse_sample(mix.raw(place))
+                found["good"] += 1
+            except SampleError as error:
+                found[error.reason] += 1
+    assert found == outcomes
+
+
+MIX = "dataset:\n  a:\n    data_paths: [{paths}]\n    {more}\n"
+
+
+def test_missing_files_are_reported_together_and_refused_when_strict(open_mix, caplog):
+    yaml = MIX.format(paths="d/gone.jsonl, d/qa.jsonl, d/lost.jsonl, d", more="ratio: 1")
+    mix = open_mix(yaml)
+    assert len(mix) == 9
+    assert "3 files" in caplog.text
+    with pytest.raises(MixError, match=r"(?s)3 files.*gone\.jsonl.*lost\.jsonl.*is a folder"):
+        open_mix(yaml, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        (MIX.format(paths="d/gone.jsonl", more="ratio: 1"), "no samples"),
+        (MIX.format(paths="d/qa.jsonl", more="ratio: -1"), "'ratio' must be a number of 0 or more"),
+        (MIX.format(paths="d/qa.jsonl", more="ratio: abc"), "'ratio' must be a number"),
+        (MIX.format(paths="d/qa.jsonl", more="ratio: .nan"), "'ratio' must be a number"),
+        (MIX.format(paths="d/qa.jsonl", more="ratio: .inf"), "'ratio' must be finite"),
+        (MIX.format(paths="d/qa.jsonl", more="num: -3"), "'num' must be a number"),
+        (MIX.format(paths="d/qa.jsonl", more="ration: 1"), "unknown ration"),
+        (MIX.format(paths="'${NOT_SET_ANYWHERE}/qa.jsonl'", more="ratio: 1"), "NOT_SET_ANYWHERE; export it"),
+        ("dataset:\n  a:\n    ratio: 1.0\n", "'data_paths' must list"),
+        ("dataset: {}\n", "at least one data set"),
+        ("dataset: [\n", "cannot be read"),
+        ("just text\n", "needs a section 'dataset'"),
+    ],
+)
+def test_a_mix_that_cannot_be_right_is_refused_in_a_sentence(open_mix, yaml, message):
+    with pytest.raises(MixError, match=message.replace("(", r"\(")):
+        open_mix(yaml)
+
+
+def test_paths_expand_the_environment_and_start_at_the_data_root(mix_folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPEECH_ROOT", str(mix_folder))
+    file = tmp_path / "mix.yaml"
+    file.write_text(
+        "dataset:\n  a:\n    data_paths: ['${SPEECH_ROOT}/d/qa.jsonl', d/qa.jsonl, $SPEECH_ROOT/x]\n"
+    )
+    paths = [spec.path for spec in read_mix(file, data_root="/elsewhere")]
+    assert [str(path) for path in paths] == [
+        f"{mix_folder}/d/qa.jsonl",
+        "/elsewhere/d/qa.jsonl",
+        f"{mix_folder}/x",
+    ]
+    assert read_mix(file)[1].path == tmp_path / "d/qa.jsonl"
+
+
+def test_every_epoch_has_its_own_order_and_the_same_seed_the_same(open_mix):
+    yaml = MIX.format(paths="d/asr_a.jsonl, d/text.jsonl", more="ratio: 1")
+    mix, again = open_mix(yaml), open_mix(yaml)
+    assert draws(mix) == draws(again)
+    assert draws(mix, 0) != draws(mix, 1)
+    assert sorted(draws(mix, 0)) == sorted(draws(mix, 1))
+
+
+def test_subsampling_reaches_every_row_in_later_epochs(open_mix):
+    mix = open_mix(MIX.format(paths="d/text.jsonl", more="ratio: 0.1"))
+    assert {draw for epoch in range(10) for draw in draws(mix, epoch)} == {("text", row) for row in range(50)}
+
+
+def test_arrays_parquet_and_odd_lines_are_read(tmp_path, arrow_cache, text_sample, write_lines):
+    import json
+
+    import datasets
+
+    samples = [text_sample(f"line\u2028separator {index}") for index in range(5)]
+    (tmp_path / "array.json").write_text(
+        "\ufeff [" + ",".join(map(json.dumps, samples)) + "]", encoding="utf-8"
+    )
+    lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
+    (tmp_path / "lines.jsonl").write_bytes(("\ufeff" + "\r\n\r\n".join(lines)).encode() + b"\n\n\xff\xfe\n")
+    datasets.Dataset.from_list([{**sample, "audios": [], "id": 3} for sample in samples]).to_parquet(
+        tmp_path / "rows.parquet"
+    )
+    for name, rows in (("array.json", 5), ("lines.jsonl", 6), ("rows.parquet", 5)):
+        file = write_lines(tmp_path / "mix.yaml", [MIX.format(paths=name, more="ratio: 1")])
+        mix = Mix(read_mix(file), 0, cache_dir=arrow_cache)
+        assert len(mix) == rows
+        contents = set()
+        for position in range(rows):
+            try:
+                contents.add(parse_sample(mix.raw(mix.place(position))).messages[0].content)
+            except SampleError as error:
+                assert error.reason == "bad_json"
+        assert contents == {sample["messages"][0]["content"] for sample in samples}, name
+
+
+def test_a_changed_file_is_read_again(tmp_path, arrow_cache, text_sample, write_lines):
+    mix_file = write_lines(tmp_path / "mix.yaml", [MIX.format(paths="a.jsonl", more="ratio: 1")])
+    for rows in (3, 4):
+        write_lines(tmp_path / "a.jsonl", [text_sample("x")] * rows)
+        assert len(Mix(read_mix(mix_file), 0, cache_dir=arrow_cache)) == rows
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
+def test_the_shuffle_is_a_permutation(size, key):
+    assert sorted(permuted(index, size, key) for index in range(size)) == list(range(size))
