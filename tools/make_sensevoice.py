@@ -1,10 +1,10 @@
 """Make a small, untrained SenseVoice folder, for training the Plus family from scratch.
 
-    python tools/make_sensevoice.py --data train.jsonl --output sensevoice/
+    python tools/make_sensevoice.py --corpus corpus/ --out sensevoice/
 
-writes ``model.safetensors``, ``config.json`` and an ``am.mvn`` estimated from the clips of the
-training data. The released Plus models use SenseVoiceSmall instead, whose folder has the same
-parts. An untrained encoder has to be trained with the model: ``--audio-model-freeze False``.
+writes ``model.safetensors``, ``config.json`` and an ``am.mvn`` estimated from clips of the
+corpus. The released Plus models use SenseVoiceSmall instead, whose folder has the same parts. An
+untrained encoder has to be trained with the model: ``--audio_model_freeze False``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from tqdm import tqdm
 from vita_audio.audio.sensevoice import SenseVoiceEncoder, SenseVoiceEncoderConfig
 from vita_audio.audio.sensevoice.frontend import estimate_cmvn, write_cmvn
 
+AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
+
 
 def main() -> None:
     args = parse_args()
-    clips = list(read_audio_paths(args.data))
+    clips = sorted(find_clips(args.corpus))
+    if not clips:
+        raise SystemExit(f"--corpus {' '.join(map(str, args.corpus))}: no audio there")
     random.Random(args.seed).shuffle(clips)
     shift, scale = estimate_cmvn(tqdm(clips[: args.max_clips], desc="normalisation", unit="clip"))
     torch.manual_seed(args.seed)
@@ -41,31 +45,44 @@ def main() -> None:
             ctc_vocab_size=args.ctc_vocab_size,
         )
     )
-    encoder.save_pretrained(args.output)
-    write_cmvn(args.output / "am.mvn", shift, scale)
+    encoder.save_pretrained(args.out)
+    write_cmvn(args.out / "am.mvn", shift, scale)
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    print(f"{args.output}: {parameters:,} parameters, normalised on {min(len(clips), args.max_clips)} clips")
+    print(f"{args.out}: {parameters:,} parameters, normalised on {min(len(clips), args.max_clips)} clips")
 
 
-def read_audio_paths(files: list[Path]) -> Iterator[str]:
-    """Every path under ``audios`` of JSON-lines data files."""
-    for file in files:
-        with file.open() as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield from json.loads(line).get("audios") or []
-                except (json.JSONDecodeError, AttributeError, TypeError) as error:
-                    raise SystemExit(f"{file}:{number}: not a sample: {error}") from None
+def find_clips(sources: list[Path]) -> Iterator[Path]:
+    """Audio files below folders, and those that JSON-lines data files name under ``audios``."""
+    for source in sources:
+        if source.is_dir():
+            yield from (file for file in source.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+        else:
+            yield from read_audio_paths(source)
+
+
+def read_audio_paths(file: Path) -> Iterator[Path]:
+    """Every path under ``audios``; relative ones start at the file's folder."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise SystemExit(f"{file}: cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield from (file.parent / audio for audio in json.loads(line).get("audios") or [])
+        except (json.JSONDecodeError, AttributeError, TypeError) as error:
+            raise SystemExit(f"{file}:{number}: not a sample: {error}") from None
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSON-lines files with audios")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--corpus", type=Path, nargs="+", required=True, help="folders of audio, or JSON-lines data files"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--output-size", type=int, default=128, help="width of the encoder")
     parser.add_argument("--attention-heads", type=int, default=4)
     parser.add_argument("--linear-units", type=int, default=256, help="width inside the feed-forward layers")

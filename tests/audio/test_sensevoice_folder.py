@@ -15,7 +15,7 @@ GOLDENS = ROOT / "tests" / "goldens" / "sensevoice"
 
 def make(folder, *arguments):
     return subprocess.run(
-        [sys.executable, ROOT / "tools" / "make_sensevoice.py", "--output", folder, *arguments],
+        [sys.executable, ROOT / "tools" / "make_sensevoice.py", "--out", folder, *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -29,13 +29,13 @@ def test_the_made_folder_opens_as_frontend_and_encoder(tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     folder = tmp_path / "sensevoice"
     sizes = ["--output-size", "16", "--attention-heads", "2", "--num-blocks", "2", "--tp-blocks", "1"]
-    done = make(folder, "--data", tmp_path / "train.jsonl", *sizes)
+    done = make(folder, "--corpus", tmp_path / "train.jsonl", *sizes)
     assert done.returncode == 0, done.stderr
     features = torch.cat([Frontend(folder)(clip) for clip in clips])
     torch.testing.assert_close(features.mean(dim=0), torch.zeros(560), atol=1e-4, rtol=0)
     encoded, _ = SenseVoiceEncoder.from_pretrained(folder)(features[None])
     assert encoded.shape == (1, len(features) + 4, 16)
-    again = make(tmp_path / "again", "--data", tmp_path / "train.jsonl", *sizes)
+    again = make(tmp_path / "again", "--corpus", tmp_path / "train.jsonl", *sizes)
     assert again.returncode == 0, again.stderr
     weights = (folder / "model.safetensors").read_bytes()
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
@@ -43,6 +43,12 @@ def test_the_made_folder_opens_as_frontend_and_encoder(tmp_path):
 
 def test_a_damaged_data_file_is_named_with_its_line(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"audios": []}\n{oops\n')
-    done = make(tmp_path / "out", "--data", tmp_path / "train.jsonl")
+    done = make(tmp_path / "out", "--corpus", tmp_path / "train.jsonl")
     assert done.returncode != 0
     assert "train.jsonl:2" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_corpus_without_audio_is_refused(tmp_path):
+    done = make(tmp_path / "out", "--corpus", tmp_path)
+    assert done.returncode != 0
+    assert "no audio there" in done.stderr.strip().splitlines()[-1]
