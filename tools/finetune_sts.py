@@ -54,12 +54,14 @@ def main() -> None:
     output_dir = Path(stage_args.output_dir)
     _set_up_logging(stage_args)
     if (output_dir / FINISHED_MARKER).is_file():
-        logger.warning("%s holds the finished stage; remove it to train again", output_dir)
+        logger.info("%s holds the finished stage; remove it to train again", output_dir)
         return
     set_seed(stage_args.seed)
 
     # 2. Text tokenizer with speech tokens; 3. model with its heads.
-    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name_or_path or model_args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.tokenizer_name_or_path or model_args.model_name_or_path
+    )
     codec = CodecSpec(
         kind=data_args.audio_tokenizer_type,
         path=data_args.audio_tokenizer_path,
@@ -105,7 +107,7 @@ def main() -> None:
     )
     checkpoint = last_complete_checkpoint(output_dir)
     if checkpoint is not None:
-        logger.warning("continuing from %s", checkpoint)
+        logger.info("continuing from %s", checkpoint)
     if checkpoint is None or _steps_done(checkpoint) < stage_args.max_steps:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model()
@@ -128,7 +130,9 @@ def _open_model(model_args, data_args, stage_args, tokenizer) -> transformers.Pr
         dtype = "bfloat16" if stage_args.bf16 else "float32"
     attention = model_args.attn_implementation
     if attention == "auto":
-        attention = "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+        attention = (
+            "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+        )
     model = load_with_heads(
         model_args.model_name_or_path,
         model_args.num_nextn_predict_layers,
@@ -152,15 +156,15 @@ def _steps_done(checkpoint: Path) -> int:
 
 
 def _set_up_logging(stage_args: StageArguments) -> None:
-    level = stage_args.get_process_log_level()
     logging.basicConfig(
         level=logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
     for name in ("vita_audio", "finetune_sts"):
-        logging.getLogger(name).setLevel(level)
-    transformers.utils.logging.set_verbosity(level)
+        # Every rank would say the same; the first one says it.
+        logging.getLogger(name).setLevel(logging.INFO if stage_args.process_index == 0 else logging.ERROR)
+    transformers.utils.logging.set_verbosity(stage_args.get_process_log_level())
 
 
 if __name__ == "__main__":

@@ -66,9 +66,5 @@ INFERENCE_MODES: dict[str, tuple[int, ...]] = {
 ASR_PROMPT = "Convert the speech to text."
 TTS_PROMPT = "Convert the text to speech."
 VOICE_PROMPT = f"Your Voice: {AUDIO_TAG}\n"
-LUKE_SYSTEM_PROMPT = (
-    "Your Name: Luke\nYour Gender: male\n\nRespond in a text-audio interleaved manner."
-)
-OMNI_SYSTEM_PROMPT = (
-    "Your Name: Omni\nYour Gender: female\nRespond in a text-audio interleaved manner."
-)
+LUKE_SYSTEM_PROMPT = "Your Name: Luke\nYour Gender: male\n\nRespond in a text-audio interleaved manner."
+OMNI_SYSTEM_PROMPT = "Your Name: Omni\nYour Gender: female\nRespond in a text-audio interleaved manner."

@@ -50,7 +50,8 @@ class ModelArguments:
         default=False, metadata={"help": "Train the MCTP heads alone (stages 2 and 3)."}
     )
     audio_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "SenseVoiceSmall's folder (am.mvn and weights), for sensevoice kinds."}
+        default=None,
+        metadata={"help": "SenseVoiceSmall's folder (am.mvn and weights), for sensevoice kinds."},
     )
     audio_model_freeze: bool = field(
         default=True, metadata={"help": "Keep the SenseVoice encoder as it is (all published stages)."}
@@ -137,12 +138,18 @@ class StageArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.max_steps <= 0:
-            raise ArgumentError(f"--max_steps {self.max_steps}: rows are endless, so give the number of steps")
+            raise ArgumentError(
+                f"--max_steps {self.max_steps}: rows are endless, so give the number of steps"
+            )
         if self.mtp_learning_rate_multiplier <= 0:
             raise ArgumentError(
                 f"--mtp_learning_rate_multiplier {self.mtp_learning_rate_multiplier}: must be above 0"
             )
-        if self.deepspeed and self.mtp_learning_rate_multiplier != 1 and _config_builds_optimizer(self.deepspeed):
+        if (
+            self.deepspeed
+            and self.mtp_learning_rate_multiplier != 1
+            and _config_builds_optimizer(self.deepspeed)
+        ):
             raise ArgumentError(
                 f"--mtp_learning_rate_multiplier needs per-group rates, but {self.deepspeed} builds the optimizer "
                 "itself: use a DeepSpeed config without an optimizer section (ds_config_zero2_no_optimizer.json)"

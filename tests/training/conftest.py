@@ -1,0 +1,89 @@
+"""A world small enough to train in seconds: a tiny Qwen2, a text-only mix, the real stage scripts."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TOKENIZER = REPOSITORY / "tests/goldens/data/tokenizer/glm4voice"
+STAGES = REPOSITORY / "scripts/deepspeed/sts_qwen25"
+
+
+@dataclass
+class TinyWorld:
+    """Folders of a run, and a way to start its stages."""
+
+    root: Path
+    port: int = 29630
+
+    def environment(self, **settings: str) -> dict[str, str]:
+        return {
+            **os.environ,
+            "PYTHON": sys.executable,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "DATASET_NAME": str(self.root / "mix.yaml"),
+            "DATA_ROOT": str(self.root),
+            "OUTPUT_ROOT": str(self.root / "out"),
+            "AUDIO_TOKENIZER_PATH": str(self.root / "no_codec_needed_for_text"),
+            "DEEPSPEED_CONFIG": str(REPOSITORY / "configs/quickstart/ds_config_zero2.json"),
+            "BF16": "False",
+            "GRADIENT_ACCUMULATION_STEPS": "1",
+            "DATALOADER_NUM_WORKERS": "0",
+            "MAX_STEPS": "4",
+            "LEARNING_RATE": "1e-3",
+            "REPORT_TO": "none",
+            "MASTER_PORT": str(self.port),
+            **settings,
+        }
+
+    def run_stage(self, name: str, *flags: str, **settings: str) -> subprocess.CompletedProcess:
+        """Run one stage script to its end, from a folder that is not the repository."""
+        return subprocess.run(
+            ["bash", str(STAGES / f"finetune_glm4voice_{name}.sh"), "128", "run", *flags],
+            cwd=self.root,
+            env=self.environment(**settings),
+            capture_output=True,
+            text=True,
+            timeout=540,
+            check=False,
+        )
+
+    def result(self, name: str) -> Path:
+        return self.root / "out" / f"finetune_glm4voice_{name}" / "run"
+
+    def losses(self, name: str) -> list[dict[str, float]]:
+        history = json.loads((self.result(name) / "trainer_state.json").read_text())["log_history"]
+        return [line for line in history if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def tiny_world(tmp_path_factory) -> TinyWorld:
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    root = tmp_path_factory.mktemp("world")
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(root / "base")
+    config = Qwen2Config(
+        vocab_size=688,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(root / "base")
+    draw, words = random.Random(0), "zero one two three four five six seven eight nine".split()
+    with open(root / "text.jsonl", "w") as file:
+        for _ in range(200):
+            text = " ".join(draw.choices(words, k=draw.randint(1, 8)))
+            messages = [{"role": "user", "content": f"say {text}"}, {"role": "assistant", "content": text}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    (root / "mix.yaml").write_text("dataset:\n  text:\n    ratio: 1.0\n    data_paths:\n      - text.jsonl\n")
+    return TinyWorld(root)
