@@ -21,7 +21,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from vita_audio.constants import IGNORE_INDEX
-from vita_audio.models.attention import attention_masks, document_ids, is_packed
+from vita_audio.models.attention import PACKED_SDPA, attention_masks, document_ids, is_packed
 from vita_audio.models.configuration import Qwen2MTPConfig
 from vita_audio.models.generation import MTPGenerationMixin
 from vita_audio.models.loss import LanguageModelHead, shifted_targets
@@ -44,6 +44,11 @@ class Qwen2MTPModel(Qwen2Model):
     """Token embedding, all decoder layers, final norm; its forward is the backbone's."""
 
     config_class = Qwen2MTPConfig
+
+    def __init__(self, config: Qwen2MTPConfig):
+        super().__init__(config)
+        if config._attn_implementation == "sdpa":
+            config._attn_implementation = PACKED_SDPA
 
     @merge_with_config_defaults
     @capture_outputs
