@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 OPEN_ROWS = 16
-PATIENCE = 32
+PATIENCE = 16
 
 Document = TypeVar("Document")
 

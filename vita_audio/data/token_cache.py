@@ -28,6 +28,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 from filelock import FileLock
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class TokenCache:
     def __init__(self, folder: Path, arrow_cache: str | None = None) -> None:
         self.folder = folder
         self.identity = dict(identities(folder))[folder]
-        shards = [str(shard) for shard in _readable_shards(folder)]
+        shards = [str(shard) for shard in readable_shards(folder)]
         self._clips = (
             datasets.load_dataset("parquet", data_files=shards, split="train", cache_dir=arrow_cache)
             if shards
@@ -189,20 +190,18 @@ class TokenCache:
             at += 1
         return newest
 
-    def paths_and_sizes(self) -> dict[str, int]:
-        """Every path key with the size that its file had."""
-        columns = self._clips.select_columns(["path", "size"])
-        return {
-            path: size
-            for batch in columns.iter(10_000)
-            for path, size in zip(batch["path"], batch["size"], strict=True)
-        }
+
+def cached_sizes(folder: Path) -> dict[str, int]:
+    """Every path key in a codec's folder, with the size that its file had."""
+    sizes: dict[str, int] = {}
+    for shard in readable_shards(folder):
+        columns = pyarrow.parquet.read_table(shard, columns=["path", "size"]).to_pydict()
+        sizes.update(zip(columns["path"], columns["size"], strict=True))
+    return sizes
 
 
-def _readable_shards(folder: Path) -> Iterator[Path]:
+def readable_shards(folder: Path) -> Iterator[Path]:
     """A damaged shard is reported and left out: its clips are encoded again on demand."""
-    import pyarrow.parquet
-
     for shard in sorted(folder.glob(_SHARD_PATTERN)):
         try:
             pyarrow.parquet.ParquetFile(shard).close()
