@@ -30,15 +30,15 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import vita_audio.models  # noqa: F401  (registers the model types)
-from vita_audio.evaluation.benchmark import Listener, TestItem, rank_and_world_size, read_test_set
-from vita_audio.evaluation.table import Table, TestSets, modes_for, score_floor, score_row
+from vita_audio.evaluation.benchmark import BenchmarkItem, Listener, rank_and_world_size, read_test_set
+from vita_audio.evaluation.table import BenchmarkSets, Table, modes_for, score_floor, score_row
 from vita_audio.inference import resolve_mode
 
 
 def main() -> None:
     args = parse_args()
     checkpoints = [read_checkpoint(text, args.modes) for text in args.checkpoints]
-    sets = TestSets(
+    sets = BenchmarkSets(
         asr=read_sets(args.asr, args),
         tts=read_sets(args.tts, args),
         sqa=read_sets(args.sqa, args, system_prompt(args)),
@@ -64,7 +64,7 @@ def main() -> None:
     table.write()
 
 
-def fill(table: Table, missing: list, sets: TestSets, pool, args: argparse.Namespace) -> None:
+def fill(table: Table, missing: list, sets: BenchmarkSets, pool, args: argparse.Namespace) -> None:
     """Score the rows that are not there yet; a checkpoint is loaded once for all its modes."""
     pipeline, loaded, listener = None, None, None
     progress = tqdm(missing, desc="rows", unit="row", disable=rank_and_world_size()[0] != 0)
@@ -124,7 +124,7 @@ def read_checkpoint(text: str, modes: list[str]) -> tuple[str, Path, list[str]]:
 
 def read_sets(
     paths: list[Path], args: argparse.Namespace, default_system: str | None = None
-) -> list[TestItem]:
+) -> list[BenchmarkItem]:
     return [
         item for path in paths for item in read_test_set(path, args.data_root, args.limit, default_system)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vita_audio.evaluation.benchmark import TestItem, Utterance, batched_replies, gather
+from vita_audio.evaluation.benchmark import BenchmarkItem, Utterance, batched_replies, gather
 from vita_audio.evaluation.metrics import corpus_error_rate
 from vita_audio.inference import GenerationOptions, SpeechPipeline
 
@@ -14,7 +14,7 @@ _TOKENS_BEYOND_PROMPT = 32
 
 def run_asr(
     pipeline: SpeechPipeline,
-    items: Sequence[TestItem],
+    items: Sequence[BenchmarkItem],
     options: GenerationOptions,
     batch_size: int = 32,
 ) -> list[Utterance]:

@@ -32,7 +32,7 @@ SPOKEN_REPLY_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class TestItem:
+class BenchmarkItem:
     """One test sample.
 
     Attributes:
@@ -73,7 +73,7 @@ def read_test_set(
     data_root: str | PathLike[str] | None = None,
     limit: int | None = None,
     default_system: str | None = None,
-) -> list[TestItem]:
+) -> list[BenchmarkItem]:
     """Read a JSON-lines test set.
 
     Args:
@@ -93,11 +93,11 @@ def read_test_set(
         raise ValueError(f"{path}: holds no samples")
     if limit and limit < len(lines):
         lines = [lines[index * len(lines) // limit] for index in range(limit)]
-    items: list[TestItem] = []
+    items: list[BenchmarkItem] = []
     seen: set[str] = set()
     for number, line in lines:
         try:
-            items.append(_test_item(json.loads(line), number, root, default_system))
+            items.append(_read_item(json.loads(line), number, root, default_system))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}:{number}: not a test sample: {error}") from error
         if items[-1].id in seen:
@@ -106,13 +106,15 @@ def read_test_set(
     return items
 
 
-def _test_item(sample: Mapping[str, Any], number: int, root: Path, default_system: str | None) -> TestItem:
+def _read_item(
+    sample: Mapping[str, Any], number: int, root: Path, default_system: str | None
+) -> BenchmarkItem:
     audios = [str(root / audio) for audio in sample.get("audios") or ()]
     conversation = from_sample({**sample, "audios": audios}, default_system)
     answer = str(sample["messages"][-1]["content"]).replace(AUDIO_TAG, "").strip()
     answers = sample.get("answers") or [answer]
     later = audios[len(conversation.audios) :]
-    return TestItem(
+    return BenchmarkItem(
         id=str(sample.get("id", number)),
         conversation=conversation,
         answer=answer,
@@ -123,11 +125,11 @@ def _test_item(sample: Mapping[str, Any], number: int, root: Path, default_syste
 
 def batched_replies(
     pipeline: SpeechPipeline,
-    items: Sequence[TestItem],
+    items: Sequence[BenchmarkItem],
     options: GenerationOptions | Callable[[int], GenerationOptions],
     batch_size: int,
     label: str,
-) -> Iterator[tuple[TestItem, Reply]]:
+) -> Iterator[tuple[BenchmarkItem, Reply]]:
     """Replies of this process's share of the items, as codes, batch by batch.
 
     Prompts of similar length share a batch, which keeps padding small.
@@ -185,11 +187,11 @@ class Listener:
 
 
 def spoken_utterances(
-    replies: Iterable[tuple[TestItem, Reply]],
+    replies: Iterable[tuple[BenchmarkItem, Reply]],
     listener: Listener,
     folder: Path,
     task: str,
-    reference: Callable[[TestItem], str | list[str]],
+    reference: Callable[[BenchmarkItem], str | list[str]],
 ) -> list[Utterance]:
     """Write, recognise and gather spoken replies; WAV files lie in ``folder/wav/task``."""
     started = []

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vita_audio.evaluation.benchmark import (
+    BenchmarkItem,
     Listener,
-    TestItem,
     Utterance,
     batched_replies,
     spoken_utterances,
@@ -18,7 +18,7 @@ from vita_audio.inference import GenerationOptions, SpeechPipeline
 
 def run_sqa(
     pipeline: SpeechPipeline,
-    items: Sequence[TestItem],
+    items: Sequence[BenchmarkItem],
     options: GenerationOptions,
     listener: Listener,
     folder: Path,

@@ -17,8 +17,8 @@ from typing import Any
 from vita_audio.evaluation.asr import run_asr, score_asr
 from vita_audio.evaluation.benchmark import (
     SPOKEN_REPLY_TOKENS,
+    BenchmarkItem,
     Listener,
-    TestItem,
     rank_and_world_size,
     write_utterances,
 )
@@ -30,12 +30,12 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class TestSets:
+class BenchmarkSets:
     """The items of each benchmark; an empty one is left out of the table."""
 
-    asr: Sequence[TestItem] = ()
-    tts: Sequence[TestItem] = ()
-    sqa: Sequence[TestItem] = ()
+    asr: Sequence[BenchmarkItem] = ()
+    tts: Sequence[BenchmarkItem] = ()
+    sqa: Sequence[BenchmarkItem] = ()
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Table:
 
 def score_row(
     pipeline: SpeechPipeline,
-    sets: TestSets,
+    sets: BenchmarkSets,
     listener: Listener,
     folder: Path,
     stage: str,
@@ -133,7 +133,7 @@ def score_row(
 
 
 def measure_speed(
-    pipeline: SpeechPipeline, items: Sequence[TestItem], options: GenerationOptions
+    pipeline: SpeechPipeline, items: Sequence[BenchmarkItem], options: GenerationOptions
 ) -> dict[str, float | None]:
     """Speed of one reply at a time; the first item warms up and does not count.
 
@@ -157,7 +157,9 @@ def measure_speed(
     }
 
 
-def first_sound_seconds(pipeline: SpeechPipeline, item: TestItem, options: GenerationOptions) -> float | None:
+def first_sound_seconds(
+    pipeline: SpeechPipeline, item: BenchmarkItem, options: GenerationOptions
+) -> float | None:
     """Streams a reply until its first samples; None if it has none."""
     events = pipeline.stream(item.conversation, options)
     try:
@@ -169,7 +171,7 @@ def first_sound_seconds(pipeline: SpeechPipeline, item: TestItem, options: Gener
 
 
 def score_floor(
-    pipeline: SpeechPipeline, items: Sequence[TestItem], listener: Listener, folder: Path, settings: Any
+    pipeline: SpeechPipeline, items: Sequence[BenchmarkItem], listener: Listener, folder: Path, settings: Any
 ) -> dict[str, float | None]:
     """The codec's floor, kept in ``folder/floor.json`` for the next run with the same settings."""
     path = folder / "floor.json"

@@ -174,13 +174,7 @@ class TranscriberPool:
 
     def __init__(self, config: TranscriberConfig, processes: int = 2):
         self._in_process = config.open() if processes == 0 else None
-        self._executor = (
-            ProcessPoolExecutor(
-                processes, mp_context=get_context("spawn"), initializer=_open_in_worker, initargs=(config,)
-            )
-            if processes
-            else None
-        )
+        self._executor = _start_workers(config, processes) if processes else None
 
     def __enter__(self) -> TranscriberPool:
         return self
@@ -201,6 +195,13 @@ class TranscriberPool:
         """Words of each clip, in order."""
         futures = [self.submit(audio) for audio in audios]
         return (future.result() for future in futures)
+
+
+def _start_workers(config: TranscriberConfig, processes: int) -> ProcessPoolExecutor:
+    # The fork server imports once for all workers, and knows neither CUDA nor this process's threads.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return ProcessPoolExecutor(processes, mp_context=context, initializer=_open_in_worker, initargs=(config,))
 
 
 _worker_transcriber: Transcriber | ValueError

@@ -14,8 +14,8 @@ from pathlib import Path
 from vita_audio.audio import AudioTokenizer
 from vita_audio.constants import TTS_PROMPT
 from vita_audio.evaluation.benchmark import (
+    BenchmarkItem,
     Listener,
-    TestItem,
     Utterance,
     batched_replies,
     gather,
@@ -28,7 +28,7 @@ from vita_audio.inference import GenerationOptions, SpeechPipeline
 
 def run_tts(
     pipeline: SpeechPipeline,
-    items: Sequence[TestItem],
+    items: Sequence[BenchmarkItem],
     options: GenerationOptions,
     listener: Listener,
     folder: Path,
@@ -39,7 +39,7 @@ def run_tts(
     return spoken_utterances(replies, listener, folder, "tts", requested_text)
 
 
-def requested_text(item: TestItem) -> str:
+def requested_text(item: BenchmarkItem) -> str:
     """The text that the last message asks to be read."""
     return item.conversation.messages[-1]["content"].replace(f"{TTS_PROMPT}\n", "").strip()
 
@@ -79,7 +79,7 @@ def score_seed_tts(utterances: Sequence[Utterance], language: str) -> dict[str, 
 
 
 def run_codec_floor(
-    codec: AudioTokenizer, items: Sequence[TestItem], listener: Listener, folder: Path
+    codec: AudioTokenizer, items: Sequence[BenchmarkItem], listener: Listener, folder: Path
 ) -> tuple[list[Utterance], list[Utterance]]:
     """Recognise the reference recordings, after the codec and as they are.
 

@@ -1,0 +1,176 @@
+"""The command lines, run as a user runs them, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+GRAMMAR = "#JSGF V1.0;\ngrammar words;\npublic <words> = ( river | blue | quiet )+;\n"
+
+
+@pytest.fixture
+def run_tool(monkeypatch):
+    """Runs ``tools/NAME.py ARGUMENTS`` in this process."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+
+    def run(name: str, *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(REPOSITORY / "tools" / f"{name}.py"), run_name="__main__")
+
+    return run
+
+
+@pytest.fixture
+def codec_flags(tiny_world):
+    return [
+        "--audio_tokenizer_type",
+        "mel_vq",
+        "--audio_tokenizer_path",
+        tiny_world.codec_dir,
+        "--device",
+        "cpu",
+    ]
+
+
+@pytest.fixture
+def table_flags(tiny_world, codec_flags, tmp_path):
+    grammar = tmp_path / "words.gram"
+    grammar.write_text(GRAMMAR)
+    sets = [
+        word
+        for task in ("asr", "tts", "sqa")
+        for word in (f"--{task}", tiny_world.data_dir / f"{task}.jsonl")
+    ]
+    return [
+        "--checkpoints", f"tiny={tiny_world.model_dir}@vanilla,1-10", *codec_flags, *sets, "--grammar", grammar,
+        "--transcriber_processes", 0, "--speed_items", 1, "--system_prompt", "none", "--output_dir", tmp_path / "out",
+    ]  # fmt: skip
+
+
+def test_the_table_is_written_and_continued(run_tool, table_flags, tmp_path, monkeypatch):
+    run_tool("evaluate_table", *table_flags)
+    rows = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert [(row["stage"], row["mode"]) for row in rows] == [("tiny", "vanilla"), ("tiny", "1 10")]
+    for row in rows:
+        assert (row["asr_wer"], row["sqa_s2t_accuracy"]) == (0.0, 1.0)
+        assert row["tts_wer"] == row["tts_floor_wer"]
+    assert "| tiny | 1 10 |" in (tmp_path / "out" / "scores.md").read_text()
+    assert (tmp_path / "out" / "tiny-1-10" / "wav" / "tts" / "tts_1.wav").is_file()
+
+    def refuse(*_, **__):
+        raise AssertionError("a finished row was computed again")
+
+    monkeypatch.setattr("vita_audio.evaluation.table.score_row", refuse)
+    run_tool("evaluate_table", *table_flags)
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == rows
+
+
+@pytest.mark.parametrize("task", ["asr", "tts", "sqa"])
+def test_single_benchmarks_write_their_scores(run_tool, tiny_world, codec_flags, tmp_path, task):
+    grammar = tmp_path / "words.gram"
+    grammar.write_text(GRAMMAR)
+    extra = [] if task == "asr" else ["--grammar", grammar, "--transcriber_processes", 0]
+    extra += ["--system_prompt", "none"] if task == "sqa" else []
+    run_tool(
+        f"evaluate_{task}", "--model_name_or_path", tiny_world.model_dir, *codec_flags, "--mode", "1", "10",
+        "--json_path", tiny_world.data_dir / f"{task}.jsonl", "--output_dir", tmp_path, *extra,
+    )  # fmt: skip
+    scores = json.loads((tmp_path / f"{task}_scores.json").read_text())
+    good = {"asr": ("asr_wer", 0.0), "tts": ("tts_without_audio", 0), "sqa": ("sqa_s2t_accuracy", 1.0)}[task]
+    assert scores[good[0]] == good[1]
+
+
+def test_inference_answers_every_kind_of_request(run_tool, tiny_world, codec_flags, tmp_path):
+    run_tool(
+        "inference_sts", "--model_name_or_path", tiny_world.model_dir, *codec_flags, "--output_dir", tmp_path,
+        "--text", "hello", "--question", tiny_world.audio("question.wav"), "--asr", tiny_world.audio("question.wav"),
+        "--tts", "the quiet river runs", "--voice", tiny_world.audio("answer.wav"),
+        "--samples", tiny_world.data_dir / "sqa.jsonl", "--system_prompt", "none", "--max_new_tokens", 60,
+    )  # fmt: skip
+    records = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
+    assert [(record["task"], record["streaming"]) for record in records] == [
+        (task, streaming)
+        for task in ("text", "speech QA", "ASR", "TTS", "voice clone", "speech QA")
+        for streaming in (False, True)
+    ]
+    for record in records:
+        if record["task"] in ("TTS", "speech QA"):
+            assert (tmp_path / record["wav"]).is_file()
+    assert {record["text"] for record in records if record["task"] == "ASR"} == {"the blue key"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tts", "x", "--mode", "fast"], "error: mtp_inference_mode='fast'"),
+        (["--asr", "nowhere.wav"], "error: nowhere.wav: no such file"),
+        ([], "error: nothing to answer: give --text"),
+        (["--samples", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
+    ],
+)
+def test_bad_requests_end_in_one_line(run_tool, tiny_world, codec_flags, tmp_path, flags, message):
+    with pytest.raises(SystemExit) as exit_:
+        run_tool(
+            "inference_sts",
+            "--model_name_or_path",
+            tiny_world.model_dir,
+            *codec_flags,
+            "--output_dir",
+            tmp_path,
+            *flags,
+        )
+    assert str(exit_.value).startswith(message)
+    assert "\n" not in str(exit_.value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "set MODEL_NAME_OR_PATH or STAGES_ROOT"),
+        ({"MODEL_NAME_OR_PATH": "somewhere"}, "no test set"),
+    ],
+)
+def test_the_script_says_what_it_lacks(variables, message):
+    script = REPOSITORY / "scripts" / "deepspeed" / "evaluate_sts.sh"
+    result = subprocess.run(
+        ["bash", str(script)],
+        env={"PATH": "/usr/bin:/bin", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_script_finds_the_newest_run_of_every_stage(tiny_world, table_flags, tmp_path):
+    """With PYTHON replaced by a command that shows how it was called."""
+    for name, run in (("stage1", "old"), ("stage1", "new"), ("mtp10_stage2", "only")):
+        folder = tmp_path / "stages" / f"finetune_glm4voice_{name}" / run
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    script = REPOSITORY / "scripts" / "deepspeed" / "evaluate_sts.sh"
+    variables = {
+        "PATH": "/usr/bin:/bin", "PYTHON": "echo", "STAGES_ROOT": str(tmp_path / "stages"),
+        "ASR_JSON": "a.jsonl b.jsonl", "AUDIO_TOKENIZER_TYPE": "mel_vq", "NPROC_PER_NODE": "2", "LIMIT": "7",
+    }  # fmt: skip
+    result = subprocess.run(
+        ["bash", str(script), "--x"], env=variables, capture_output=True, text=True, check=True
+    )
+    stages = tmp_path / "stages"
+    expected = (
+        f"--checkpoints stage1={stages}/finetune_glm4voice_stage1/new "
+        f"stage4={stages}/finetune_glm4voice_mtp10_stage2/only"
+    )
+    assert expected in result.stdout
+    assert "--asr a.jsonl b.jsonl" in result.stdout
+    assert "torch.distributed.run" in result.stdout
+    assert result.stdout.strip().endswith("--x")
+    assert "stage 2 (mtp1_stage1) has no result" in result.stderr
