@@ -58,7 +58,8 @@ def tiny_world(tmp_path_factory) -> TinyWorld:
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     tokenizer.save_pretrained(model_dir)
     absolute = [
-        sample | {"audios": [str(data_dir / audio) for audio in sample["audios"]]} for sample in samples.values()
+        sample | {"audios": [str(data_dir / audio) for audio in sample["audios"]]}
+        for sample in samples.values()
     ]
     model = _learn_by_heart([build_example(sample, tokenizer, codec) for sample in absolute])
     model.save_pretrained(model_dir)
