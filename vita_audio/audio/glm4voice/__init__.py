@@ -3,6 +3,7 @@
 from vita_audio.audio.glm4voice.flow import FlowDecoder
 from vita_audio.audio.glm4voice.streaming import (
     GLM4VoiceStream,
+    NoiseSource,
     StreamingDecoder,
     StreamSchedule,
     StreamState,
@@ -17,6 +18,7 @@ __all__ = [
     "FlowDecoder",
     "GLM4VoiceStream",
     "GLM4VoiceTokenizer",
+    "NoiseSource",
     "StreamSchedule",
     "StreamState",
     "StreamingDecoder",

@@ -32,17 +32,22 @@ class FlowInput:
 
     Attributes:
         tokens: codes, prompt first, (codes,), long.
-        frames: mel frames of all of them.
+        sources: index of the code that each mel frame repeats, (frames,), long.
         noise: start of the solver, (80, frames).
         prompt_mel: known first frames, (80, known).
         speaker: embedding (spk_embed_dim,); zeros when absent.
     """
 
     tokens: Tensor
-    frames: int
+    sources: Tensor
     noise: Tensor
     prompt_mel: Tensor
     speaker: Tensor | None = None
+
+    @property
+    def frames(self) -> int:
+        """Mel frames, prompt included."""
+        return len(self.sources)
 
 
 class FlowDecoder(nn.Module):
@@ -125,18 +130,17 @@ class FlowDecoder(nn.Module):
             prompt_feat = torch.zeros(rows, 0, bins)
         if z is None:
             z = draw_normal((rows, bins, frames), generator)
+        sources = nearest_indices(token.shape[1], frames)
+        speakers = [None] * rows if embedding is None else embedding
         inputs = [
-            FlowInput(
-                token[row], frames, z[row], prompt_feat[row].T, None if embedding is None else embedding[row]
-            )
-            for row in range(rows)
+            FlowInput(token[row], sources, z[row], prompt_feat[row].T, speakers[row]) for row in range(rows)
         ]
         return torch.stack(self.generate(inputs, steps))
 
     @torch.no_grad()
     def generate(self, inputs: Sequence[FlowInput], steps: int) -> list[Tensor]:
         """Mel of several rows of any lengths in one batch, prompt frames dropped; each (80, new frames)."""
-        mu, frame_mask = self.condition([row.tokens for row in inputs], [row.frames for row in inputs])
+        mu, frame_mask = self.condition([row.tokens for row in inputs], [row.sources for row in inputs])
         z, cond = torch.zeros_like(mu), torch.zeros_like(mu)
         for index, row in enumerate(inputs):
             z[index, :, : row.frames] = row.noise
@@ -149,26 +153,26 @@ class FlowDecoder(nn.Module):
 
     @torch.no_grad()
     def condition(
-        self, tokens: Sequence[Tensor], frames: Sequence[int] | None = None
+        self, tokens: Sequence[Tensor], sources: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Encode codes and stretch them to mel rate.
 
         Args:
             tokens: rows of codes, each (codes,).
-            frames: mel frames of each row; :meth:`frames` of its codes when absent.
+            sources: code that each mel frame repeats; nearest interpolation to :meth:`frames` when absent.
 
         Returns:
             mu (rows, 80, most frames) and the frame mask (rows, 1, most frames), None when all are equal.
         """
-        frames = frames or [self.frames(len(row)) for row in tokens]
         counts = [len(row) for row in tokens]
+        sources = sources or [nearest_indices(count, self.frames(count)) for count in counts]
+        frames = [len(row) for row in sources]
         padded = nn.utils.rnn.pad_sequence([row.to(self.device) for row in tokens], batch_first=True)
         encoded = self.encode(padded, _length_mask(counts, self.device))
         frame_mask = _length_mask(frames, self.device)
         stretched = encoded.new_zeros(len(frames), encoded.shape[2], max(frames))
-        for index, (count, length) in enumerate(zip(counts, frames, strict=True)):
-            source = nearest_indices(count, length).to(self.device)
-            stretched[index, :, :length] = encoded[index, source].T
+        for index, source in enumerate(sources):
+            stretched[index, :, : len(source)] = encoded[index, source.to(self.device)].T
         mask = None if frame_mask is None else frame_mask[:, None].to(stretched)
         return self.length_regulator(stretched, mask), mask
 
@@ -239,10 +243,11 @@ def solver_times(steps: int) -> Tensor:
     return 1 - torch.cos(torch.linspace(0, 1, steps + 1) * 0.5 * torch.pi)
 
 
-def nearest_indices(tokens: int, frames: int) -> Tensor:
-    """Code that each mel frame repeats, (frames,), in the reference's float32 arithmetic."""
+def nearest_indices(tokens: int, frames: int, start: int = 0) -> Tensor:
+    """Code that each mel frame from ``start`` on repeats, in the reference's float32 arithmetic."""
     scale = np.float32(tokens) / np.float32(frames)
-    return (torch.arange(frames, dtype=torch.float32) * scale).floor().long().clamp(max=tokens - 1)
+    position = torch.arange(start, frames, dtype=torch.float32)
+    return (position * scale).floor().long().clamp(max=tokens - 1)
 
 
 def draw_normal(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:

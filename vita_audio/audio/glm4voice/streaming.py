@@ -12,14 +12,14 @@ with ``prompt_tokens=None`` the window is unbounded and the numbers are the refe
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vita_audio.audio.base import AudioStream
-from vita_audio.audio.glm4voice.flow import DEFAULT_SEED, FlowDecoder, FlowInput, draw_normal
+from vita_audio.audio.glm4voice.flow import DEFAULT_SEED, FlowDecoder, FlowInput, draw_normal, nearest_indices
 from vita_audio.audio.glm4voice.vocoder import Vocoder, draw_source
 
 OVERLAP_TOKENS = 5
@@ -56,15 +56,38 @@ class StreamSchedule:
         return self.chunks[min(index, len(self.chunks) - 1)]
 
 
+class NoiseSource:
+    """Random numbers of one stream, in the reference's order: the mel's noise, phases, the source's noise.
+
+    Args:
+        generator: where they come from; a fresh one seeded with 42 for each chunk when absent, as the
+            reference does. Replace the methods to inject recorded numbers.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None):
+        self._given = generator
+        self._current = generator
+
+    def begin_chunk(self) -> None:
+        """Called before each chunk's draws."""
+        self._current = self._given or torch.Generator().manual_seed(DEFAULT_SEED)
+
+    def mel(self, bins: int, start: int, frames: int) -> Tensor:
+        """Start of the solver, (bins, frames); frame 0 is frame ``start`` of the whole reply."""
+        return draw_normal((1, bins, frames), self._current)[0]
+
+    def source(self, harmonics: int, samples: int) -> tuple[Tensor, Tensor]:
+        """Phases (harmonics, 1) and noise (harmonics, samples) of the vocoder."""
+        phase, noise = draw_source(1, harmonics, samples, self._current)
+        return phase[0], noise[0]
+
+
 @dataclass
 class StreamState:
     """What decoding one reply must remember between chunks.
 
     Attributes:
-        generator: draws the noise; a fresh one seeded with 42 for each chunk when absent, as the
-            reference does.
-        source_draws: replaces the vocoder's draws: samples -> (phase, noise) as in
-            :meth:`Vocoder.forward`, without the row dimension.
+        noise: where the reply's random numbers come from.
         tokens: codes of the prompt window, (kept,).
         mel: what was returned for them, (80, kept frames); see :attr:`StreamChunk.mel`.
         total_tokens: codes of the whole reply so far.
@@ -74,8 +97,7 @@ class StreamState:
         cached_source: last source samples, (256,).
     """
 
-    generator: torch.Generator | None = None
-    source_draws: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    noise: NoiseSource = field(default_factory=NoiseSource)
     tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     mel: Tensor | None = None
     total_tokens: int = 0
@@ -85,8 +107,8 @@ class StreamState:
     cached_source: Tensor | None = None
 
     def reset(self) -> None:
-        """Forget the reply; the generator goes on."""
-        fresh = StreamState(self.generator, self.source_draws)
+        """Forget the reply; its noise goes on."""
+        fresh = StreamState(self.noise)
         self.__dict__.update(fresh.__dict__)
 
 
@@ -135,8 +157,9 @@ class StreamingDecoder:
         Raises:
             ValueError: a reply's first chunk is too short to hold the overlap back.
         """
-        generators = [state.generator or torch.Generator().manual_seed(DEFAULT_SEED) for state in states]
-        mels = self._mels(states, chunks, generators, steps)
+        for state in states:
+            state.noise.begin_chunk()
+        mels = self._mels(states, chunks, steps)
         vocoded: list[tuple[Tensor, Tensor | None]] = []
         for state, mel, final in zip(states, mels, last, strict=True):
             if state.overlap is not None:
@@ -150,23 +173,17 @@ class StreamingDecoder:
                 mel = torch.cat([state.cached_mel, mel], dim=1)
             keep = mel.shape[1] - (0 if final else self.overlap_frames)
             vocoded.append((mel[:, :keep], None if final else mel[:, keep:]))
-        sounds = self._vocode(states, [mel for mel, _ in vocoded], generators)
+        sounds = self._vocode(states, [mel for mel, _ in vocoded])
         return [
             self._advance(*arguments) for arguments in zip(states, chunks, vocoded, sounds, last, strict=True)
         ]
 
-    def _mels(
-        self,
-        states: Sequence[StreamState],
-        chunks: Sequence[Tensor],
-        generators: Sequence[torch.Generator],
-        steps: int,
-    ) -> list[Tensor]:
+    def _mels(self, states: Sequence[StreamState], chunks: Sequence[Tensor], steps: int) -> list[Tensor]:
         """New mel of each reply, (80, frames); none for a reply without new codes."""
         bins = self.flow.config.output_size
         inputs = {
-            index: self._flow_input(state, chunk, generator)
-            for index, (state, chunk, generator) in enumerate(zip(states, chunks, generators, strict=True))
+            index: self._flow_input(state, chunk)
+            for index, (state, chunk) in enumerate(zip(states, chunks, strict=True))
             if len(chunk)
         }
         mels = [torch.zeros(bins, 0, device=self.flow.device) for _ in states]
@@ -175,15 +192,23 @@ class StreamingDecoder:
                 mels[index] = mel
         return mels
 
-    def _flow_input(self, state: StreamState, chunk: Tensor, generator: torch.Generator) -> FlowInput:
+    def _flow_input(self, state: StreamState, chunk: Tensor) -> FlowInput:
+        """The right edge of what the unbounded stream would give the flow, as wide as the kept codes."""
         tokens = torch.cat([state.tokens, chunk])
-        frames = self.flow.frames(len(tokens))
-        # A cropped prompt keeps the unbounded one's right edge, and so the number of new frames.
-        new = self.flow.frames(state.total_tokens + len(chunk)) - state.total_frames
-        known = frames - new
+        total_tokens = state.total_tokens + len(chunk)
+        total_frames = self.flow.frames(total_tokens)
+        skipped = total_tokens - len(tokens)
+        start = self._frame_grid(skipped)
+        sources = (nearest_indices(total_tokens, total_frames, start) - skipped).clamp(min=0)
+        known = state.total_frames - start
         bins = self.flow.config.output_size
         prompt = torch.zeros(bins, 0) if state.mel is None else state.mel[:, state.mel.shape[1] - known :]
-        return FlowInput(tokens, frames, draw_normal((1, bins, frames), generator)[0], prompt)
+        return FlowInput(tokens, sources, state.noise.mel(bins, start, len(sources)), prompt)
+
+    def _frame_grid(self, tokens: int) -> int:
+        """Frame at which a window may start after so many codes: one where the UNet's strides line up."""
+        stride = 2 ** (len(self.flow.config.estimator.channels) - 1)
+        return self.flow.frames(tokens) // stride * stride
 
     def _faded(self, mel: Tensor, overlap: Tensor) -> Tensor:
         """The first frames of ``mel`` faded in over those held back."""
@@ -191,13 +216,9 @@ class StreamingDecoder:
         mixed = start + overlap * self._fade_out.to(mel.device)
         return torch.cat([mixed.to(mel.dtype), mel[:, self.overlap_frames :]], dim=1)
 
-    def _vocode(
-        self,
-        states: Sequence[StreamState],
-        mels: Sequence[Tensor],
-        generators: Sequence[torch.Generator],
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _vocode(self, states: Sequence[StreamState], mels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Wave and source of each mel; mels of equal length share a pass."""
+        harmonics = self.vocoder.config.nb_harmonics + 1
         groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
         for index, (state, mel) in enumerate(zip(states, mels, strict=True)):
             groups[mel.shape[1], state.cached_source is not None].append(index)
@@ -206,7 +227,8 @@ class StreamingDecoder:
             if frames == 0:
                 sounds |= {index: (mels[index].new_zeros(0),) * 2 for index in members}
                 continue
-            draws = [self._source_draws(states[i], frames, generators[i]) for i in members]
+            samples = frames * self.vocoder.samples_per_frame
+            draws = [states[index].noise.source(harmonics, samples) for index in members]
             waves, sources = self.vocoder(
                 torch.stack([mels[index] for index in members]),
                 torch.stack([states[index].cached_source for index in members])[:, None] if cached else None,
@@ -215,15 +237,6 @@ class StreamingDecoder:
             )
             sounds |= dict(zip(members, zip(waves, sources[:, 0], strict=True), strict=True))
         return [sounds[index] for index in range(len(states))]
-
-    def _source_draws(
-        self, state: StreamState, frames: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        samples = frames * self.vocoder.samples_per_frame
-        if state.source_draws is not None:
-            return state.source_draws(samples)
-        phase, noise = draw_source(1, self.vocoder.config.nb_harmonics + 1, samples, generator)
-        return phase[0], noise[0]
 
     def _advance(
         self,
@@ -248,8 +261,8 @@ class StreamingDecoder:
             block = self.flow.config.encoder.block_size
             start = max(0, state.total_tokens - self.prompt_tokens) // block * block
             state.tokens = state.tokens[len(state.tokens) - (state.total_tokens - start) :]
-            kept_frames = self.flow.frames(len(state.tokens))
-            state.mel = state.mel[:, max(0, state.mel.shape[1] - kept_frames) :]
+            kept_frames = state.total_frames - self._frame_grid(start)
+            state.mel = state.mel[:, state.mel.shape[1] - kept_frames :]
         return StreamChunk(wave[: -self.cached_samples].cpu(), mel.cpu())
 
 
@@ -264,7 +277,7 @@ class GLM4VoiceStream(AudioStream):
     ):
         self.decoder = decoder
         self.schedule = schedule
-        self.state = StreamState(generator)
+        self.state = StreamState(NoiseSource(generator))
         self.pending: list[int] = []
         self.chunks_done = 0
         self.ending = False

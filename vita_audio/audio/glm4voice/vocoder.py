@@ -152,7 +152,8 @@ class Vocoder(nn.Module):
 
         pitch = f0[:, None].repeat_interleave(self.samples_per_frame, dim=-1)
         multiples = torch.arange(1, harmonics + 1, device=f0.device, dtype=f0.dtype)[:, None]
-        cycles = (pitch * multiples / config.sampling_rate).cumsum(dim=-1)
+        # Summed in float64 and rounded, as PyTorch does on the CPU, so that every device agrees.
+        cycles = (pitch * multiples / config.sampling_rate).cumsum(dim=-1, dtype=torch.float64).to(f0)
         angle = 2 * math.pi * (cycles % 1)
         voiced = (pitch > config.nsf_voiced_threshold).to(f0)
         breath = voiced * config.nsf_sigma + (1 - voiced) * config.nsf_alpha / _SINE_AMPLITUDE_OVER_NOISE
