@@ -80,8 +80,10 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> Qwen2Tokenizer:
         ),
     )
     trained = json.loads(bpe.to_str())["model"]
+    # The class adds its special tokens in an order of its own; Qwen2's order is this one.
+    specials = {token: len(trained["vocab"]) + i for i, token in enumerate((END_OF_TEXT, IM_START, IM_END))}
     tokenizer = Qwen2Tokenizer(
-        vocab=trained["vocab"],
+        vocab=trained["vocab"] | specials,
         merges=[tuple(merge) for merge in trained["merges"]],
         eos_token=IM_END,
         pad_token=END_OF_TEXT,
