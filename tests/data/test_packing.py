@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -59,21 +60,18 @@ def test_no_document_waits_long_and_no_source_or_length_is_late(fill_lengths, na
     for index, length in enumerate(lengths):
         for document in packer.add(index, length) or ():
             waits[document] = index - document
-    mean = sum(waits.values()) / len(waits)
+    mean = statistics.mean(waits.values())
     assert max(waits.values()) < 0.1 * len(lengths)
 
-    def mean_wait(chosen) -> float:
-        group = [wait for document, wait in waits.items() if chosen(document)]
-        return sum(group) / len(group)
+    def assert_not_late(group: list[int]) -> None:
+        error = statistics.pstdev(waits.values()) / len(group) ** 0.5  # of the mean of so many
+        assert abs(statistics.mean(waits[document] for document in group) - mean) < 0.1 * mean + 4 * error
 
     for source in set(sources):
-        assert (
-            0.8 * mean < mean_wait(lambda document, source=source: sources[document] == source) < 1.2 * mean
-        )
+        assert_not_late([document for document in waits if sources[document] == source])
     by_length = sorted(waits, key=lambda document: lengths[document])
     for part in range(10):
-        members = set(by_length[part * len(waits) // 10 : (part + 1) * len(waits) // 10])
-        assert 0.8 * mean < mean_wait(members.__contains__) < 1.2 * mean
+        assert_not_late(by_length[part * len(waits) // 10 : (part + 1) * len(waits) // 10])
 
 
 def test_a_waiting_row_is_finished_after_the_patience_even_when_another_is_fuller():
