@@ -1,9 +1,10 @@
 """Make a small, untrained SenseVoice folder, for training the Plus family from scratch.
 
-    python tools/make_sensevoice.py --corpus corpus/ --out sensevoice/
+    python tools/make_sensevoice.py --corpus corpus --out sensevoice
+    python tools/make_sensevoice.py --data a.jsonl b.jsonl --out sensevoice
 
-writes ``model.safetensors``, ``config.json`` and an ``am.mvn`` estimated from clips of the
-corpus. The released Plus models use SenseVoiceSmall instead, whose folder has the same parts. An
+writes ``model.safetensors``, ``config.json`` and an ``am.mvn`` estimated from the clips of
+the training data. The released Plus models use SenseVoiceSmall instead, whose folder has the same parts. An
 untrained encoder has to be trained with the model: ``--audio_model_freeze False``.
 """
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,14 +21,13 @@ from tqdm import tqdm
 from vita_audio.audio.sensevoice import SenseVoiceEncoder, SenseVoiceEncoderConfig
 from vita_audio.audio.sensevoice.frontend import estimate_cmvn, write_cmvn
 
-AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a"}
-
 
 def main() -> None:
     args = parse_args()
-    clips = sorted(find_clips(args.corpus))
+    files = args.data or sorted(args.corpus.glob("*_train.jsonl"))
+    clips = audio_paths(files)
     if not clips:
-        raise SystemExit(f"--corpus {' '.join(map(str, args.corpus))}: no audio there")
+        raise SystemExit(f"{args.corpus or ', '.join(map(str, files))}: no *_train.jsonl that names audio")
     random.Random(args.seed).shuffle(clips)
     shift, scale = estimate_cmvn(tqdm(clips[: args.max_clips], desc="normalisation", unit="clip"))
     torch.manual_seed(args.seed)
@@ -51,37 +50,30 @@ def main() -> None:
     print(f"{args.out}: {parameters:,} parameters, normalised on {min(len(clips), args.max_clips)} clips")
 
 
-def find_clips(sources: list[Path]) -> Iterator[Path]:
-    """Audio files below folders, and those that JSON-lines data files name under ``audios``."""
-    for source in sources:
-        if source.is_dir():
-            yield from (file for file in source.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
-        else:
-            yield from read_audio_paths(source)
-
-
-def read_audio_paths(file: Path) -> Iterator[Path]:
-    """Every path under ``audios``; relative ones start at the file's folder."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise SystemExit(f"{file}: cannot be read: {error.strerror}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+def audio_paths(files: list[Path]) -> list[Path]:
+    """Every audio file named in the samples, once; relative paths start at the JSON's folder."""
+    paths: dict[Path, None] = {}
+    for file in files:
         try:
-            yield from (file.parent / audio for audio in json.loads(line).get("audios") or [])
-        except (json.JSONDecodeError, AttributeError, TypeError) as error:
-            raise SystemExit(f"{file}:{number}: not a sample: {error}") from None
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise SystemExit(f"{file}: cannot be read: {error.strerror}") from None
+        for number, line in enumerate(lines, 1):
+            try:
+                audios = json.loads(line).get("audios") if line.strip() else None
+                paths.update((file.parent / audio, None) for audio in audios or [])
+            except (json.JSONDecodeError, AttributeError, TypeError) as error:
+                raise SystemExit(f"{file}:{number}: not a sample: {error}") from None
+    return list(paths)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--corpus", type=Path, nargs="+", required=True, help="folders of audio, or JSON-lines data files"
-    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--corpus", type=Path, metavar="DIR", help="folder with *_train.jsonl")
+    source.add_argument("--data", type=Path, nargs="+", metavar="JSONL", help="files in the training format")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--output-size", type=int, default=128, help="width of the encoder")
     parser.add_argument("--attention-heads", type=int, default=4)
