@@ -30,7 +30,13 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import vita_audio.models  # noqa: F401  (registers the model types)
-from vita_audio.evaluation.benchmark import BenchmarkItem, Listener, rank_and_world_size, read_test_set
+from vita_audio.evaluation.benchmark import (
+    SPOKEN_REPLY_TOKENS,
+    BenchmarkItem,
+    Listener,
+    rank_and_world_size,
+    read_test_set,
+)
 from vita_audio.evaluation.table import BenchmarkSets, Table, modes_for, score_floor, score_row
 from vita_audio.inference import resolve_mode
 
@@ -48,7 +54,7 @@ def main() -> None:
     settings = {
         name: value
         for name, value in vars(args).items()
-        if name not in ("checkpoints", "modes", "output_dir")
+        if name not in ("checkpoints", "modes", "output_dir", "transcriber_processes")
     }
     table = Table.open(args.output_dir, settings)
     todo = [
@@ -56,11 +62,13 @@ def main() -> None:
         for stage, folder, modes in checkpoints
         for mode in modes
     ]
-    table.keep_only([(stage, mode) for stage, _, mode, _ in todo])
+    keys = [(stage, mode) for stage, _, mode, _ in todo]
+    table.keep_only(keys)
     missing = [row for row in todo if table.find(row[0], row[2], row[3]) is None]
     if missing:
         with transcriber_pool(args) as pool:
             fill(table, missing, sets, pool, args)
+    table.keep_only(keys)
     table.write()
 
 
@@ -78,7 +86,7 @@ def fill(table: Table, missing: list, sets: BenchmarkSets, pool, args: argparse.
         utterances = args.output_dir / f"{stage}-{mode.replace(' ', '-')}"
         row = score_row(
             pipeline, sets, listener, utterances, stage, mode,
-            batch_size=args.batch_size, speed_items=args.speed_items,
+            batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, speed_items=args.speed_items,
         )  # fmt: skip
         if sets.tts:
             row |= score_floor(pipeline, sets.tts, listener, args.output_dir, table.settings)
@@ -98,6 +106,10 @@ def parse_args() -> argparse.Namespace:
         parser.add_argument(
             f"--{task}", nargs="+", type=Path, default=[], metavar="FILE", help="JSON-lines test sets"
         )
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=SPOKEN_REPLY_TOKENS, metavar="N",
+        help=f"longest reply (default: {SPOKEN_REPLY_TOKENS})",
+    )  # fmt: skip
     parser.add_argument("--speed_items", type=int, default=5, metavar="N", help="replies timed (default: 5)")
     add_system_prompt_argument(parser, default="omni")
     add_runtime_arguments(parser)

@@ -115,10 +115,11 @@ def read_requests(args: argparse.Namespace) -> Iterator[Request]:
         if args.voice:
             yield Request(f"clone_{number}", "voice clone", prompts.synthesis(text, existing(args.voice)))
     if args.samples:
-        yield from read_samples(args.samples, args.data_root or args.samples.parent, system)
+        yield from read_samples(args.samples, args.data_root or args.samples.parent)
 
 
-def read_samples(path: Path, data_root: Path, system: str | None) -> Iterator[Request]:
+def read_samples(path: Path, data_root: Path) -> Iterator[Request]:
+    """Samples are asked as they stand, without a system message of ours."""
     lines = existing(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -130,8 +131,6 @@ def read_samples(path: Path, data_root: Path, system: str | None) -> Iterator[Re
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}:{number}: not a sample to answer: {error}") from error
         task = task_of(conversation)
-        if task in ("text", "speech QA"):
-            conversation = prompts.from_sample({**sample, "audios": audios}, system)
         name = "".join(c if c.isalnum() or c in "-_" else "_" for c in str(sample.get("id", number)))
         yield Request(f"{task.replace(' ', '_').lower()}_{name}", task, conversation)
 

@@ -8,10 +8,10 @@
 #                        (glm4voice or sensevoice_glm4voice) and TIMESTAMP (default: the newest run)
 # Which codec:           AUDIO_TOKENIZER_TYPE AUDIO_TOKENIZER_PATH FLOW_PATH AUDIO_MODEL_NAME_OR_PATH
 # Which test sets:       ASR_JSON TTS_JSON SQA_JSON (JSON lines; several separated by spaces), or CORPUS, a
-#                        folder with test_asr.jsonl, test_tts.jsonl, test_sqa.jsonl; DATA_ROOT for relative
-#                        audio paths; LIMIT items of each set
+#                        folder with asr_test.jsonl, tts_test.jsonl, sqa_test.jsonl and grammar.jsgf; DATA_ROOT
+#                        for relative audio paths; LIMIT items of each set
 # Which recogniser:      TRANSCRIBER (pocketsphinx, whisper, paraformer) TRANSCRIBER_PATH GRAMMAR LANGUAGE_CODE
-# Also:                  MODES OUTPUT_DIR SYSTEM_PROMPT BATCH_SIZE, and NNODES NODE_RANK MASTER_ADDR
+# Also:                  MODES OUTPUT_DIR SYSTEM_PROMPT BATCH_SIZE MAX_NEW_TOKENS SPEED_ITEMS, and NNODES NODE_RANK MASTER_ADDR
 #                        MASTER_PORT NPROC_PER_NODE as in the stage scripts
 #
 # Writes OUTPUT_DIR/scores.json, scores.md, and every utterance with its WAV file.
@@ -69,8 +69,8 @@ sets=()
 for task in asr tts sqa; do
   variable=${task^^}_JSON
   files=${!variable:-}
-  if [[ -z $files && -n ${CORPUS:-} && -f $CORPUS/test_$task.jsonl ]]; then
-    files=$CORPUS/test_$task.jsonl
+  if [[ -z $files && -n ${CORPUS:-} && -f $CORPUS/${task}_test.jsonl ]]; then
+    files=$CORPUS/${task}_test.jsonl
   fi
   if [[ -n $files ]]; then
     read -r -a files <<<"$files"
@@ -79,6 +79,9 @@ for task in asr tts sqa; do
 done
 [[ ${#sets[@]} -gt 0 ]] || die "no test set: set ASR_JSON, TTS_JSON or SQA_JSON, or CORPUS"
 DATA_ROOT=${DATA_ROOT:-${CORPUS:-}}
+if [[ -z ${GRAMMAR:-} && -n ${CORPUS:-} && -f $CORPUS/grammar.jsgf ]]; then
+  GRAMMAR=$CORPUS/grammar.jsgf
+fi
 
 # -- launch ---------------------------------------------------------------------------------------------
 
@@ -92,6 +95,8 @@ add --frontend_path "${AUDIO_MODEL_NAME_OR_PATH:-}"
 add --data_root "$DATA_ROOT"
 add --limit "${LIMIT:-}"
 add --batch_size "${BATCH_SIZE:-}"
+add --max_new_tokens "${MAX_NEW_TOKENS:-}"
+add --speed_items "${SPEED_ITEMS:-}"
 add --system_prompt "${SYSTEM_PROMPT:-}"
 add --transcriber "${TRANSCRIBER:-}"
 add --transcriber_path "${TRANSCRIBER_PATH:-}"

@@ -106,13 +106,14 @@ def score_row(
     mode: str,
     *,
     batch_size: int = 32,
+    max_new_tokens: int = SPOKEN_REPLY_TOKENS,
     speed_items: int = 5,
 ) -> Row:
     """All scores of one checkpoint in one mode; utterances and WAV files go to ``folder``.
 
     Speech-QA and ASR decode greedily; so does TTS, so that a row can be repeated.
     """
-    options = GenerationOptions(mode=mode, max_new_tokens=SPOKEN_REPLY_TOKENS)
+    options = GenerationOptions(mode=mode, max_new_tokens=max_new_tokens)
     row: Row = {"stage": stage, "mode": mode, "schedule": resolve_mode(mode)}
     if sets.asr:
         asr = run_asr(pipeline, sets.asr, options, batch_size)
