@@ -12,10 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import WhisperConfig
 
 from vita_audio.audio.glm4voice import VQEncoder
-from vita_audio.audio.glm4voice.vq_encoder import SEGMENT_SAMPLES, _block_causal_mask
+from vita_audio.audio.glm4voice.vq_encoder import SEGMENT_SAMPLES, _block_causal_mask, released_config
 from vita_audio.audio.glm4voice.weights import WeightsError
 from vita_audio.audio.io import load_audio
 
@@ -203,19 +202,8 @@ def test_a_missing_file_is_named(tmp_path, folder):
 
 def test_an_instance_of_released_sizes_has_the_released_keys_and_shapes():
     manifest = json.loads((GOLDENS / "manifest_tokenizer.json").read_text())["tensors"]
-    config = json.loads((GOLDENS / "tokenizer_block200" / "config.json").read_text())
-    released = {
-        "d_model": 1280,
-        "encoder_attention_heads": 20,
-        "encoder_ffn_dim": 5120,
-        "encoder_layers": 32,
-        "pooling_position": 16,
-        "quantize_position": 16,
-        "quantize_vocab_size": 16384,
-        "quantize_causal_block_size": 200,
-    }
     with torch.device("meta"):
-        encoder = VQEncoder(WhisperConfig(**(config | released)))
+        encoder = VQEncoder(released_config())
     shapes = {key: list(value.shape) for key, value in encoder.state_dict().items()}
     assert shapes == {key: entry["shape"] for key, entry in manifest.items()}
 

@@ -368,8 +368,15 @@ class _TreeReader:
             (samples_per_frame == flow.mel_hop_size, f"hift makes {samples_per_frame} samples per mel frame"),
             (flow.encoder.block_size > 0, "encoder.block_size must be positive"),
             (
-                len(vocoder.upsample_rates) == len(vocoder.upsample_kernel_sizes),
-                "hift.upsample_rates and upsample_kernel_sizes differ in length",
+                len(vocoder.upsample_rates)
+                == len(vocoder.upsample_kernel_sizes)
+                == len(vocoder.source_resblock_kernel_sizes)
+                == len(vocoder.source_resblock_dilation_sizes),
+                "hift needs one upsample kernel and one source resblock per upsample rate",
+            ),
+            (
+                len(vocoder.resblock_kernel_sizes) == len(vocoder.resblock_dilation_sizes),
+                "hift.resblock_kernel_sizes and resblock_dilation_sizes differ in length",
             ),
         ]
         for holds, problem in rules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -88,12 +89,15 @@ class GLM4VoiceTokenizer(AudioTokenizer):
         """Of decoded audio, in Hz."""
         return 22050 if self.flow_path is None else load_decoder_config(self.flow_path).vocoder.sampling_rate
 
-    @property
+    @cached_property
     def codebook_size(self) -> int:
         """Number of codes of the encoder."""
-        return self.encoder.config.quantize_vocab_size
+        config = self.path / "config.json"
+        if not config.is_file():
+            raise WeightsError(f"{self.path}: config.json is missing; point it at the tokenizer's folder")
+        return json.loads(config.read_text(encoding="utf-8"))["quantize_vocab_size"]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """``glm4voice-`` and a digest of the encoder's files; the same wherever they lie."""
         names = ("config.json", "preprocessor_config.json", "model.safetensors")

@@ -108,11 +108,12 @@ class VQEncoder(nn.Module):
         """Codes of several clips, the same as one by one.
 
         Args:
-            waveforms: each of shape (samples,), float, 16 kHz, any length; none for no samples.
+            waveforms: each of shape (samples,), or (channels, samples) of which the first is used; float,
+                16 kHz, any length.
             batch_size: segments of 30 s that share one pass.
 
         Returns:
-            For each clip ``ceil(samples / 1280)`` codes (counted per segment).
+            For each clip ``ceil(samples / 1280)`` codes (counted per segment); none for no samples.
         """
         segments = [segment for waveform in waveforms for segment in _segments(waveform)]
         # Neighbours in length share a pass, so that little of it is padding.
@@ -296,6 +297,28 @@ class EncoderStream:
         return codes // pooled_block * pooled_block
 
 
+def released_config() -> WhisperConfig:
+    """Sizes of the released tokenizer (section 8), for building it without its weights."""
+    return WhisperConfig(
+        d_model=1280,
+        encoder_attention_heads=20,
+        encoder_ffn_dim=5120,
+        encoder_layers=32,
+        num_mel_bins=128,
+        max_source_positions=1500,
+        encoder_causal_convolution=True,
+        encoder_causal_attention=False,
+        pooling_kernel_size=4,
+        pooling_type="avg",
+        pooling_position=16,
+        quantize_position=16,
+        quantize_vocab_size=16384,
+        quantize_causal_block_size=200,
+        quantize_causal_encoder=False,
+        quantize_encoder_only=True,
+    )
+
+
 def _check_config(config: WhisperConfig) -> None:
     """Refuse variants that the released tokenizer does not use."""
     wanted = {
@@ -321,8 +344,9 @@ def _check_config(config: WhisperConfig) -> None:
 
 
 def _segments(waveform: Tensor) -> Sequence[Tensor]:
-    """Cuts of 30 s, the last one shorter; none for no samples."""
-    return waveform.float().split(SEGMENT_SAMPLES) if len(waveform) else ()
+    """Cuts of 30 s, the last one shorter; none for no samples. Of several channels the first is used."""
+    samples = waveform[0] if waveform.dim() == 2 else waveform
+    return samples.float().split(SEGMENT_SAMPLES) if len(samples) else ()
 
 
 def _silence_in(features: Tensor) -> float:
