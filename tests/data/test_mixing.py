@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -184,3 +185,23 @@ def test_a_changed_file_is_read_again(tmp_path, arrow_cache, text_sample, write_
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_the_shuffle_is_a_permutation(size, key):
     assert sorted(permuted(index, size, key) for index in range(size)) == list(range(size))
+
+
+@pytest.mark.parametrize(
+    ("stage", "speech", "emilia", "spoken_qa", "text", "reasoning_num"),
+    [(1, 1.0, 0.5, 0.0, 1.0, 200_000), (2, 0.05, 0.025, 2.0, 0.05, 10_000)],
+)
+def test_the_published_mixes_have_the_published_ratios_and_nums(
+    monkeypatch, stage, speech, emilia, spoken_qa, text, reasoning_num
+):
+    monkeypatch.setenv("ROOT_PATH", "/data")
+    config = Path(__file__).parents[2] / "configs" / f"sts_finetune_stage{stage}.yaml"
+    specs = {spec.dataset: spec for spec in read_mix(config)}
+    assert all(str(spec.path).startswith("/data/datasets/jsonl/") for spec in specs.values())
+    for name in ("WenetSpeech_ASR", "LibriTTS-R_TTS", "VoxPopuli-en_ASR", "AISHELL-4_ASR"):
+        assert specs[name].ratio == speech
+    assert specs["Emilia_TTS"].ratio == specs["Emilia_TTS_SpeakerPrompt"].ratio == emilia
+    assert specs["VoiceAssistant-400K"].ratio == specs["AudioQA-1M"].ratio == spoken_qa
+    assert specs["LIMA"].ratio == text
+    assert (specs["atlas-math"].num, specs["goat"].num) == (100_000, 30_000)
+    assert (specs["OpenThoughts-114k"].ratio, specs["OpenThoughts-114k"].num) == (0.0, reasoning_num)

@@ -300,14 +300,14 @@ class PackedRows(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any] | None, Report]]:
         shard = ShardState.from_dict(self._state) if self._state else replace(self._start())
-        packer: RowPacker[_Document] = RowPacker(
+        packer: RowPacker[Document] = RowPacker(
             self.config.seq_length, self.config.open_rows, self.config.patience
         )
         ready = self._restore(shard, packer)
         report = Report()
         while True:
             while len(ready) < self.config.micro_batch_size:
-                document = self._read(self.mix.place(shard.take()), report)
+                document = self.read(self.mix.place(shard.take()), report)
                 if document is not None:
                     row = packer.add(document, len(document.example))
                     if row is not None:
@@ -328,19 +328,17 @@ class PackedRows(IterableDataset):
             return ShardState.from_dict(self._starts[worker].to_dict())
         return ShardState.start(self.rank, self.world_size, worker, workers)
 
-    def _remember(
-        self, shard: ShardState, packer: RowPacker[_Document], ready: list[list[_Document]]
-    ) -> None:
+    def _remember(self, shard: ShardState, packer: RowPacker[Document], ready: list[list[Document]]) -> None:
         shard.open = [(row.age, _positions(row.documents)) for row in packer.rows]
         shard.ready = [_positions(row) for row in ready]
         self._state = shard.to_dict()
 
-    def _restore(self, shard: ShardState, packer: RowPacker[_Document]) -> list[list[_Document]]:
+    def _restore(self, shard: ShardState, packer: RowPacker[Document]) -> list[list[Document]]:
         """Read the samples of unfinished rows again; they were counted when they were first read."""
         uncounted = Report()
 
-        def read(positions: list[int]) -> list[_Document]:
-            documents = (self._read(self.mix.place(position), uncounted) for position in positions)
+        def read(positions: list[int]) -> list[Document]:
+            documents = (self.read(self.mix.place(position), uncounted) for position in positions)
             return [document for document in documents if document is not None]
 
         for age, positions in shard.open:
@@ -348,7 +346,7 @@ class PackedRows(IterableDataset):
             packer.rows.append(OpenRow(documents, sum(len(one.example) for one in documents), age))
         return [read(positions) for positions in shard.ready]
 
-    def _read(self, place: Place, report: Report) -> _Document | None:
+    def read(self, place: Place, report: Report) -> Document | None:
         """One document, or None and a reason in the report. Nothing that a sample holds may end the run."""
         spec = self.mix.specs[place.source]
         report.position = max(report.position, place.position)
@@ -377,7 +375,7 @@ class PackedRows(IterableDataset):
                 report.speech.update(self.reader.sources)
                 self.reader.sources.clear()
         report.used[spec.name] += 1
-        return _Document(place.position, example)
+        return Document(place.position, example)
 
     def _skip(self, report: Report, place: Place, reason: str, message: str) -> None:
         spec = self.mix.specs[place.source]
@@ -401,7 +399,7 @@ class PackedRows(IterableDataset):
             sample, audios=tuple(locate_audio(path, self.config.data_root, beside) for path in sample.audios)
         )
 
-    def _collate(self, rows: list[list[_Document]]) -> dict[str, Any]:
+    def _collate(self, rows: list[list[Document]]) -> dict[str, Any]:
         examples = [[document.example for document in row] for row in rows]
         return collate_rows(examples, self.config.seq_length, self.tokenizer.pad_token_id)
 
@@ -415,12 +413,14 @@ def locate_audio(path: str, data_root: str | Path, beside: str | Path) -> str:
 
 
 @dataclass
-class _Document:
+class Document:
+    """A tokenised sample, and where it stands in the mix's stream."""
+
     position: int
     example: Example
 
 
-def _positions(documents: list[_Document]) -> list[int]:
+def _positions(documents: list[Document]) -> list[int]:
     return [document.position for document in documents]
 
 
