@@ -46,7 +46,7 @@ def main() -> None:
             MelVQConfig(codebook_size=args.codes),
             seed=args.seed,
             epochs=args.epochs,
-            on_epoch=epochs.update,
+            on_epoch=lambda epoch: epochs.update(epoch - epochs.n),
         )
     codec.save_pretrained(args.out)
     print(f"{codec.codebook_size} codes from {len(clips)} clips in {args.out}, {codec.fingerprint}")

@@ -28,6 +28,7 @@ from vita_audio.audio.spectrogram import GriffinLim, mel_filters, stft
 
 _CONFIG_FILE = "config.json"
 _WEIGHTS_FILE = "model.safetensors"
+_BATCH_PATCHES = 4096  # in a step of the k-means
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class MelVQConfig:
     mels: int = 80
     patch_frames: int = 8
     codebook_size: int = 512
-    floor: float = 0.02
+    floor: float = 0.005
     level: float = 0.1
     iterations: int = 32
     block_codes: int = 4
@@ -238,8 +239,15 @@ def _k_means(
     """Centroids, shape (clusters, dimensions)."""
     from sklearn.cluster import MiniBatchKMeans
 
-    k_means = MiniBatchKMeans(clusters, batch_size=4096, n_init=1, random_state=seed, max_iter=epochs)
-    k_means.fit(points.numpy())
+    k_means = MiniBatchKMeans(clusters, batch_size=_BATCH_PATCHES, n_init=1, random_state=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        order = torch.randperm(len(points), generator=generator)
+        for batch in order.split(max(_BATCH_PATCHES, clusters)):
+            if len(batch) >= clusters:
+                k_means.partial_fit(points[batch].numpy())
+        if on_epoch:
+            on_epoch(epoch + 1)
     return torch.from_numpy(k_means.cluster_centers_).float().contiguous()
 
 
