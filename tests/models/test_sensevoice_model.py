@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from vita_audio.models import (
     MCTPCache,
@@ -237,11 +237,13 @@ def test_beam_search_hears_audio_as_if_given_its_embeddings(model):
     assert beams[:, -6:].tolist() == reference[:, -6:].tolist()
 
 
-@pytest.mark.parametrize("mode", [[1, 2], [8192, 0]], ids=str)
-def test_a_second_turn_continues_from_the_cache_of_the_first(model, mode):
+@pytest.mark.parametrize(
+    ("mode", "cache_class"), [([1, 2], MCTPCache), ([8192, 0], MCTPCache), ([8192, 0], DynamicCache)], ids=str
+)
+def test_a_second_turn_continues_from_the_cache_of_the_first(model, mode, cache_class):
     first, golden = evaluation_case("a")
     options = {"mtp_inference_mode": mode, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    cache = MCTPCache(model.config)
+    cache = cache_class(config=model.config)
     answer = model.generate(**first, past_key_values=cache, **options)
     turn = golden["b_input_ids"][:1]
     second = {
