@@ -84,6 +84,7 @@ def load_with_heads(
             directory,
             config=model_class.config_class(**values),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to refuse them in our own words below
             **from_pretrained_kwargs,
         )
     finally:

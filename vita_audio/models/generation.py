@@ -218,7 +218,8 @@ class Rounds:
         if not cached:
             # The whole sequence was recomputed, so the heads start over as well.
             self.head_caches = [HeadCache() for _ in self.head_caches]
-        self.head_caches[0].add(result.last_hidden_state)
+        if self.head_caches:
+            self.head_caches[0].add(result.last_hidden_state)
         return result.last_hidden_state[:, -1], result
 
     def embed(self, input_ids: Tensor, seen: int) -> Tensor:
@@ -285,7 +286,7 @@ def decode_in_rounds(
     captured = {
         name: True for name in ("output_attentions", "output_hidden_states") if getattr(config, name, False)
     }
-    record = {name: () for name in ("scores", "logits", "attentions", "hidden_states")}
+    record = dict.fromkeys(("scores", "logits", "attentions", "hidden_states"), ())
     wanted = {name for name in record if config.return_dict_in_generate and getattr(config, f"output_{name}")}
 
     pad_token_id = config._pad_token_tensor

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from vita_audio.constants import IGNORE_INDEX
 
-CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
-"""Logits alive at once: 64 MB in float32 stays near the caches of a CPU; a GPU wants larger products."""
+# Logits alive at once. 64 MB in float32 stay near the caches of a CPU; a GPU wants larger products.
+CHUNK_LOGITS_CPU = 2**24
+CHUNK_LOGITS_GPU = 2**27
 
 
 class LanguageModelHead(nn.Linear):
@@ -87,7 +88,8 @@ def chunked_losses(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (rows,) and the gradients of their scaled sum: hidden (rows, d), weight (vocabulary, d) in float32."""
     rows, vocabulary = len(targets), len(weight)
-    chunk_rows = max(1, CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"]) // vocabulary)
+    chunk_logits = CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else CHUNK_LOGITS_GPU
+    chunk_rows = max(1, chunk_logits // vocabulary)
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if needs_grad else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
