@@ -74,7 +74,7 @@ def main() -> None:
 
 def fill(table: Table, missing: list, sets: BenchmarkSets, pool, args: argparse.Namespace) -> None:
     """Score the rows that are not there yet; a checkpoint is loaded once for all its modes."""
-    pipeline, loaded, listener = None, None, None
+    pipeline, loaded, listener, floor = None, None, None, {}
     progress = tqdm(missing, desc="rows", unit="row", disable=rank_and_world_size()[0] != 0)
     for stage, folder, mode, fingerprint in progress:
         progress.set_postfix_str(f"{stage} {mode}")
@@ -82,15 +82,16 @@ def fill(table: Table, missing: list, sets: BenchmarkSets, pool, args: argparse.
             pipeline = None
             gc.collect()  # the old model leaves before the new one comes
             pipeline, loaded = open_pipeline(args, folder), folder
-            listener = listener or Listener(pipeline.codec, pool)
+        if listener is None:
+            listener = Listener(pipeline.codec, pool)
+            if sets.tts:
+                floor = score_floor(pipeline.codec, sets.tts, listener, args.output_dir, table.settings)
         utterances = args.output_dir / f"{stage}-{mode.replace(' ', '-')}"
         row = score_row(
             pipeline, sets, listener, utterances, stage, mode,
             batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, speed_items=args.speed_items,
         )  # fmt: skip
-        if sets.tts:
-            row |= score_floor(pipeline, sets.tts, listener, args.output_dir, table.settings)
-        table.put(row | {"fingerprint": fingerprint, "checkpoint": str(folder)})
+        table.put(row | floor | {"fingerprint": fingerprint, "checkpoint": str(folder)})
 
 
 def parse_args() -> argparse.Namespace:

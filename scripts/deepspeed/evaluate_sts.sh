@@ -11,8 +11,9 @@
 #                        folder with asr_test.jsonl, tts_test.jsonl, sqa_test.jsonl and grammar.jsgf; DATA_ROOT
 #                        for relative audio paths; LIMIT items of each set
 # Which recogniser:      TRANSCRIBER (pocketsphinx, whisper, paraformer) TRANSCRIBER_PATH GRAMMAR LANGUAGE_CODE
-# Also:                  MODES OUTPUT_DIR SYSTEM_PROMPT BATCH_SIZE MAX_NEW_TOKENS SPEED_ITEMS, and NNODES NODE_RANK MASTER_ADDR
-#                        MASTER_PORT NPROC_PER_NODE as in the stage scripts
+# Also:                  MODES OUTPUT_DIR SYSTEM_PROMPT (omni, luke, none, or a text) BATCH_SIZE MAX_NEW_TOKENS
+#                        SPEED_ITEMS; EVALUATION_PROCESSES (default: one per GPU, one without) and NNODES
+#                        NODE_RANK MASTER_ADDR MASTER_PORT as in the stage scripts
 #
 # Writes OUTPUT_DIR/scores.json, scores.md, and every utterance with its WAV file.
 set -euo pipefail
@@ -107,18 +108,18 @@ if [[ -n ${MODES:-} ]]; then
   options+=(--modes "${modes[@]}")
 fi
 
+# On GPUs the items are split over one process each; on a CPU one process feeds several recognisers.
 if command -v nvidia-smi >/dev/null 2>&1 && [[ $(nvidia-smi -L 2>/dev/null | wc -l) -gt 0 ]]; then
-  NPROC_PER_NODE=${NPROC_PER_NODE:-$(nvidia-smi -L | wc -l)}
-else
-  NPROC_PER_NODE=${NPROC_PER_NODE:-1}
+  EVALUATION_PROCESSES=${EVALUATION_PROCESSES:-$(nvidia-smi -L | wc -l)}
 fi
+EVALUATION_PROCESSES=${EVALUATION_PROCESSES:-1}
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 command=("$REPOSITORY/tools/evaluate_table.py")
-if [[ $NPROC_PER_NODE -gt 1 || ${NNODES:-1} -gt 1 ]]; then
+if [[ $EVALUATION_PROCESSES -gt 1 || ${NNODES:-1} -gt 1 ]]; then
   command=(
     -m torch.distributed.run --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
-    --nproc_per_node "$NPROC_PER_NODE" --master_addr "${MASTER_ADDR:-127.0.0.1}"
+    --nproc_per_node "$EVALUATION_PROCESSES" --master_addr "${MASTER_ADDR:-127.0.0.1}"
     --master_port "${MASTER_PORT:-34568}" "${command[@]}"
   )
 fi

@@ -159,7 +159,7 @@ def test_the_script_finds_the_newest_run_of_every_stage(tiny_world, table_flags,
     script = REPOSITORY / "scripts" / "deepspeed" / "evaluate_sts.sh"
     variables = {
         "PATH": "/usr/bin:/bin", "PYTHON": "echo", "STAGES_ROOT": str(tmp_path / "stages"),
-        "ASR_JSON": "a.jsonl b.jsonl", "AUDIO_TOKENIZER_TYPE": "mel_vq", "NPROC_PER_NODE": "2", "LIMIT": "7",
+        "ASR_JSON": "a.jsonl b.jsonl", "AUDIO_TOKENIZER_TYPE": "mel_vq", "EVALUATION_PROCESSES": "2", "LIMIT": "7",
     }  # fmt: skip
     result = subprocess.run(
         ["bash", str(script), "--x"], env=variables, capture_output=True, text=True, check=True

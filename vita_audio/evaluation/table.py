@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from vita_audio.audio import AudioTokenizer
 from vita_audio.evaluation.asr import run_asr, score_asr
 from vita_audio.evaluation.benchmark import (
     SPOKEN_REPLY_TOKENS,
@@ -128,7 +129,7 @@ def score_row(
         write_utterances(folder / "sqa.jsonl", sqa)
         row |= score_sqa(sqa)
     spoken = sets.tts or sets.sqa
-    if spoken and speed_items:
+    if spoken and speed_items and rank_and_world_size()[0] == 0:  # who writes the row measures it
         row |= measure_speed(pipeline, spoken[: speed_items + 1], options)
     return row
 
@@ -172,16 +173,16 @@ def first_sound_seconds(
 
 
 def score_floor(
-    pipeline: SpeechPipeline, items: Sequence[BenchmarkItem], listener: Listener, folder: Path, settings: Any
+    codec: AudioTokenizer, items: Sequence[BenchmarkItem], listener: Listener, folder: Path, settings: Any
 ) -> dict[str, float | None]:
     """The codec's floor, kept in ``folder/floor.json`` for the next run with the same settings."""
     path = folder / "floor.json"
-    key = json.loads(json.dumps({"codec": pipeline.codec.fingerprint, "settings": settings}, default=str))
+    key = json.loads(json.dumps({"codec": codec.fingerprint, "settings": settings}, default=str))
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["key"] == key:
             return stored["scores"]
-    resynthesised, natural = run_codec_floor(pipeline.codec, items, listener, folder)
+    resynthesised, natural = run_codec_floor(codec, items, listener, folder)
     write_utterances(folder / "floor.jsonl", resynthesised)
     write_utterances(folder / "natural.jsonl", natural)
     scores = score_codec_floor(resynthesised, natural)
