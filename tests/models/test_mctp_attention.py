@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-import vita_audio  # noqa: F401
+import vita_audio
 from vita_audio.models.attention import document_ids, group_documents
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "mctp"

@@ -231,7 +231,7 @@ def test_the_schedule_comes_from_the_argument_else_the_generation_config_else_th
 
 @pytest.mark.parametrize("mode", [[], [1], [1, 2, 3], [0, 4], [1, -1], [-1, 2], [1, 2.5], "fast", [True, 1]])
 def test_malformed_schedules_are_refused_with_what_is_allowed(model, mode):
-    with pytest.raises(ValueError, match="mtp_inference_mode=.*(give pairs|known names)"):
+    with pytest.raises(ValueError, match=r"mtp_inference_mode=.*(give pairs|known names)"):
         model.generate(PROMPT, mtp_inference_mode=mode, max_new_tokens=2)
 
 

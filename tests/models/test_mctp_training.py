@@ -32,15 +32,15 @@ def row(golden):
 
 def tiny(**changes):
     torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=90,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=5,
-        num_nextn_predict_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    sizes = {
+        "vocab_size": 90,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 5,
+        "num_nextn_predict_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     return Qwen2MTPForCausalLM(Qwen2MTPConfig(**sizes | changes)).train()
 
 

@@ -78,7 +78,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def measure(way: str, options: dict) -> dict[str, float]:
-    """Median seconds per step (and of processor time, which other processes disturb less), peak memory in GB above the model's own, and the loss."""
+    """Median seconds per step and processor seconds (which other processes disturb less); peak memory
+    in GB above the model's own; the loss.
+    """
     arguments = argparse.Namespace(**options)
     torch.manual_seed(0)
     model = build_model(arguments, WAYS[way])
