@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -87,7 +88,7 @@ def test_streamed_speech_equals_offline_speech_however_it_is_cut(codec, cuts):
     codes = random.Random(0).choices(range(64), k=50)
     edges = [0, *sorted(cuts), len(codes)]
     stream = codec.stream()
-    pieces = [stream.push(codes[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [stream.push(codes[a:b]) for a, b in itertools.pairwise(edges)]
     pieces.append(stream.push([], last=True))
     torch.testing.assert_close(torch.cat(pieces), codec.decode(codes), rtol=0, atol=0)
 
