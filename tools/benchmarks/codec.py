@@ -1,6 +1,7 @@
 """What the GLM-4-Voice codec costs, and what streaming state saves.
 
-Everything runs at the released sizes with random weights: time does not depend on their values.
+Everything runs at the released sizes with random weights, since time does not depend on their values;
+``--flow FOLDER`` takes the decoder of a folder instead (and leaves the encoder out).
 
 1. Encode, and decode with 1 and 10 solver steps: real-time factors (work per second of speech).
 2. First chunk: ten codes to the first samples, through a stream and without one.
@@ -87,16 +88,21 @@ class CodecBenchmark:
         self.max_steps = arguments.max_steps
         self.device = torch.device(arguments.device)
         self.clock = clock
-        self.flow = FlowDecoder(FlowConfig()).to(self.device)
-        self.vocoder = Vocoder(VocoderConfig()).fold_weight_norm().to(self.device)
+        self.random_weights = arguments.flow is None
+        if self.random_weights:
+            self.flow = FlowDecoder(FlowConfig()).to(self.device)
+            self.vocoder = Vocoder(VocoderConfig()).fold_weight_norm().to(self.device)
+        else:
+            self.flow = FlowDecoder.from_pretrained(arguments.flow, device=self.device)
+            self.vocoder = Vocoder.from_pretrained(arguments.flow, device=self.device)
         self._decode(10, steps=1)  # warm up
 
     def offline(self) -> dict[str, float]:
         """Encode and whole decodes."""
-        encoder = VQEncoder(released_config()).to(self.device)
-        speech = 0.1 * torch.randn(10 * SAMPLE_RATE)
-        encoder.encode([speech[:SAMPLE_RATE]])
-        results = {"encode_rtf": self._time(lambda: encoder.encode([speech])) / 10}
+        results, table = {}, Table("work", "figure", title=f"Offline, {self.device}")
+        if self.random_weights:
+            results["encode_rtf"] = self._encode_factor()
+            table.add_row("encode 10 s", f"real-time factor {results['encode_rtf']:.3f}")
         for steps in (1, 10):
             results[f"decode_{steps}_rtf"] = self._time(lambda steps=steps: self._decode(50, steps)) / 4
         decoder = StreamingDecoder(self.flow, self.vocoder, StreamSchedule().prompt_tokens)
@@ -108,8 +114,6 @@ class CodecBenchmark:
             lambda: decoder.decode([StreamState()], [self._codes(10)], [False], 10)
         )
         results["first_chunk_without_state_s"] = self._time(lambda: self._decode(10, 1))
-        table = Table("work", "figure", title=f"Offline, {self.device}")
-        table.add_row("encode 10 s", f"real-time factor {results['encode_rtf']:.3f}")
         table.add_row("decode 4 s, 1 step", f"real-time factor {results['decode_1_rtf']:.3f}")
         table.add_row("decode 4 s, 10 steps", f"real-time factor {results['decode_10_rtf']:.3f}")
         table.add_row(
@@ -236,6 +240,12 @@ class CodecBenchmark:
         )
         return {"window_mel_difference": difference}
 
+    def _encode_factor(self) -> float:
+        encoder = VQEncoder(released_config()).to(self.device)
+        speech = 0.1 * torch.randn(10 * SAMPLE_RATE)
+        encoder.encode([speech[:SAMPLE_RATE]])  # warm up
+        return self._time(lambda: encoder.encode([speech])) / 10
+
     def _small_chunk(self) -> Chunk:
         """One chunk of ten codes in the middle of a reply."""
         window = StreamSchedule().prompt_tokens
@@ -287,6 +297,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", choices=("wall", "process"), default="wall")
+    parser.add_argument("--flow", help="folder of a decoder; random weights of released sizes when absent")
     parser.add_argument("--only-stream", action="store_true", help="skip the offline figures")
     arguments = parser.parse_args(argv)
     if arguments.clock == "process" and (arguments.threads != 1 or arguments.device != "cpu"):
