@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -176,7 +177,7 @@ def test_states_that_do_not_fit_are_refused_in_a_sentence(open_loader, mix_file)
 
 
 CONSUMER = """
-import hashlib, json, sys
+import hashlib, json, multiprocessing, sys
 from pathlib import Path
 from transformers import AutoTokenizer
 from vita_audio.data import DataConfig, build_train_loader
@@ -196,6 +197,8 @@ def main():
             names = ("input_ids", "labels", "position_ids")
             row = hashlib.sha1(b"".join(batch[name].numpy().tobytes() for name in names)).hexdigest()
             print(step, row, file=lines, flush=True)
+            workers = [process.pid for process in multiprocessing.active_children()]
+            state_file.with_suffix(".workers").write_text(json.dumps(workers))
             step += 1
             if step % 5 == 0:
                 temporary = state_file.with_suffix(".tmp")
@@ -231,6 +234,12 @@ def test_two_killed_processes_resume_and_give_the_rows_of_an_uninterrupted_run(
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        workers = json.loads((tmp_path / f"{rank}.workers").read_text())
+        deadline = time.monotonic() + 20
+        while any(Path(f"/proc/{worker}").exists() for worker in workers):
+            assert time.monotonic() < deadline, "a killed trainer left its workers behind"
+            time.sleep(0.05)
+        assert workers
     assert [process.wait(timeout=240) for process in [start(0), start(1)]] == [0, 0]
     for rank in range(2):
         whole = islice(open_loader(rank, 2, num_workers=1), 60)

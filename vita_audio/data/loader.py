@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -441,3 +442,16 @@ def _shards_of(states: Sequence[dict[str, Any]]) -> list[ShardState]:
 def _set_up_worker(_worker: int) -> None:
     torch.set_num_threads(1)  # the cores belong to the workers one by one, and to the trainer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_leave_with_the_trainer, daemon=True).start()
+
+
+def _leave_with_the_trainer() -> None:
+    """End this worker when the trainer is gone.
+
+    torch's own watchdog looks at the parent, which here is the fork server, and that waits for its
+    workers: after a trainer was killed, both would stay for ever.
+    """
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
