@@ -334,9 +334,12 @@ def test_gradient_checkpointing_changes_no_gradient(model):
     expected = {name: grad.clone() for name, grad in gradients(model).items()}
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    calls = []
+    model.model.audio_model.model.encoder.encoders[0].register_forward_pre_hook(lambda *args: calls.append(1))
     run_case(model, "mean_reduction")
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, expected[name], atol=1e-6, rtol=1e-5)
+    assert len(calls) == 2
 
 
 def test_bfloat16_logits_are_near_those_of_float32(sensevoice_checkpoint, model):

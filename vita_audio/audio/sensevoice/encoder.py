@@ -128,7 +128,11 @@ def query_rows(language: str = "auto", inverse_text_norm: bool = False) -> list[
 
 
 class SANMStack(nn.Module):
-    """Scaling and positions, the main blocks, the ``tp`` blocks, a norm after each group."""
+    """Scaling and positions, the main blocks, the ``tp`` blocks, a norm after each group.
+
+    ``gradient_checkpointing`` is transformers' switch: a model that holds this stack turns it on,
+    and says how, with its own ``gradient_checkpointing_enable``.
+    """
 
     def __init__(self, config: SenseVoiceEncoderConfig) -> None:
         super().__init__()
@@ -140,17 +144,24 @@ class SANMStack(nn.Module):
         self.after_norm = Float32LayerNorm(width)
         self.tp_encoders = nn.ModuleList(SANMBlock(config, width) for _ in range(config.tp_blocks))
         self.tp_norm = Float32LayerNorm(width)
+        self.gradient_checkpointing = False
 
     def forward(self, inputs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """(batch, time, input_size) to (batch, time, output_size); mask (batch, time) marks valid frames."""
         positions = sinusoidal_positions(inputs.shape[1], inputs.shape[2], inputs.dtype, inputs.device)
         hidden = self.dropout(inputs * self.scale + positions)
         for block in [*self.encoders0, *self.encoders]:
-            hidden = block(hidden, mask)
+            hidden = self.run_block(block, hidden, mask)
         hidden = self.after_norm(hidden)
         for block in self.tp_encoders:
-            hidden = block(hidden, mask)
+            hidden = self.run_block(block, hidden, mask)
         return self.tp_norm(hidden)
+
+    def run_block(self, block: SANMBlock, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """One block, recomputed in the backward pass where that is wanted."""
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(block.__call__, hidden, mask)
+        return block(hidden, mask)
 
 
 def sinusoidal_positions(
