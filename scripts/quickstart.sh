@@ -54,6 +54,12 @@ require_space "$out" 1500 "the run"
 
 mkdir -p "$out/.done" "$out/logs"
 started=$SECONDS
+exec 9>"$out/.lock"
+flock --nonblock 9 || die "another quickstart is at work in $out; wait for it or choose another folder"
+
+# A step ends with this script, however this script ends.
+tied=()
+if command -v setpriv >/dev/null 2>&1; then tied=(setpriv --pdeathsig TERM --); fi
 
 step() { # NAME COMMAND…
   local name=$1 from=$SECONDS
@@ -63,7 +69,7 @@ step() { # NAME COMMAND…
     return
   fi
   echo "[$name]"
-  if ! "$@" 2>&1 | tee -a "$out/logs/$name.log"; then
+  if ! "${tied[@]}" "$@" 2>&1 9>&- | tee -a "$out/logs/$name.log" 9>&-; then
     die "step $name failed; its log is $out/logs/$name.log. Run the same command again to continue"
   fi
   echo $((SECONDS - from)) >"$out/.done/$name"
@@ -122,15 +128,18 @@ MODEL_NAME_OR_PATH=$base AUDIO_MODEL_FREEZE=${STAGE1_AUDIO_MODEL_FREEZE:-True} \
   stage stage1 mix_stage1.yaml "$STAGE1_STEPS" "$STAGE1_RATE" "$SEQ_LENGTH" "$zero2"
 stage mtp1_stage1 mix_stage1.yaml "$STAGE2_STEPS" "$STAGE2_RATE" "$SEQ_LENGTH" "$zero2"
 stage mtp10_stage1 mix_stage1.yaml "$STAGE3_STEPS" "$STAGE3_RATE" "$SEQ_LENGTH" "$zero2"
-stage mtp10_stage2 mix_stage2.yaml "$STAGE4_STEPS" "$STAGE4_RATE" "$STAGE4_SEQ_LENGTH" "$zero2_no_optimizer"
+MTP_LEARNING_RATE_MULTIPLIER=$STAGE4_HEAD_MULTIPLIER \
+  stage mtp10_stage2 mix_stage2.yaml "$STAGE4_STEPS" "$STAGE4_RATE" "$STAGE4_SEQ_LENGTH" "$zero2_no_optimizer"
+
+# -- talk, score, show ----------------------------------------------------------------------------------
 
 result=$stages/finetune_${STAGE_PREFIX}_mtp10_stage2/quickstart
 step inference python "$REPOSITORY/tools/inference_sts.py" \
   --model_name_or_path "$result" --audio_tokenizer_type "$AUDIO_TOKENIZER_TYPE" \
   --audio_tokenizer_path "$codec" ${AUDIO_MODEL_NAME_OR_PATH:+--frontend_path "$AUDIO_MODEL_NAME_OR_PATH"} \
   --samples "$corpus/examples.jsonl" --output_dir "$out/inference"
-step evaluation env STAGES_ROOT="$stages" STAGE_PREFIX="$STAGE_PREFIX" CORPUS="$corpus" \
-  OUTPUT_DIR="$out/evaluation" LIMIT="$EVALUATION_LIMIT" \
+step evaluation env STAGES_ROOT="$stages" STAGE_PREFIX="$STAGE_PREFIX" TIMESTAMP=quickstart CORPUS="$corpus" \
+  GRAMMAR="$corpus/grammar.jsgf" OUTPUT_DIR="$out/evaluation" LIMIT="$EVALUATION_LIMIT" NPROC_PER_NODE=1 \
   bash "$REPOSITORY/scripts/deepspeed/evaluate_sts.sh"
 step report python "$REPOSITORY/tools/report.py" --run "$out"
 

@@ -12,13 +12,17 @@ there is one, train, save.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
+import os
 import shutil
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 
+import deepspeed
 import torch
 import transformers
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
@@ -45,6 +49,7 @@ FINISHED_MARKER = "stage.complete"
 
 
 def main() -> None:
+    _die_with_launcher()
     # 1. Options, checked as they are read.
     parser = HfArgumentParser((ModelArguments, DataArguments, StageArguments))
     try:
@@ -57,6 +62,11 @@ def main() -> None:
         logger.info("%s holds the finished stage; remove it to train again", output_dir)
         return
     set_seed(stage_args.seed)
+    if stage_args.deepspeed:
+        # On CPUs DeepSpeed would compile a shared-memory all-reduce that only its inference uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # ZeRO-3 splits the model while it is opened, so DeepSpeed must know the other ranks by then.
+        deepspeed.init_distributed(dist_backend=stage_args.ddp_backend)
 
     # 2. Text tokenizer with speech tokens; 3. model with its heads.
     tokenizer = AutoTokenizer.from_pretrained(
@@ -149,6 +159,13 @@ def _open_model(model_args, data_args, stage_args, tokenizer) -> transformers.Pr
     if model_args.num_nextn_predict_layers:
         model.generation_config.mtp_inference_mode = list(DEFAULT_TEXT_AUDIO_RATIO)
     return model
+
+
+def _die_with_launcher() -> None:
+    """Ask Linux to end this process with torchrun, so that no orphan goes on writing to the run's folder."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _steps_done(checkpoint: Path) -> int:

@@ -1,5 +1,8 @@
 """The published scripts, run as they are: four stages, two DeepSpeed processes each."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,6 +13,7 @@ from vita_audio.models import load_with_heads
 
 pytestmark = pytest.mark.slow
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 HEADS = ("mtp_", "model.layers.2.", "model.layers.3.")
 
 
@@ -89,6 +93,28 @@ def test_a_stage_stopped_before_its_result_was_written_takes_its_last_checkpoint
     assert chain.run_stage("mtp1_stage1").returncode == 0
     got = weights(chain, "mtp1_stage1")
     assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_splitting_the_model_between_processes_changes_nothing(chain):
+    """ZeRO-3, heads grown under it included, gives the losses of ZeRO-2."""
+    config = json.loads((REPOSITORY / "scripts/deepspeed/ds_config_zero3.json").read_text())
+    del config["optimizer"]  # DeepSpeed's own would have to be compiled
+    config |= {"zero_allow_untested_optimizer": True}
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
+    path = chain.root / "zero3.json"
+    path.write_text(json.dumps(config))
+    folder = chain.root / "zero3"
+    run = chain.run_stage(
+        "mtp10_stage1", NUM_HEADS="2", DEEPSPEED_CONFIG=str(path), OUTPUT_DIR=str(folder), MASTER_PORT="29633"
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    got = [line["loss"] for line in history if "loss" in line]
+    want = [line["loss"] for line in chain.losses("mtp10_stage1")]
+    assert got == pytest.approx(want, rel=1e-4)
+    saved = load_file(folder / "model.safetensors")
+    for name, tensor in weights(chain, "mtp10_stage1").items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(tiny_world):

@@ -62,7 +62,7 @@ AUDIO_MODEL_NAME_OR_PATH=${AUDIO_MODEL_NAME_OR_PATH:-${DEFAULT_AUDIO_MODEL:+$ROO
 mkdir -p "$OUTPUT_DIR"
 echo "$STAGE_NAME: $MODEL_NAME_OR_PATH -> $OUTPUT_DIR ($NNODES x $NPROC_PER_NODE processes)"
 
-"$PYTHON" -m torch.distributed.run \
+exec "$PYTHON" -m torch.distributed.run \
   --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$NPROC_PER_NODE" \
   --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
   "$REPOSITORY/tools/finetune_sts.py" \
