@@ -215,3 +215,19 @@ def test_a_first_chunk_too_short_for_the_overlap_is_refused(codec):
         StreamSchedule(((5, 1),))
     with pytest.raises(ValueError, match="too short"):
         StreamingDecoder(codec.flow, codec.vocoder).decode([StreamState()], [torch.tensor([1, 2])], [False])
+
+
+def test_a_refused_push_leaves_every_stream_as_it_was(codec):
+    streams = [codec.stream(), codec.stream()]
+    with pytest.raises(ValueError, match="outside"):
+        push_streams(streams, [[1, 2], [999]], [False, False])
+    assert [stream.pending for stream in streams] == [[], []]
+
+
+def test_streams_with_different_windows_keep_their_own(codec):
+    schedules = [StreamSchedule(((10, 1),), prompt_tokens=window) for window in (20, None)]
+    codes = _codes(80)
+    alone = [_push_in_pieces(codec.stream(schedule=schedule), codes, 80) for schedule in schedules]
+    streams = [codec.stream(schedule=schedule) for schedule in schedules]
+    for wave, expected in zip(push_streams(streams, [codes] * 2, [True] * 2), alone, strict=True):
+        torch.testing.assert_close(wave, expected, atol=WAVE_ATOL, rtol=0)

@@ -317,22 +317,25 @@ def push_streams(
         ValueError: a code is outside the vocabulary.
     """
     waves: list[list[Tensor]] = [[] for _ in streams]
-    for stream, codes, final in zip(streams, tokens, last, strict=True):
+    for stream, codes in zip(streams, tokens, strict=True):
         check_codes(codes, stream.decoder.flow.config.vocab_size)
+    for stream, codes, final in zip(streams, tokens, last, strict=True):
         stream.pending += [int(code) for code in codes]
         stream.ending = bool(final)
     while True:
-        due: dict[int, list[tuple[int, Tensor, bool]]] = defaultdict(list)  # by solver steps
+        # Chunks that agree in solver steps and prompt window are decoded together.
+        due: dict[tuple[int, int | None], list[tuple[int, Tensor, bool]]] = defaultdict(list)
         for index, stream in enumerate(streams):
             chunk = stream._next_chunk()
             if chunk is not None:
                 codes, final, steps = chunk
-                due[steps].append((index, codes, final))
+                due[steps, stream.decoder.prompt_tokens].append((index, codes, final))
         if not due:
             return [torch.cat([torch.empty(0), *parts]) for parts in waves]
-        for steps, members in due.items():
+        for (steps, _), members in due.items():
             indices, codes, finals = zip(*members, strict=True)
-            outputs = streams[0].decoder.decode([streams[i].state for i in indices], codes, finals, steps)
+            decoder = streams[indices[0]].decoder
+            outputs = decoder.decode([streams[i].state for i in indices], codes, finals, steps)
             for index, output in zip(indices, outputs, strict=True):
                 waves[index].append(output.wave.float())
 
