@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -174,3 +175,34 @@ def test_the_script_finds_the_newest_run_of_every_stage(tiny_world, table_flags,
     assert "torch.distributed.run" in result.stdout
     assert result.stdout.strip().endswith("--x")
     assert "stage 2 (mtp1_stage1) has no result" in result.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_score_what_one_scores(tiny_world, tmp_path):
+    grammar = tmp_path / "words.gram"
+    grammar.write_text(GRAMMAR)
+    variables = os.environ | {
+        "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MODEL_NAME_OR_PATH": f"tiny={tiny_world.model_dir}@turbo",
+        "AUDIO_TOKENIZER_TYPE": "mel_vq", "AUDIO_TOKENIZER_PATH": str(tiny_world.codec_dir),
+        "DATA_ROOT": str(tiny_world.data_dir), "GRAMMAR": str(grammar), "SYSTEM_PROMPT": "none", "SPEED_ITEMS": "1",
+        "MAX_NEW_TOKENS": "60", "MASTER_PORT": "34571",
+    }  # fmt: skip
+    for task in ("asr", "tts", "sqa"):
+        sample = tiny_world.samples[task]
+        path = tmp_path / f"{task}.jsonl"
+        path.write_text("\n".join(json.dumps({"id": str(number)} | sample) for number in range(3)) + "\n")
+        variables[f"{task.upper()}_JSON"] = str(path)
+    rows = []
+    for processes in ("1", "2"):
+        out = tmp_path / processes
+        subprocess.run(
+            ["bash", str(REPOSITORY / "scripts" / "deepspeed" / "evaluate_sts.sh"), "--transcriber_processes", "0"],
+            env=variables | {"EVALUATION_PROCESSES": processes, "OUTPUT_DIR": str(out)},
+            check=True,
+        )  # fmt: skip
+        assert len((out / "tiny-turbo" / "tts.jsonl").read_text().splitlines()) == 3
+        (row,) = json.loads((out / "scores.json").read_text())
+        assert row["tokens_per_second"] > 0
+        rows.append({name: value for name, value in row.items() if name.startswith(("asr", "tts", "sqa"))})
+    assert rows[0] == rows[1]
+    assert rows[0]["sqa_s2t_accuracy"] == 1.0

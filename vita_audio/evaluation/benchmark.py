@@ -196,7 +196,7 @@ def spoken_utterances(
     """Write, recognise and gather spoken replies; WAV files lie in ``folder/wav/task``."""
     started = []
     for item, reply in replies:
-        wav = Path("wav") / task / f"{_file_name(item.id)}.wav" if reply.codes else None
+        wav = Path("wav") / task / wav_name(item.id) if reply.codes else None
         started.append((item, reply, wav, listener.hear(reply.codes, folder / wav) if wav else None))
     return gather(
         [
@@ -230,5 +230,6 @@ def gather(mine: list[Utterance]) -> list[Utterance]:
     return sorted((utterance for share in shares for utterance in share), key=lambda utterance: utterance.id)
 
 
-def _file_name(identifier: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in identifier)
+def wav_name(identifier: str) -> str:
+    """File name for an utterance's speech."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in identifier) + ".wav"

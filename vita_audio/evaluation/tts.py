@@ -21,6 +21,7 @@ from vita_audio.evaluation.benchmark import (
     gather,
     rank_and_world_size,
     spoken_utterances,
+    wav_name,
 )
 from vita_audio.evaluation.metrics import corpus_error_rate, seed_tts_error_rate
 from vita_audio.inference import GenerationOptions, SpeechPipeline
@@ -90,7 +91,7 @@ def run_codec_floor(
     recorded = [item for item in items if item.reference_audio][rank::world_size]
     resynthesised, natural = [], []
     for item in recorded:
-        wav = Path("wav") / "floor" / f"{Path(item.reference_audio).stem}.wav"
+        wav = Path("wav") / "floor" / wav_name(item.id)
         heard = listener.hear(codec.encode(item.reference_audio), folder / wav)
         resynthesised.append((item, heard, wav.as_posix()))
         natural.append((item, listener.hear_file(item.reference_audio), item.reference_audio))
