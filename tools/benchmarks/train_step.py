@@ -13,6 +13,9 @@ reaches on one large matrix product: backbone forward (and backward when it trai
 backward, attention inside documents, LM head at supervised positions. Softmax, norms, rotary
 embedding, masks and copies come on top; their share is the distance to the floor.
 
+Every way recomputes activations (gradient checkpointing), as the stage scripts do, unless told not to;
+the floor does not count that.
+
 Each way runs in a process of its own, since a CPU process never gives its peak memory back.
 """
 
@@ -68,7 +71,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--document", type=int, default=512, help="tokens in each document")
     parser.add_argument("--supervised", type=float, default=0.4, help="share of each document, at its end")
     parser.add_argument("--frozen", action="store_true", help="train the heads only (stages 2 and 3)")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="in every way measured")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="in every way measured, as the stage scripts train",
+    )
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that warms up")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

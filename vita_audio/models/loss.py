@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from vita_audio.constants import IGNORE_INDEX
 
-# Logits alive at once. 64 MB in float32 stay near the caches of a CPU; a GPU wants larger products.
-CHUNK_LOGITS_CPU = 2**24
+# Logits alive at once. 32 MB in float32 stay near the caches of a CPU; a GPU wants larger products.
+CHUNK_LOGITS_CPU = 2**23
 CHUNK_LOGITS_GPU = 2**27
 
 
