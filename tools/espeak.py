@@ -2,6 +2,8 @@
 
 The pip package ``espeakng-loader`` brings the shared library and its data, no root needed; it is driven
 through its C interface. Otherwise the ``espeak-ng`` program on PATH is run once per utterance.
+
+    python tools/espeak.py        # at once: is there a synthesiser? If not, what to install
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import ctypes
 import io
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,3 +134,10 @@ class ProgramSynthesiser:
             message = result.stderr.decode(errors="replace").strip()
             raise SynthesiserError(f"{self._program} cannot speak {text!r}: {message}")
         return soundfile.read(io.BytesIO(result.stdout), dtype="float32")
+
+
+if __name__ == "__main__":
+    try:
+        open_synthesiser()
+    except SynthesiserError as error:
+        sys.exit(f"error: {error}")
