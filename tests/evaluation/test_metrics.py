@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vita_audio.evaluation import (
@@ -94,6 +94,7 @@ def test_missing_hypotheses_are_deletions_and_the_published_figure_stands_beside
     assert result.missing == ("1",)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from("abcd"), max_size=12), st.lists(st.sampled_from("abcd"), max_size=12))
 def test_alignment_cost_is_the_levenshtein_distance(reference, hypothesis):
     from rapidfuzz.distance import Levenshtein
@@ -167,6 +168,7 @@ NUMBER_WORDS = [
 ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(NUMBER_WORDS), max_size=8))
 def test_any_run_of_number_words_contains_itself(words):
     text = " ".join(words)

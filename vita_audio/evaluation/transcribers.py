@@ -126,7 +126,7 @@ _RIM_SAMPLES = RECOGNISER_RATE // 10
 
 
 class WhisperTranscriber(Transcriber):
-    """Whisper through transformers' speech-recognition pipeline; long speech in 30 s windows.
+    """Whisper through transformers' speech-recognition pipeline; beyond 30 s in its own long form.
 
     Args:
         model: folder or hub name.
@@ -144,7 +144,6 @@ class WhisperTranscriber(Transcriber):
                 model=model,
                 device=device,
                 dtype=torch.float16 if device.startswith("cuda") else torch.float32,
-                chunk_length_s=30,
             )
         except OSError as error:
             raise ValueError(
@@ -155,9 +154,14 @@ class WhisperTranscriber(Transcriber):
     def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
         waveform, rate = load_audio((waveform, rate), RECOGNISER_RATE)
         result = self._pipeline(
-            {"raw": waveform.numpy(), "sampling_rate": rate}, generate_kwargs=self._arguments
+            {"raw": waveform.numpy(), "sampling_rate": rate},
+            return_timestamps=len(waveform) > _WHISPER_WINDOW_SECONDS * rate,  # what its long form needs
+            generate_kwargs=self._arguments,
         )
         return result["text"].strip()
+
+
+_WHISPER_WINDOW_SECONDS = 30
 
 
 class ParaformerTranscriber(Transcriber):
