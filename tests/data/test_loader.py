@@ -177,7 +177,7 @@ def test_states_that_do_not_fit_are_refused_in_a_sentence(open_loader, mix_file)
 
 
 CONSUMER = """
-import hashlib, json, multiprocessing, sys
+import hashlib, json, multiprocessing, sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
 from vita_audio.data import DataConfig, build_train_loader
@@ -192,8 +192,10 @@ def main():
         saved = json.loads(state_file.read_text())
         loader.load_state_dict(saved["state"])
         step = saved["step"]
+    batches = iter(loader)
     with open(log, "a") as lines:
-        for batch in loader:
+        while step < 60:
+            batch = next(batches)
             names = ("input_ids", "labels", "position_ids")
             row = hashlib.sha1(b"".join(batch[name].numpy().tobytes() for name in names)).hexdigest()
             print(step, row, file=lines, flush=True)
@@ -204,8 +206,7 @@ def main():
                 temporary = state_file.with_suffix(".tmp")
                 temporary.write_text(json.dumps({"step": step, "state": loader.state_dict()}))
                 temporary.replace(state_file)
-            if step == 60:
-                return
+            time.sleep(0.05)  # leaves the test time to kill it halfway
 
 if __name__ == "__main__":
     main()
@@ -233,7 +234,8 @@ def test_two_killed_processes_resume_and_give_the_rows_of_an_uninterrupted_run(
         while len(lines(rank)) < 13 + 9 * rank and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, "the process was over before it could be killed"
+    for rank in range(2):
         workers = json.loads((tmp_path / f"{rank}.workers").read_text())
         deadline = time.monotonic() + 20
         while any(Path(f"/proc/{worker}").exists() for worker in workers):
