@@ -199,8 +199,9 @@ def main():
             names = ("input_ids", "labels", "position_ids")
             row = hashlib.sha1(b"".join(batch[name].numpy().tobytes() for name in names)).hexdigest()
             print(step, row, file=lines, flush=True)
-            workers = [process.pid for process in multiprocessing.active_children()]
-            state_file.with_suffix(".workers").write_text(json.dumps(workers))
+            if step == 0:
+                workers = [process.pid for process in multiprocessing.active_children()]
+                state_file.with_suffix(".workers").write_text(json.dumps(workers))
             step += 1
             if step % 5 == 0:
                 temporary = state_file.with_suffix(".tmp")
