@@ -5,7 +5,7 @@
 #
 #   bash scripts/quickstart.sh [--out DIR] [--minutes N] [--smoke] [--variant base|plus]
 #
-#   --out DIR        where everything goes (default: quickstart/ in the repository)
+#   --out DIR        where everything goes (default: quickstart/ in the repository; one folder holds one run)
 #   --minutes N      scales the training steps; 25 is the measured default on two cores
 #   --smoke          the same chain with a few steps each, in minutes; its scores mean nothing
 #   --variant plus   user speech enters through SenseVoice features and an adapter
@@ -17,7 +17,7 @@ source "$REPOSITORY/scripts/environment.sh"
 
 usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 
-out=$REPOSITORY/quickstart
+out=
 minutes=25
 variant=base
 size=full
@@ -36,11 +36,20 @@ done
 
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || die "--minutes $minutes: give a whole number, 1 or more"
 [[ $variant == base || $variant == plus ]] || die "--variant $variant: base or plus"
+kind=$variant-$size
+case $kind in
+  base-full) out=${out:-$REPOSITORY/quickstart} ;;
+  *) out=${out:-$REPOSITORY/quickstart-$kind} ;;
+esac
 find_python >/dev/null || die "Python 3.10 to 3.13 is needed and none was found; install one or set PYTHON_BOOTSTRAP"
 if ! { mkdir -p "$out" 2>/dev/null && [[ -w $out ]]; }; then
   die "--out $out: cannot write there; choose another folder"
 fi
 out=$(cd "$out" && pwd)
+
+if [[ -f $out/.kind && $(<"$out/.kind") != "$kind" ]]; then
+  die "--out $out: holds a $(<"$out/.kind") run, this is a $kind one; choose another folder"
+fi
 
 require_space() { # FOLDER MEGABYTES WHAT
   local free
@@ -55,6 +64,7 @@ require_space "$out" 1500 "the run"
 mkdir -p "$out/.done" "$out/logs"
 started=$SECONDS
 exec 9>"$out/.lock"
+echo "$kind" >"$out/.kind"
 flock --nonblock 9 || die "another quickstart is at work in $out; wait for it or choose another folder"
 
 # A step ends with this script, however this script ends.
@@ -101,13 +111,14 @@ base=$out/base
 stages=$out/stages
 token_cache=$out/audio_tokens
 
-python "$REPOSITORY/tools/make_spoken_arithmetic.py" --check || exit 1
+python "$REPOSITORY/tools/espeak.py" || exit 1
 step corpus python "$REPOSITORY/tools/make_spoken_arithmetic.py" --out "$corpus" --utterances "$UTTERANCES"
 step codec python "$REPOSITORY/tools/fit_mel_vq.py" --corpus "$corpus" --out "$codec"
 step base_llm python "$REPOSITORY/tools/make_base_llm.py" \
   --corpus "$corpus" --config "$QUICKSTART_CONFIG/$BASE_LLM_CONFIG" --out "$base"
 if [[ $variant == plus ]]; then
-  step sensevoice python "$REPOSITORY/tools/make_sensevoice.py" --corpus "$corpus" --out "$out/sensevoice"
+  # shellcheck disable=SC2086  # several flags
+  step sensevoice python "$REPOSITORY/tools/make_sensevoice.py" ${SENSEVOICE_FLAGS:-} --corpus "$corpus" --out "$out/sensevoice"
   export AUDIO_MODEL_NAME_OR_PATH=$out/sensevoice
 fi
 
@@ -137,9 +148,9 @@ result=$stages/finetune_${STAGE_PREFIX}_mtp10_stage2/quickstart
 step inference python "$REPOSITORY/tools/inference_sts.py" \
   --model_name_or_path "$result" --audio_tokenizer_type "$AUDIO_TOKENIZER_TYPE" \
   --audio_tokenizer_path "$codec" ${AUDIO_MODEL_NAME_OR_PATH:+--frontend_path "$AUDIO_MODEL_NAME_OR_PATH"} \
-  --samples "$corpus/examples.jsonl" --output_dir "$out/inference"
+  --samples "$corpus/examples.jsonl" --all_modes --max_new_tokens "$MAX_NEW_TOKENS" --output_dir "$out/inference"
 step evaluation env STAGES_ROOT="$stages" STAGE_PREFIX="$STAGE_PREFIX" TIMESTAMP=quickstart CORPUS="$corpus" \
-  GRAMMAR="$corpus/grammar.jsgf" OUTPUT_DIR="$out/evaluation" LIMIT="$EVALUATION_LIMIT" NPROC_PER_NODE=1 \
+  GRAMMAR="$corpus/grammar.jsgf" OUTPUT_DIR="$out/evaluation" LIMIT="$EVALUATION_LIMIT" \
   bash "$REPOSITORY/scripts/deepspeed/evaluate_sts.sh"
 step report python "$REPOSITORY/tools/report.py" --run "$out"
 

@@ -8,15 +8,15 @@ ask; one clear voice answers and reads aloud; voice cloning adds two more. Writt
 relative to the folder), ``examples.jsonl`` (one test sample of each task) and ``grammar.jsgf``
 (all that can be said, for a recogniser).
 
-* ASR: digit strings and questions of many voices. TTS and voice cloning: digit strings.
+* ASR: digit strings and questions of many voices, and in training every other task's recordings.
+* TTS and voice cloning: digit strings.
 * Speech and text QA: "what is three plus five" in several wordings -> "the answer is eight".
 
 A sentence (what is asked, transcribed or read) belongs to one split, in whatever task. All pairs of
 numbers occur in training, but a test question's wording of its pair does not. Replies to questions come
 from nineteen numbers and so recur.
 
-Recordings get the faint noise of a room: on digital silence the recogniser of the evaluation
-hears other words (WER of the plain en-us voice 36%, with noise 1%). The same seed gives the same files; an
+Recordings get the faint noise of a room, since digital silence disturbs the evaluation's recogniser. The same seed gives the same files; an
 interrupted run continues.
 """
 
@@ -156,11 +156,14 @@ def plan(utterances: int, seed: int) -> Iterator[tuple[str, str, dict, list[Clip
             # A third of the transcribed speech are questions.
             text = rng.choice(questions[split])[0] if index % 3 == 0 else next(strings)
             yield "asr", split, *asr_row(Clip(text, asking_voice(rng)))
+        also_transcribed = []
         for _ in range(counts["tts"][split]):
-            yield "tts", split, *tts_row(Clip(next(strings), SPEAKING_VOICE))
+            also_transcribed.append(Clip(next(strings), SPEAKING_VOICE))
+            yield "tts", split, *tts_row(also_transcribed[-1])
         for index in range(counts["sqa"][split]):
             question, answer = questions[split][index % len(questions[split])]
-            yield "sqa", split, *sqa_row(question, answer, asking_voice(rng))
+            also_transcribed.append(Clip(question, asking_voice(rng)))
+            yield "sqa", split, *sqa_row(also_transcribed[-1], answer)
         for question, answer in questions[split]:
             yield "text_qa", split, *text_qa_row(question, answer)
         prompts: dict[Voice, Clip] = {}
@@ -169,7 +172,11 @@ def plan(utterances: int, seed: int) -> Iterator[tuple[str, str, dict, list[Clip
             # The recording before this one in the same voice shows the voice.
             prompt = prompts.get(clip.voice) or Clip(next(strings), clip.voice)
             prompts[clip.voice] = clip
+            also_transcribed.append(clip)
             yield "voice_clone", split, *voice_clone_row(prompt, clip)
+        if split == "train":
+            for clip in also_transcribed:
+                yield "asr", split, *asr_row(clip)
 
 
 def split_size(total: float, split: str) -> int:
@@ -219,12 +226,10 @@ def tts_row(clip: Clip) -> tuple[dict, list[Clip]]:
     return sample(user=f"{TTS_PROMPT}\n{clip.text}", assistant=AUDIO_TAG, clips=[clip])
 
 
-def sqa_row(question: str, number: str, voice: Voice) -> tuple[dict, list[Clip]]:
+def sqa_row(question: Clip, number: str) -> tuple[dict, list[Clip]]:
     answer = Clip(ANSWER.format(number), SPEAKING_VOICE)
-    row, clips = sample(
-        user=AUDIO_TAG, assistant=f"{answer.text}\n{AUDIO_TAG}", clips=[Clip(question, voice), answer]
-    )
-    return row | {"answers": [number], "question": question}, clips
+    row, clips = sample(user=AUDIO_TAG, assistant=f"{answer.text}\n{AUDIO_TAG}", clips=[question, answer])
+    return row | {"answers": [number], "question": question.text}, clips
 
 
 def text_qa_row(question: str, number: str) -> tuple[dict, list[Clip]]:
