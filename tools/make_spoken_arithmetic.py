@@ -10,14 +10,14 @@ relative to the folder), ``examples.jsonl`` (one test sample of each task) and `
 
 * ASR: digit strings and questions of many voices, and in training every other task's recordings.
 * TTS and voice cloning: digit strings.
-* Speech and text QA: "what is three plus five" in several wordings -> "the answer is eight".
+* Speech and text QA: "what is three plus five" in several wordings -> "three plus five is eight".
 
 A sentence (what is asked, transcribed or read) belongs to one split, in whatever task. All pairs of
-numbers occur in training, but a test question's wording of its pair does not. Replies to questions come
-from nineteen numbers and so recur.
+numbers occur in training, but a test question's wording of its pair does not. The replies to questions,
+a hundred in all, recur.
 
-Recordings get the faint noise of a room, since digital silence disturbs the evaluation's recogniser. The same seed gives the same files; an
-interrupted run continues.
+Recordings get the faint noise of a room, since digital silence disturbs the evaluation's recogniser.
+The same seed gives the same files; an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ QUESTIONS = (
     "add {} to {}",
     "what does {} plus {} equal",
 )
-ANSWER = "the answer is {}"
+ANSWER = "{} plus {} is {}"
 TASKS = ("asr", "tts", "sqa", "text_qa", "voice_clone")
 SPLITS = ("train", "dev", "test")
 
@@ -93,6 +93,27 @@ class Clip:
     def path(self) -> str:
         """Relative to the corpus folder."""
         return f"audio/{self.voice.name.replace('+', '_')}/{self.key}.wav"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is ``first`` plus ``second``, in one of several wordings."""
+
+    wording: str
+    first: int
+    second: int
+
+    @property
+    def text(self) -> str:
+        return self.wording.format(DIGITS[self.first], DIGITS[self.second])
+
+    @property
+    def number(self) -> str:
+        return NUMBERS[self.first + self.second]
+
+    @property
+    def reply(self) -> str:
+        return ANSWER.format(DIGITS[self.first], DIGITS[self.second], self.number)
 
 
 def main() -> None:
@@ -154,18 +175,18 @@ def plan(utterances: int, seed: int) -> Iterator[tuple[str, str, dict, list[Clip
     for split in SPLITS:
         for index in range(counts["asr"][split]):
             # A third of the transcribed speech are questions.
-            text = rng.choice(questions[split])[0] if index % 3 == 0 else next(strings)
+            text = rng.choice(questions[split]).text if index % 3 == 0 else next(strings)
             yield "asr", split, *asr_row(Clip(text, asking_voice(rng)))
         also_transcribed = []
         for _ in range(counts["tts"][split]):
             also_transcribed.append(Clip(next(strings), SPEAKING_VOICE))
             yield "tts", split, *tts_row(also_transcribed[-1])
         for index in range(counts["sqa"][split]):
-            question, answer = questions[split][index % len(questions[split])]
-            also_transcribed.append(Clip(question, asking_voice(rng)))
-            yield "sqa", split, *sqa_row(also_transcribed[-1], answer)
-        for question, answer in questions[split]:
-            yield "text_qa", split, *text_qa_row(question, answer)
+            question = questions[split][index % len(questions[split])]
+            also_transcribed.append(Clip(question.text, asking_voice(rng)))
+            yield "sqa", split, *sqa_row(question, also_transcribed[-1])
+        for question in questions[split]:
+            yield "text_qa", split, *text_qa_row(question)
         prompts: dict[Voice, Clip] = {}
         for index in range(counts["voice_clone"][split]):
             clip = Clip(next(strings), CLONING_VOICES[index % len(CLONING_VOICES)])
@@ -184,24 +205,19 @@ def split_size(total: float, split: str) -> int:
     return held_out.get(split, round(total) - sum(held_out.values()))
 
 
-def split_questions(rng: random.Random, counts: dict[str, int]) -> dict[str, list[tuple[str, str]]]:
-    """Questions with their answers, each in one split; every pair of numbers is in training."""
+def split_questions(rng: random.Random, counts: dict[str, int]) -> dict[str, list[Question]]:
+    """Questions, each in one split; every pair of numbers is in training."""
     wordings = {
         (a, b): rng.sample(QUESTIONS, len(QUESTIONS)) for a in range(len(DIGITS)) for b in range(len(DIGITS))
     }
     pairs = rng.sample(sorted(wordings), len(wordings))
-    questions: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
+    questions: dict[str, list[Question]] = {split: [] for split in SPLITS}
     for split in ("test", "dev"):
         for index in range(min(counts[split], len(pairs))):
-            questions[split].append(question(pairs[index], wordings[pairs[index]].pop()))
-    questions["train"] = [question(pair, wording) for pair in pairs for wording in wordings[pair]]
+            questions[split].append(Question(wordings[pairs[index]].pop(), *pairs[index]))
+    questions["train"] = [Question(wording, *pair) for pair in pairs for wording in wordings[pair]]
     rng.shuffle(questions["train"])
     return questions
-
-
-def question(pair: tuple[int, int], wording: str) -> tuple[str, str]:
-    a, b = pair
-    return wording.format(DIGITS[a], DIGITS[b]), NUMBERS[a + b]
 
 
 def digit_strings(rng: random.Random) -> Iterator[str]:
@@ -226,15 +242,15 @@ def tts_row(clip: Clip) -> tuple[dict, list[Clip]]:
     return sample(user=f"{TTS_PROMPT}\n{clip.text}", assistant=AUDIO_TAG, clips=[clip])
 
 
-def sqa_row(question: Clip, number: str) -> tuple[dict, list[Clip]]:
-    answer = Clip(ANSWER.format(number), SPEAKING_VOICE)
-    row, clips = sample(user=AUDIO_TAG, assistant=f"{answer.text}\n{AUDIO_TAG}", clips=[question, answer])
-    return row | {"answers": [number], "question": question.text}, clips
+def sqa_row(question: Question, asked: Clip) -> tuple[dict, list[Clip]]:
+    reply = Clip(question.reply, SPEAKING_VOICE)
+    row, clips = sample(user=AUDIO_TAG, assistant=f"{reply.text}\n{AUDIO_TAG}", clips=[asked, reply])
+    return row | {"answers": [question.number], "question": question.text}, clips
 
 
-def text_qa_row(question: str, number: str) -> tuple[dict, list[Clip]]:
-    row, clips = sample(user=question, assistant=ANSWER.format(number), clips=[])
-    return row | {"answers": [number]}, clips
+def text_qa_row(question: Question) -> tuple[dict, list[Clip]]:
+    row, clips = sample(user=question.text, assistant=question.reply, clips=[])
+    return row | {"answers": [question.number]}, clips
 
 
 def voice_clone_row(prompt: Clip, clip: Clip) -> tuple[dict, list[Clip]]:
@@ -257,7 +273,7 @@ def grammar() -> str:
         "grammar arithmetic;\n"
         f"<digit> = {' | '.join(DIGITS)};\n"
         f"<number> = <digit> | {' | '.join(TEENS)};\n"
-        f"public <utterance> = <digit>+\n  | {ANSWER.format('<number>')}\n  | {questions};\n"
+        f"public <utterance> = <digit>+\n  | {ANSWER.format('<digit>', '<digit>', '<number>')}\n  | {questions};\n"
     )
 
 

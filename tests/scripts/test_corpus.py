@@ -98,7 +98,8 @@ def test_the_sums_are_right_and_every_pair_is_in_training(corpus):
             for row in samples(corpus, task, split):
                 a, b = (NUMBERS.index(word) for word in sentence(task, row).split() if word in NUMBERS)
                 assert row["answers"] == [NUMBERS[a + b]]
-                assert row["messages"][-1]["content"].split("\n")[0] == f"the answer is {NUMBERS[a + b]}"
+                reply = f"{NUMBERS[a]} plus {NUMBERS[b]} is {NUMBERS[a + b]}"
+                assert row["messages"][-1]["content"].split("\n")[0] == reply
                 if split == "train" and task == "text_qa":
                     pairs.add((a, b))
     assert len(pairs) == 100
