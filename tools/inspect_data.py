@@ -27,16 +27,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vita_audio.audio import AudioError, available_kinds, is_continuous_kind
 from vita_audio.audio.io import audio_duration
-from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO, IGNORE_INDEX
+from vita_audio.constants import (
+    AUDIO_CODEBOOK_SIZE,
+    BEGIN_OF_AUDIO,
+    DEFAULT_TEXT_AUDIO_RATIO,
+    IGNORE_INDEX,
+)
 from vita_audio.data import CodecSpec, DataConfig, Example, SampleError, extend_tokenizer
 from vita_audio.data.chat import ChatTokens
 from vita_audio.data.loader import PackedRows, locate_audio
-from vita_audio.data.mixing import Mix, MixError, Place, read_mix
+from vita_audio.data.mixing import Mix, Place, read_mix
 from vita_audio.data.packing import RowPacker
 from vita_audio.data.report import Report
 from vita_audio.data.schema import parse_sample
 from vita_audio.data.speech import SpeechReader
-from vita_audio.data.token_cache import TokenCache, TokenCacheError
+from vita_audio.data.token_cache import TokenCache
 
 CODES_PER_SECOND = 12.5
 LARGEST_EMBEDDED_CLIP = 3_000_000  # bytes; keeps the page loadable
@@ -46,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     try:
         page = render(inspect(options), options)
-    except (MixError, TokenCacheError) as error:
-        sys.exit(f"inspect_data: {error}")
+    except (ValueError, OSError) as error:  # mix, tokenizer, codec or cache; bad samples are on the page
+        sys.exit(f"error: {error}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(page, encoding="utf-8")
     tqdm.write(f"wrote {options.out}")
@@ -60,7 +65,10 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("config", help="YAML of the data mix")
     parser.add_argument("--tokenizer", required=True, help="folder of the text tokenizer (a model's folder)")
     parser.add_argument(
-        "--audio_tokenizer_type", choices=available_kinds(), default=None, help="none: text only"
+        "--audio_tokenizer_type",
+        choices=available_kinds(),
+        default=None,
+        help="the codec; without one, samples with audio are refused",
     )
     parser.add_argument("--audio_tokenizer_path", default=None)
     parser.add_argument("--audio_model_name_or_path", default=None, help="SenseVoice's folder, for its kinds")
@@ -111,6 +119,8 @@ class Inspection:
 
 def inspect(options: argparse.Namespace) -> Inspection:
     """Read the beginning of the mix's stream."""
+    if not Path(options.tokenizer).is_dir():
+        raise ValueError(f"--tokenizer {options.tokenizer}: no such folder; give a model's folder")
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     reader = None
     if options.audio_tokenizer_type is not None:
@@ -121,6 +131,8 @@ def inspect(options: argparse.Namespace) -> Inspection:
             options.audio_token_cache,
         )
         extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
+    elif BEGIN_OF_AUDIO not in tokenizer.get_vocab():  # text alone is rendered with speech tokens too
+        extend_tokenizer(tokenizer, False, AUDIO_CODEBOOK_SIZE)
     config = DataConfig(
         options.config,
         seq_length=options.model_max_length,
@@ -129,14 +141,18 @@ def inspect(options: argparse.Namespace) -> Inspection:
         data_root=options.data_root,
     )
     if options.audio_tokenizer_type is not None:
-        cache = TokenCache.find(config.token_cache, codec.kind) if config.token_cache else None
+        cache = None
+        if config.token_cache:
+            cache = TokenCache.find(config.token_cache, codec.kind, codec.fingerprint())
         reader = SpeechReader(codec, cache, config.data_root, config.max_audio_seconds)
     mix = Mix(read_mix(config.dataset_path, config.data_root), options.seed)
     rows = PackedRows(config, mix, tokenizer, reader, rank=0, world_size=1)
 
     sources: dict[str, SourceView] = defaultdict(SourceView)
     for spec, source_rows, used in zip(mix.specs, mix.rows, mix.used, strict=True):
-        sources[spec.name].rows, sources[spec.name].per_epoch = len(source_rows), used
+        view = sources[spec.name]  # files of one name in one data set are one source, as in the counters
+        view.rows += len(source_rows)
+        view.per_epoch += used
     packer: RowPacker[int] = RowPacker(config.seq_length)
     fills: list[float] = []
     refusals: dict[str, str] = {}

@@ -30,7 +30,7 @@ from vita_audio.audio.io import audio_duration
 from vita_audio.constants import AUDIO_TAG
 from vita_audio.data import SampleError
 from vita_audio.data.loader import locate_audio
-from vita_audio.data.mixing import MixError, SourceSpec, read_mix
+from vita_audio.data.mixing import SourceSpec, read_mix
 from vita_audio.data.schema import Sample, parse_sample
 from vita_audio.data.sources import Rows, SourceError
 from vita_audio.data.speech import CodecSpec
@@ -41,6 +41,7 @@ from vita_audio.data.token_cache import (
     cached_sizes,
     content_hash,
     discrete_kind,
+    path_hash,
     write_identity,
     write_shard,
 )
@@ -52,15 +53,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         specs = [
             spec for spec in read_mix(options.dataset_name, options.data_root) if spec.ratio and spec.num
         ]
-    except MixError as error:
-        sys.exit(f"tokenize_audio: {error}")
-    summary = tokenize(
-        specs, options, rank=int(os.environ.get("RANK", 0)), world_size=int(os.environ.get("WORLD_SIZE", 1))
-    )
+        summary = tokenize(specs, options, rank, world_size)
+    except (ValueError, OSError) as error:  # mix, codec or cache folder; what is wrong with a clip is counted
+        sys.exit(f"error: {error}")
     logger.info("%s", summary)
 
 
@@ -148,10 +148,8 @@ class Summary:
     def fail(self, path: str, reason: str, message: str) -> None:
         self.failures[reason] += 1
         with open(self._failure_file, "a", encoding="utf-8") as file:
-            print(
-                json.dumps({"path": path, "reason": reason, "message": message}, ensure_ascii=False),
-                file=file,
-            )
+            line = json.dumps({"path": path, "reason": reason, "message": message}, ensure_ascii=False)
+            file.write(line + "\n")
 
     @property
     def hours_per_second(self) -> float:
@@ -186,7 +184,7 @@ def _audios(
                 continue
             for audio in _coded_audios(sample, is_continuous_kind(options.audio_tokenizer_type)):
                 located = locate_audio(audio, options.data_root, path.parent)
-                if _owner(audio_key(located, options.data_root), world_size) == rank:
+                if int(path_hash(audio_key(located, options.data_root))) % world_size == rank:
                     mine.add(located)
     return mine
 
@@ -197,16 +195,6 @@ def _coded_audios(sample: Sample, assistant_only: bool) -> Iterator[str]:
         here = list(islice(audios, message.content.count(AUDIO_TAG)))
         if message.role == "assistant" or not assistant_only:
             yield from here
-
-
-def _owner(key: str, world_size: int) -> int:
-    # Python's own hash differs between processes.
-    return (
-        int.from_bytes(key.encode("utf-8", "surrogatepass")[-8:], "little")
-        * 0x9E3779B97F4A7C15
-        % 2**64
-        % world_size
-    )
 
 
 def _batches(paths: list[str], batch_seconds: float, summary: Summary) -> Iterator[list[tuple[str, float]]]:

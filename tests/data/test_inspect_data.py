@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -18,12 +19,16 @@ TOOL = Path(__file__).parents[2] / "tools" / "inspect_data.py"
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory, write_lines, text_sample, goldens, arrow_cache) -> str:
+def tool():
     specification = importlib.util.spec_from_file_location("inspect_data", TOOL)
-    tool = importlib.util.module_from_spec(specification)
-    sys.modules["inspect_data"] = tool  # dataclasses look their module up
-    specification.loader.exec_module(tool)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["inspect_data"] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
 
+
+@pytest.fixture(scope="module")
+def page(tool, tmp_path_factory, write_lines, text_sample, goldens, arrow_cache) -> str:
     folder = tmp_path_factory.mktemp("inspect")
     noise = np.random.default_rng(0).standard_normal(36_000) * 0.1
     soundfile.write(folder / "clip.wav", noise, 16_000)
@@ -73,3 +78,28 @@ def test_fill_players_and_supervised_spans_are_shown(page):
     assert "Good &lt;day&gt;" in page, "text of strangers must not become markup"
     question = re.search(r"<span class='text'>[^<]*Convert the text to speech", page)
     assert question, "the request is not supervised"
+
+
+def test_texts_are_shown_without_codec_and_with_the_tokenizer_of_a_base_model(
+    tool, tmp_path, write_lines, text_sample, arrow_cache, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path(arrow_cache))
+    train_tokenizer = runpy.run_path(str(TOOL.with_name("make_base_llm.py")))["train_tokenizer"]
+    train_tokenizer(iter(["hello world"] * 10), 300).save_pretrained(tmp_path / "base")
+    spoken = text_sample("<|audio|>") | {"audios": ["a.wav"]}
+    for part in ("one", "two"):  # two files of one name are one source
+        write_lines(tmp_path / part / "train.jsonl", [text_sample("hello world"), spoken])
+    mix = write_lines(
+        tmp_path / "mix.yaml", ["dataset: {words: {data_paths: [one/train.jsonl, two/train.jsonl]}}"]
+    )
+    tool.main([str(mix), "--tokenizer", str(tmp_path / "base"), "--out", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<td>words/train</td><td>4</td><td>4</td>" in page
+    assert "no_codec 2" in page
+    assert "hello world" in page
+    assert "internal" not in page
+
+
+def test_a_missing_tokenizer_ends_in_one_line(tool, tmp_path):
+    with pytest.raises(SystemExit, match=r"error: --tokenizer nowhere: no such folder"):
+        tool.main([str(tmp_path / "mix.yaml"), "--tokenizer", "nowhere"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -11,12 +12,11 @@ from hypothesis import strategies as st
 
 from vita_audio.data.mixing import Mix, MixError, permuted, read_mix
 from vita_audio.data.schema import SampleError, parse_sample
+from vita_audio.data.sources import Rows
 
 
 @pytest.fixture(scope="module")
 def mix_folder(goldens, tmp_path_factory):
-    import json
-
     folder = tmp_path_factory.mktemp("mix")
     for name, text in json.loads((goldens.folder / "mixer" / "files.json").read_text()).items():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
@@ -148,8 +148,6 @@ def test_subsampling_reaches_every_row_in_later_epochs(open_mix):
 
 
 def test_arrays_parquet_and_odd_lines_are_read(tmp_path, arrow_cache, text_sample, write_lines):
-    import json
-
     import datasets
 
     samples = [text_sample(f"line\u2028separator {index}") for index in range(5)]
@@ -173,6 +171,15 @@ def test_arrays_parquet_and_odd_lines_are_read(tmp_path, arrow_cache, text_sampl
                 refusals.append(error.reason)
         assert refusals == ["bad_json"] * (rows - 5)
         assert contents == {sample["messages"][0]["content"] for sample in samples}, name
+
+
+def test_a_lone_surrogate_in_an_array_costs_its_sample_only(tmp_path, arrow_cache, text_sample):
+    samples = [text_sample("good"), text_sample("\ud800")]
+    (tmp_path / "array.json").write_text(json.dumps(samples))
+    rows = Rows(tmp_path / "array.json", arrow_cache)
+    assert parse_sample(rows[0]).messages[0].content == "good"
+    with pytest.raises(SampleError, match="not valid Unicode"):
+        parse_sample(rows[1])
 
 
 def test_a_changed_file_is_read_again(tmp_path, arrow_cache, text_sample, write_lines):

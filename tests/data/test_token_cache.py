@@ -20,6 +20,7 @@ from vita_audio.data.token_cache import (
     CodecIdentity,
     TokenCache,
     TokenCacheError,
+    path_hash,
     write_identity,
     write_shard,
 )
@@ -186,6 +187,17 @@ def test_a_clip_that_changed_since_is_encoded_anew(corpus, run_tool, open_loader
     assert counts["speech/cache"] > counts["speech/stale"]
 
 
+def test_only_codes_of_the_very_codec_are_used(corpus, run_tool, open_loader):
+    other = CodecIdentity("mel_vq", "another", 32)
+    write_identity(corpus / "tokens" / other.folder_name, other)
+    with pytest.raises(TokenCacheError, match=r"no codes of kind 'mel_vq' and fingerprint .*mel_vq-another"):
+        open_loader(num_workers=0, token_cache=corpus / "tokens")
+    run_tool()
+    loader = open_loader(num_workers=0, token_cache=corpus / "tokens")
+    list(islice(loader, 5))
+    assert loader.counts()["speech/cache"] > 0
+
+
 def test_a_cache_that_is_missing_or_ambiguous_is_named(tmp_path, arrow_cache):
     with pytest.raises(TokenCacheError, match="it holds nothing"):
         TokenCache.find(tmp_path, "mel_vq")
@@ -198,6 +210,20 @@ def test_a_cache_that_is_missing_or_ambiguous_is_named(tmp_path, arrow_cache):
         TokenCache.find(tmp_path, "glm4voice")
     assert len(TokenCache.find(tmp_path, "mel_vq", "two", arrow_cache)) == 0
     assert len(TokenCache.find(tmp_path / "mel_vq-one", "mel_vq", arrow_cache=arrow_cache)) == 0
+
+
+def test_a_damaged_codec_file_is_named(tmp_path):
+    (tmp_path / "mel_vq-one").mkdir()
+    (tmp_path / "mel_vq-one" / "codec.json").write_text('{"kind": "mel_vq"')
+    with pytest.raises(TokenCacheError, match=r"mel_vq-one/codec\.json: does not name a codec"):
+        TokenCache.find(tmp_path, "mel_vq")
+
+
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_numbered_files_are_shared_evenly(world_size):
+    names = [f"LibriSpeech/84/121123/84-121123-{number:04d}.flac" for number in range(1000)]
+    shares = np.bincount([int(path_hash(name)) % world_size for name in names], minlength=world_size)
+    assert shares.min() > 0.7 * 1000 / world_size
 
 
 def test_a_shard_is_whole_or_absent(tmp_path, monkeypatch):

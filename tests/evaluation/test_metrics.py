@@ -129,6 +129,7 @@ def test_containment_equals_the_recorded_verdicts(row):
         ("york is new", "New York", False),
         ("anything", "...", False),
         ("it is red", ["blue", "red"], True),
+        ("it is five", ["no number", "5"], True),
     ],
 )
 def test_whole_words_do_not_match_inside_other_words(prediction, answer, expected):
@@ -144,6 +145,11 @@ def test_seed_tts_rates_equal_the_recorded_ones(language):
         assert counts.rate == pytest.approx(pair["wer"]), pair
         rates.append(counts.rate)
     assert round(sum(rates) / len(rates) * 100, 3) == golden["average_wer_percent_rounded3"]
+
+
+def test_seed_tts_takes_tabs_and_line_breaks_for_spaces():
+    assert seed_tts_error_rate("good morning all", "good\tmorning\nall", "en").errors == 0
+    assert seed_tts_error_rate("早上好", "早\n上\t好", "zh").errors == 0
 
 
 def test_seed_tts_refuses_a_reference_without_words():

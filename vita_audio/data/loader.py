@@ -129,7 +129,9 @@ def build_train_loader(
     if codec is not None:
         cache = None
         if config.token_cache is not None:
-            fingerprint = None if isinstance(codec, CodecSpec) else getattr(codec, "fingerprint", None)
+            fingerprint = (
+                codec.fingerprint() if isinstance(codec, CodecSpec) else getattr(codec, "fingerprint", None)
+            )
             cache = TokenCache.find(config.token_cache, codec.kind, fingerprint, config.arrow_cache)
         reader = SpeechReader(codec, cache, config.data_root, config.max_audio_seconds)
     rows = PackedRows(config, mix, tokenizer, reader, rank, world_size)

@@ -107,7 +107,9 @@ def _nonblank_lines(path: str, size: int, mtime_ns: int) -> Iterator[dict[str, s
 def _array_elements(path: str, size: int, mtime_ns: int) -> Iterator[dict[str, str]]:
     with open(path, encoding="utf-8-sig") as file:
         for element in json.load(file):
-            yield {_LINE: json.dumps(element, ensure_ascii=False)}
+            # Lone surrogates stay escapes: Arrow cannot hold them, and they must cost their sample only.
+            line = json.dumps(element, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+            yield {_LINE: line}
 
 
 def _starts_array(path: Path) -> bool:

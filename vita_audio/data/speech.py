@@ -50,6 +50,12 @@ class CodecSpec:
                 return identity.codebook_size
         return self.open_discrete().codebook_size
 
+    def fingerprint(self) -> str | None:
+        """Of the codec that makes codes; None where its weights are not on this machine."""
+        if self.path is None or not Path(self.path).is_dir():
+            return None
+        return self.open_discrete().fingerprint
+
     def open_discrete(self) -> Any:
         """The codec that makes codes."""
         return get_audio_tokenizer(discrete_kind(self.kind), self.path, device=self.device)

@@ -82,8 +82,11 @@ def audio_key(path: str | Path, data_root: str | Path) -> str:
 
 def content_hash(path: str | Path) -> str:
     """Name of a file's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def discrete_kind(kind: str) -> str:
@@ -110,11 +113,21 @@ def write_identity(folder: Path, identity: CodecIdentity) -> None:
 
 
 def identities(folder: str | Path) -> Iterator[tuple[Path, CodecIdentity]]:
-    """The codecs with codes in a cache folder, or in the folder of one codec itself."""
+    """The codecs with codes in a cache folder, or in the folder of one codec itself.
+
+    Raises:
+        TokenCacheError: a ``codec.json`` is damaged.
+    """
     folder = Path(folder)
     for file in sorted([folder / CODEC_FILE, *folder.glob(f"*/{CODEC_FILE}")]):
         if file.is_file():
-            yield file.parent, CodecIdentity(**json.loads(file.read_text(encoding="utf-8")))
+            try:
+                identity = CodecIdentity(**json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise TokenCacheError(
+                    f"{file}: does not name a codec ({error}); delete its folder and run tools/tokenize_audio.py"
+                ) from error
+            yield file.parent, identity
 
 
 class TokenCache:
@@ -163,8 +176,9 @@ class TokenCache:
         if len(found) != 1:
             have = ", ".join(identity.folder_name for _, identity in identities(cache)) or "nothing"
             problem = "no codes" if not found else "codes of several codecs"
+            which = f" and fingerprint {fingerprint}" if fingerprint else ""
             raise TokenCacheError(
-                f"{cache}: {problem} of kind {wanted!r} (it holds {have}); "
+                f"{cache}: {problem} of kind {wanted!r}{which} (it holds {have}); "
                 + ("run tools/tokenize_audio.py" if not found else "give the folder of one of them")
             )
         return cls(found[0][0], arrow_cache)
@@ -179,7 +193,7 @@ class TokenCache:
         """The clip of a path key (see :func:`audio_key`), if it is there."""
         if self._index is None:
             self._index = np.load(self._index_file, mmap_mode="r")
-        wanted = _path_hash(key)
+        wanted = path_hash(key)
         hashes, rows = self._index
         at = int(np.searchsorted(hashes, wanted))
         newest = None
@@ -220,7 +234,7 @@ def _build_index(folder: Path, shards: list[str], clips: datasets.Dataset) -> Pa
         if not target.is_file():
             hashes = np.fromiter(
                 (
-                    _path_hash(path)
+                    path_hash(path)
                     for batch in clips.select_columns("path").iter(10_000)
                     for path in batch["path"]
                 ),
@@ -234,6 +248,7 @@ def _build_index(folder: Path, shards: list[str], clips: datasets.Dataset) -> Pa
     return target
 
 
-def _path_hash(key: str) -> np.uint64:
+def path_hash(key: str) -> np.uint64:
+    """A number for a path key, the same in every process (Python's own hash is not)."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return np.uint64(int.from_bytes(digest, "little"))

@@ -197,7 +197,10 @@ def seed_tts_error_rate(reference: str, transcript: str, language: str) -> Error
 
 
 def seed_tts_tokens(text: str, language: str) -> list[str]:
-    """Tokens that Seed-TTS compares: punctuation deleted, not replaced by a space (section 8.3)."""
+    """Tokens that Seed-TTS compares: punctuation deleted, not replaced by a space (section 8.3).
+
+    Tabs and line breaks are spaces; the published scripts break on them (bug 20).
+    """
     text = text.translate(_SEED_TTS_PUNCTUATION)
     text = " ".join(text) if language == "zh" else text.lower()
     return [token for token in text.split(" ") if token]
@@ -263,6 +266,7 @@ _CHINESE_PUNCTUATION = (
     "〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏﹑﹔·．！？｡。"
 )
 _SEED_TTS_PUNCTUATION = {ord(mark): None for mark in _CHINESE_PUNCTUATION + string.punctuation if mark != "'"}
+_SEED_TTS_PUNCTUATION |= {ord(blank): " " for blank in "\t\r\n"}
 
 
 def _one_line(text: str) -> str:
