@@ -30,7 +30,7 @@ from vita_audio.audio import (
     save_audio,
 )
 
-console = Console()
+console = Console(stderr=True)  # standard output is for codes
 
 
 def main() -> None:
@@ -145,7 +145,7 @@ def _open(arguments: argparse.Namespace, dtype: torch.dtype) -> AudioTokenizer:
         return GLM4VoiceTokenizer.from_pretrained(
             arguments.tokenizer, device=arguments.device, encoder_dtype=dtype
         )
-    # Decoding needs no encoder: its folder then stands in for the tokenizer's, which is never read.
+    # Decoding needs no encoder: the decoder's folder then stands in for the tokenizer's, which is never read.
     return get_audio_tokenizer(
         arguments.tokenizer_type,
         arguments.tokenizer or arguments.flow,

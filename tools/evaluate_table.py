@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline_arguments import (
@@ -138,9 +139,15 @@ def read_checkpoint(text: str, modes: list[str]) -> tuple[str, Path, list[str]]:
 def read_sets(
     paths: list[Path], args: argparse.Namespace, default_system: str | None = None
 ) -> list[BenchmarkItem]:
-    return [
-        item for path in paths for item in read_test_set(path, args.data_root, args.limit, default_system)
-    ]
+    """The items of all files; of several, each id begins with its file's name, so that ids stay apart."""
+    items: dict[str, BenchmarkItem] = {}
+    for path in paths:
+        for item in read_test_set(path, args.data_root, args.limit, default_system):
+            name = f"{path.stem}_{item.id}" if len(paths) > 1 else item.id
+            if name in items:
+                raise ValueError(f"{path}: id {name!r} occurs twice; give the test sets different file names")
+            items[name] = replace(item, id=name)
+    return list(items.values())
 
 
 if __name__ == "__main__":

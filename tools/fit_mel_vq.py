@@ -59,7 +59,7 @@ def audio_paths(files: list[Path]) -> list[Path]:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
-                    audios = json.loads(line).get("audios") or []
+                    audios = json.loads(line).get("audios") or [] if line.strip() else []
                     paths.update(dict.fromkeys(file.parent / audio for audio in audios))
                 except (json.JSONDecodeError, AttributeError, TypeError) as error:
                     raise ValueError(f"{file}:{number}: not a sample: {error}") from error

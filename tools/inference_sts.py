@@ -114,6 +114,8 @@ def read_requests(args: argparse.Namespace) -> Iterator[Request]:
         yield Request(f"tts_{number}", "TTS", prompts.synthesis(text))
         if args.voice:
             yield Request(f"clone_{number}", "voice clone", prompts.synthesis(text, existing(args.voice)))
+    if args.voice and not args.tts:
+        raise ValueError("--voice is the voice of the --tts texts; give --tts")
     if args.samples:
         yield from read_samples(args.samples, args.data_root or args.samples.parent)
 

@@ -119,7 +119,7 @@ def corpus_text(corpus: Path) -> Iterator[str]:
     """Contents of all training messages, and the prompts that inference sends.
 
     Raises:
-        ValueError: the folder has no training files.
+        ValueError: the folder has no training files, or a line of one is no sample.
     """
     files = sorted(corpus.glob("*_train.jsonl"))
     if not files:
@@ -129,9 +129,14 @@ def corpus_text(corpus: Path) -> Iterator[str]:
         yield from [prompt] * 100
     for file in files:
         with file.open(encoding="utf-8") as lines:
-            for line in lines:
-                for message in json.loads(line)["messages"]:
-                    yield message["content"].replace(AUDIO_TAG, "")
+            for number, line in enumerate(lines, start=1):
+                try:
+                    texts = [
+                        message["content"].replace(AUDIO_TAG, "") for message in json.loads(line)["messages"]
+                    ]
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise ValueError(f"{file}:{number}: not a sample: {error}") from error
+                yield from texts
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ untrained encoder has to be trained with the model: ``--audio_model_freeze False
 from __future__ import annotations
 
 import argparse
-import json
 import random
+import sys
 from pathlib import Path
 
 import torch
+from fit_mel_vq import audio_paths
 from tqdm import tqdm
 
 from vita_audio.audio.sensevoice import SenseVoiceEncoder, SenseVoiceEncoderConfig
@@ -27,7 +28,7 @@ def main() -> None:
     files = args.data or sorted(args.corpus.glob("*_train.jsonl"))
     clips = audio_paths(files)
     if not clips:
-        raise SystemExit(f"{args.corpus or ', '.join(map(str, files))}: no *_train.jsonl that names audio")
+        raise ValueError(f"{args.corpus or ', '.join(map(str, files))}: no *_train.jsonl that names audio")
     random.Random(args.seed).shuffle(clips)
     shift, scale = estimate_cmvn(tqdm(clips[: args.max_clips], desc="normalisation", unit="clip"))
     torch.manual_seed(args.seed)
@@ -48,23 +49,6 @@ def main() -> None:
     write_cmvn(args.out / "am.mvn", shift, scale)
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
     print(f"{args.out}: {parameters:,} parameters, normalised on {min(len(clips), args.max_clips)} clips")
-
-
-def audio_paths(files: list[Path]) -> list[Path]:
-    """Every audio file named in the samples, once; relative paths start at the JSON's folder."""
-    paths: dict[Path, None] = {}
-    for file in files:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise SystemExit(f"{file}: cannot be read: {error.strerror}") from None
-        for number, line in enumerate(lines, 1):
-            try:
-                audios = json.loads(line).get("audios") if line.strip() else None
-                paths.update((file.parent / audio, None) for audio in audios or [])
-            except (json.JSONDecodeError, AttributeError, TypeError) as error:
-                raise SystemExit(f"{file}:{number}: not a sample: {error}") from None
-    return list(paths)
 
 
 def parse_args() -> argparse.Namespace:
@@ -88,4 +72,7 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

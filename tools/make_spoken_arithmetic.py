@@ -133,6 +133,8 @@ def main() -> None:
         parser.error("--out DIR is needed")
     if args.utterances < 100 or args.utterances > 100_000:
         parser.error(f"--utterances {args.utterances}: give 100 to 100000")
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: give 1 or more")
     make_corpus(args.out, args.utterances, args.seed, args.workers)
 
 

@@ -71,7 +71,7 @@ def write_report(run: Path, out: Path, title: str) -> Path:
         ValueError: the folder holds nothing to report, or a file in it is damaged.
     """
     logs = read_training_logs(run / "stages")
-    scores = read_json(run / "evaluation" / "scores.json") or []
+    scores = read_json(run / "evaluation" / "scores.json", list) or []
     replies = read_json_lines(run / "inference" / "replies.jsonl")
     if not (logs or scores or replies):
         raise ValueError(f"{run}: holds no stages, evaluation or inference; nothing to report")
@@ -132,21 +132,23 @@ def read_training_logs(stages: Path) -> dict[str, list[dict]]:
         if not states:
             continue
         newest = max(states, key=lambda state: state.stat().st_mtime)
-        history = read_json(newest)["log_history"]
-        history = [entry for entry in history if "loss" in entry]
+        history = [entry for entry in read_json(newest, dict).get("log_history", []) if "loss" in entry]
         if history:
             logs[stage_title] = history
     return logs
 
 
-def read_json(path: Path) -> Any:
-    """None when there is no such file."""
+def read_json(path: Path, kind: type) -> Any:
+    """An object or a list; None when there is no such file."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path}: holds no {kind.__name__}; a run did not write this")
+    return content
 
 
 def read_json_lines(path: Path) -> list[dict]:

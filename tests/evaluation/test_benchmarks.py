@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from vita_audio.evaluation.sqa import run_sqa, score_sqa
 from vita_audio.evaluation.table import BenchmarkSets, Table, markdown, measure_speed, modes_for, score_row
 from vita_audio.evaluation.transcribers import TranscriberConfig, TranscriberPool
 from vita_audio.evaluation.tts import run_codec_floor, run_tts, score_codec_floor, score_seed_tts, score_tts
-from vita_audio.inference import GenerationOptions, SpeechPipeline
+from vita_audio.inference import GenerationOptions, Reply, SpeechPipeline
 
 OPTIONS = GenerationOptions(max_new_tokens=120)
 
@@ -43,6 +44,20 @@ def test_asr_compares_the_text_with_the_reference(pipeline, tiny_world):
     assert score_asr(utterances)["asr_wer"] == 0.0
     wrong = [Utterance("1", "the blue key", "the key"), Utterance("2", "a", "")]
     assert score_asr(wrong)["asr_wer"] == 2 / 4
+
+
+def test_the_length_limit_of_recognition_does_not_depend_on_the_reference(pipeline, tiny_world, monkeypatch):
+    (item,) = read_test_set(tiny_world.data_dir / "asr.jsonl")
+    limits = []
+
+    def note(prompts, options, *, decode):
+        limits.append(options.max_new_tokens)
+        return [Reply("", [], None, 16_000, [])] * len(prompts)
+
+    monkeypatch.setattr(pipeline, "reply_to_prompts", note)
+    for answer in ("a", "a very long reference " * 50):
+        run_asr(pipeline, [replace(item, answer=answer)], OPTIONS)
+    assert limits == [len(pipeline.prompt(item.conversation)) + 32] * 2
 
 
 def test_tts_writes_what_it_says_and_has_it_heard(pipeline, tiny_world, listener, tmp_path):
@@ -150,6 +165,8 @@ def test_limits_spread_over_the_file(tmp_path):
     path.write_text("\n".join(json.dumps({"id": number} | sample) for number in range(10)) + "\n")
     assert [item.id for item in read_test_set(path, limit=5)] == ["0", "2", "4", "6", "8"]
     assert len(read_test_set(path, limit=100)) == 10
+    with pytest.raises(ValueError, match="a limit of 0 items"):
+        read_test_set(path, limit=0)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +176,14 @@ def test_limits_spread_over_the_file(tmp_path):
         ("{broken", r"set\.jsonl:1: not a test sample"),
         ('{"messages": []}', r"set\.jsonl:1: not a test sample: the sample has no assistant message"),
         ('{"id": 1}', r"set\.jsonl:1: not a test sample"),
+        (
+            '{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}',
+            r"set\.jsonl:1: .*the last message must be the assistant's",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "x"}], "answers": "eight"}',
+            r"set\.jsonl:1: .*'answers' must be a list of texts",
+        ),
     ],
 )
 def test_unusable_test_sets_are_named_with_their_line(tmp_path, text, message):

@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,24 @@ def test_the_table_is_written_and_continued(run_tool, table_flags, tmp_path, mon
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == rows
 
 
+def test_ids_of_several_test_sets_stay_apart(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    tool = runpy.run_path(str(REPOSITORY / "tools" / "evaluate_table.py"))
+    args = Namespace(data_root=None, limit=None)
+    paths = [tmp_path / name for name in ("first.jsonl", "second.jsonl")]
+    for path in paths:
+        messages = [{"role": "user", "content": path.stem}, {"role": "assistant", "content": "a"}]
+        path.write_text(json.dumps({"messages": messages}) + "\n")  # no id: the line's number is its name
+    items = tool["read_sets"](paths, args)
+    assert [(item.id, item.conversation.messages[0]["content"]) for item in items] == [
+        ("first_1", "first"),
+        ("second_1", "second"),
+    ]
+    assert [item.id for item in tool["read_sets"](paths[:1], args)] == ["1"]
+    with pytest.raises(ValueError, match="'first_1' occurs twice"):
+        tool["read_sets"]([paths[0], paths[0]], args)
+
+
 @pytest.mark.parametrize("task", ["asr", "tts", "sqa"])
 def test_single_benchmarks_write_their_scores(run_tool, tiny_world, codec_flags, tmp_path, task):
     grammar = tmp_path / "words.gram"
@@ -112,6 +131,7 @@ def test_inference_answers_every_kind_of_request(run_tool, tiny_world, codec_fla
         (["--tts", "x", "--mode", "fast"], "error: mtp_inference_mode='fast'"),
         (["--asr", "nowhere.wav"], "error: nowhere.wav: no such file"),
         ([], "error: nothing to answer: give --text"),
+        (["--text", "x", "--voice", "voice.wav"], "error: --voice is the voice of the --tts texts"),
         (["--samples", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
     ],
 )

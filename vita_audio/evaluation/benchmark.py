@@ -78,7 +78,7 @@ def read_test_set(
 
     Args:
         data_root: folder that relative audio paths start from; the file's own when absent.
-        limit: at most so many items, evenly spread over the file.
+        limit: at most so many items, 1 or more, evenly spread over the file.
         default_system: system message for samples that have none.
 
     Raises:
@@ -91,7 +91,9 @@ def read_test_set(
     lines = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{path}: holds no samples")
-    if limit and limit < len(lines):
+    if limit is not None and limit < 1:
+        raise ValueError(f"a limit of {limit} items leaves nothing of {path}; give 1 or more")
+    if limit is not None and limit < len(lines):
         lines = [lines[index * len(lines) // limit] for index in range(limit)]
     items: list[BenchmarkItem] = []
     seen: set[str] = set()
@@ -111,8 +113,12 @@ def _read_item(
 ) -> BenchmarkItem:
     audios = [str(root / audio) for audio in sample.get("audios") or ()]
     conversation = from_sample({**sample, "audios": audios}, default_system)
+    if sample["messages"][-1]["role"] not in ("assistant", "gpt"):
+        raise ValueError("the last message must be the assistant's, which is the reference")
     answer = str(sample["messages"][-1]["content"]).replace(AUDIO_TAG, "").strip()
     answers = sample.get("answers") or [answer]
+    if not isinstance(answers, list) or not all(isinstance(one, str) for one in answers):
+        raise ValueError(f"'answers' must be a list of texts, it is {answers!r:.80}")
     later = audios[len(conversation.audios) :]
     return BenchmarkItem(
         id=str(sample.get("id", number)),

@@ -53,10 +53,18 @@ class Table:
 
     @classmethod
     def open(cls, folder: Path, settings: Mapping[str, Any]) -> Table:
-        """Continue the table in ``folder``, or begin one."""
+        """Continue the table in ``folder``, or begin one.
+
+        Raises:
+            ValueError: ``scores.json`` is damaged.
+        """
         path = folder / "scores.json"
-        rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        return cls(folder, settings, rows)
+        if not path.is_file():
+            return cls(folder, settings)
+        try:
+            return cls(folder, settings, json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON: {error}; delete it to score again") from error
 
     def fingerprint(self, checkpoint: Path) -> str:
         """Changes when the weights or the settings do."""
