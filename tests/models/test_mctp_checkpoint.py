@@ -229,6 +229,14 @@ def large_tokenizer(folder):
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
 
 
+def break_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{")
+
+
+def break_index(folder):
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
 def other_width(folder):
     edit_config(folder, intermediate_size=65)
 
@@ -244,6 +252,8 @@ def other_width(folder):
         (empty_shard, "not a safetensors file"),
         (drop_tensor, "1 tensors are missing, the first is model.layers.1.mlp.up_proj.weight"),
         (large_tokenizer, "vocab_size 96 is smaller than the 97 tokens"),
+        (break_tokenizer, "tokenizer.json: not valid JSON"),
+        (break_index, "index.json: not an index of weight files"),
         (other_width, "has shape"),
     ],
 )

@@ -55,6 +55,23 @@ def test_half_precision_stays_close_to_float32(autocast):
     assert head.weight.grad.dtype == head.weight.dtype
 
 
+def test_an_evaluation_makes_no_gradients(monkeypatch):
+    wanted = []
+    chunked_losses = loss_module.chunked_losses
+
+    def watched(*arguments):
+        wanted.append(arguments[-2:])
+        return chunked_losses(*arguments)
+
+    monkeypatch.setattr(loss_module, "chunked_losses", watched)
+    head = LanguageModelHead(4, 9, bias=False)
+    batch = torch.randn(3, 4), torch.tensor([1, 2, 3]), torch.ones(3)
+    with torch.no_grad():
+        head(*batch)
+    head(*batch)
+    assert wanted == [(False, False), (True, True)]
+
+
 def test_extreme_logits_give_finite_losses():
     head = LanguageModelHead(1, 3, bias=False)
     with torch.no_grad():

@@ -161,16 +161,18 @@ def test_the_frozen_backbone_receives_no_gradient_and_every_head_parameter_does(
     }
 
 
+@pytest.mark.parametrize("items", [None, 0])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_row_without_supervision_gives_a_zero_loss_that_can_be_trained_on(frozen):
+def test_a_row_without_supervision_gives_a_zero_loss_that_can_be_trained_on(frozen, items):
     model = tiny()
     if frozen:
         freeze_backbone(model)
     batch = random_row()
     batch["labels"] = torch.full_like(batch["labels"], -100)
-    loss = model(**batch).loss
-    loss.backward()
-    assert loss.item() == 0.0
+    output = model(**batch, num_items_in_batch=items)
+    output.loss.backward()
+    assert output.loss.item() == 0.0
+    assert output.mtp_losses.tolist() == [0.0, 0.0, 0.0]
     assert all(norm == 0.0 for norm in gradient_norms(model).values())
 
 

@@ -142,7 +142,10 @@ def check_shards(directory: Path) -> None:
     """Every weight file must be there and whole enough to list its tensors."""
     index_file = directory / "model.safetensors.index.json"
     if index_file.is_file():
-        names = sorted(set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index_file}: not an index of weight files; copy it again") from error
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (directory / name).is_file()]
@@ -174,7 +177,10 @@ def check_vocabulary(directory: Path, vocab_size: int) -> None:
     file = directory / "tokenizer.json"
     if not file.is_file():
         return
-    content = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); fetch the file again") from error
     ids = [token["id"] for token in content.get("added_tokens", ())]
     vocabulary = content.get("model", {}).get("vocab", {})
     ids.extend(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))

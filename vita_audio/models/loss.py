@@ -47,7 +47,9 @@ class LanguageModelHead(nn.Linear):
         """
         if targets is None:
             return super().forward(hidden)
-        return LinearCrossEntropy.apply(hidden, self.weight, targets, scales)
+        # An autograd function is told of weights that take gradients even while nobody wants any.
+        weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
+        return LinearCrossEntropy.apply(hidden, weight, targets, scales)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -58,7 +60,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        compute = liger_losses if device == "cuda" and liger_forward() is not None else chunked_losses
+        # Liger cannot cut zero rows (a batch without supervision) into chunks.
+        use_liger = device == "cuda" and len(targets) > 0 and liger_forward() is not None
+        compute = liger_losses if use_liger else chunked_losses
         with torch.autocast(device, enabled=False):
             losses, grad_hidden, grad_weight = compute(
                 hidden.to(dtype),
@@ -105,10 +109,10 @@ def chunked_losses(
             1, target, torch.full_like(target, -1, dtype=torch.float32)
         )
         grad_logits = grad_logits.to(weight.dtype)
-        scale = scales[chunk, None].to(weight.dtype)
+        scale = scales[chunk, None]
         torch.mul(grad_logits @ weight, scale, out=grad_hidden[chunk])
         if needs_weight:
-            grad_weight += grad_logits.T @ (hidden[chunk] * scale)
+            grad_weight += grad_logits.T @ (hidden[chunk] * scale).to(weight.dtype)
     return losses, grad_hidden, grad_weight
 
 

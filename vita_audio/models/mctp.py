@@ -30,23 +30,39 @@ class MCTPHead:
     layer: nn.Module
     final_norm: nn.Module
 
-    def __call__(self, token_embeds: Tensor, hidden: Tensor, checkpoint: Callable | None = None, **attention):
+    def __call__(
+        self,
+        token_embeds: Tensor,
+        hidden: Tensor,
+        ahead: int = 0,
+        checkpoint: Callable | None = None,
+        **attention,
+    ) -> Tensor:
         """One pass of the head.
 
         Args:
             token_embeds: (batch, time, d), embeddings of tokens t+k+1, never the spliced audio.
             hidden: (batch, time, d), h^k_t; for head 0 the backbone's normed output.
+            ahead: how many places further on in ``token_embeds`` the tokens t+k+1 stand.
             checkpoint: runs a function so that its activations are recomputed in the backward pass.
-            attention: mask, cache and rotary embeddings (of positions t+k+1) for the decoder layer.
+            attention: mask, cache and rotary embeddings (of positions t+k+1) for the decoder layer,
+                which does its own checkpointing.
 
         Returns:
             (batch, time, d), h^{k+1}_t.
         """
-        fuse = self.fuse if checkpoint is None else partial(checkpoint, self.fuse)
-        return self.final_norm(self.layer(fuse(token_embeds, hidden), **attention))
+        fuse, norm = self.fuse, self.final_norm
+        if checkpoint is not None:
+            # With the layer's own, a head keeps three tensors (batch, time, d): its layer's input and
+            # output, and what it returns.
+            fuse, norm = partial(checkpoint, fuse), partial(checkpoint, norm)
+        return norm(self.layer(fuse(token_embeds, hidden, ahead), **attention))
 
-    def fuse(self, token_embeds: Tensor, hidden: Tensor) -> Tensor:
+    def fuse(self, token_embeds: Tensor, hidden: Tensor, ahead: int = 0) -> Tensor:
         """x^k_t = W_k [norm(embedding) ; norm(hidden)], embedding first. (batch, time, d) twice, and back."""
+        if ahead:
+            # Here, inside the checkpoint, so that no head keeps a shifted copy of the embeddings.
+            token_embeds = token_embeds.roll(-ahead, dims=1)
         return self.proj(torch.cat([self.embed_norm(token_embeds), self.hidden_norm(hidden)], dim=-1))
 
 
@@ -73,8 +89,9 @@ def run_cascade(
     for head in heads:
         ahead = head.index + 1
         hidden = head(
-            token_embeds.roll(-ahead, dims=1),
+            token_embeds,
             hidden,
+            ahead=ahead,
             position_embeddings=rotary(hidden, position_ids + ahead),
             position_ids=position_ids,
             **attention,

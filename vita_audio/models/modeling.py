@@ -231,8 +231,8 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         positions = position_of_row.split(counts.tolist())
         rows = torch.cat([state.flatten(0, 1)[index] for state, index in zip(states, positions, strict=True)])
 
-        items = counts.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        means = (1.0 / torch.as_tensor(items, device=rows.device)).expand(len(states))
+        items = counts if num_items_in_batch is None else num_items_in_batch
+        means = (1.0 / torch.as_tensor(items, device=rows.device).clamp(min=1)).expand(len(states))
         weights = torch.full_like(means, self.config.mtp_loss_weight / max(num_heads, 1))
         if with_main:
             weights[0] = 1.0
