@@ -19,6 +19,8 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -29,9 +31,17 @@ from transformers import AutoTokenizer, HfArgumentParser, set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from vita_audio.audio import is_continuous_kind
-from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO, EMBEDDING_ROW_MULTIPLE
-from vita_audio.data import CodecSpec, DataConfig, build_train_loader, extend_tokenizer
-from vita_audio.models import load_with_heads
+from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
+from vita_audio.data import (
+    CodecSpec,
+    DataConfig,
+    TooManyBadSamples,
+    build_train_loader,
+    extend_tokenizer,
+)
+from vita_audio.data.mixing import MixError
+from vita_audio.data.token_cache import TokenCacheError
+from vita_audio.models import load_with_heads, resize_vocabulary
 from vita_audio.training import (
     DataArguments,
     ModelArguments,
@@ -40,7 +50,6 @@ from vita_audio.training import (
     apply_stage,
     last_complete_checkpoint,
 )
-from vita_audio.training.arguments import ArgumentError
 from vita_audio.training.stages import describe_trainable
 
 logger = logging.getLogger("finetune_sts")
@@ -52,10 +61,8 @@ def main() -> None:
     _die_with_launcher()
     # 1. Options, checked as they are read.
     parser = HfArgumentParser((ModelArguments, DataArguments, StageArguments))
-    try:
+    with _told_in_one_line(ValueError):
         model_args, data_args, stage_args = parser.parse_args_into_dataclasses()
-    except ArgumentError as error:
-        sys.exit(f"finetune_sts: {error}")
     output_dir = Path(stage_args.output_dir)
     _set_up_logging(stage_args)
     if (output_dir / FINISHED_MARKER).is_file():
@@ -69,17 +76,18 @@ def main() -> None:
         deepspeed.init_distributed(dist_backend=stage_args.ddp_backend)
 
     # 2. Text tokenizer with speech tokens; 3. model with its heads.
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.tokenizer_name_or_path or model_args.model_name_or_path
-    )
-    codec = CodecSpec(
-        kind=data_args.audio_tokenizer_type,
-        path=data_args.audio_tokenizer_path,
-        frontend_path=model_args.audio_model_name_or_path,
-        token_cache=data_args.audio_token_cache,
-    )
-    extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
-    model = _open_model(model_args, data_args, stage_args, tokenizer)
+    with _told_in_one_line(ValueError, OSError, ImportError):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_args.tokenizer_name_or_path or model_args.model_name_or_path
+        )
+        codec = CodecSpec(
+            kind=data_args.audio_tokenizer_type,
+            path=data_args.audio_tokenizer_path,
+            frontend_path=model_args.audio_model_name_or_path,
+            token_cache=data_args.audio_token_cache,
+        )
+        extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
+        model = _open_model(model_args, data_args, stage_args, tokenizer)
 
     # 4. What this stage trains.
     apply_stage(
@@ -119,7 +127,9 @@ def main() -> None:
     if checkpoint is not None:
         logger.info("continuing from %s", checkpoint)
     if checkpoint is None or _steps_done(checkpoint) < stage_args.max_steps:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        # What data or learning rate can do; any other error is no matter of input and keeps its traceback.
+        with _told_in_one_line(MixError, TokenCacheError, TooManyBadSamples, FloatingPointError):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model()
         trainer.save_state()
     elif trainer.is_world_process_zero():
@@ -151,14 +161,22 @@ def _open_model(model_args, data_args, stage_args, tokenizer) -> transformers.Pr
         dtype=getattr(torch, dtype),
         attn_implementation=attention,
     )
-    if model.get_input_embeddings().num_embeddings < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=EMBEDDING_ROW_MULTIPLE)
+    resize_vocabulary(model, len(tokenizer))
     if model_args.mtp_loss_weight is not None:
         model.config.mtp_loss_weight = model_args.mtp_loss_weight
     model.config.use_cache = False
     if model_args.num_nextn_predict_layers:
         model.generation_config.mtp_inference_mode = list(DEFAULT_TEXT_AUDIO_RATIO)
     return model
+
+
+@contextmanager
+def _told_in_one_line(*errors: type[Exception]) -> Iterator[None]:
+    """End the process with the message of such an error, which says what to do, and without a traceback."""
+    try:
+        yield
+    except errors as error:
+        sys.exit(f"finetune_sts: {error}")
 
 
 def _die_with_launcher() -> None:

@@ -19,6 +19,11 @@ def test_a_missing_model_folder_is_named(tmp_path):
         ModelArguments(model_name_or_path=str(tmp_path / "absent"))
 
 
+def test_an_unknown_type_of_weights_is_refused(tmp_path):
+    with pytest.raises(ArgumentError, match="--dtype int8: give"):
+        ModelArguments(model_name_or_path=str(tmp_path), dtype="int8")
+
+
 def test_freezing_the_model_without_heads_leaves_nothing_to_train(tmp_path):
     with pytest.raises(ArgumentError, match="nothing to train"):
         ModelArguments(model_name_or_path=str(tmp_path), language_model_freeze=True)
@@ -31,6 +36,7 @@ def test_freezing_the_model_without_heads_leaves_nothing_to_train(tmp_path):
         ("dataset_name", "absent.yaml", "no such file"),
         ("model_max_length", 4, "too short"),
         ("max_error_share", 1.5, "between 0 and 1"),
+        ("text_audio_interval_ratio", [1, 2], "--text_audio_interval_ratio: .* at least 3"),
     ],
 )
 def test_data_options_out_of_range_are_refused(mix, field, value, message):
@@ -43,6 +49,15 @@ def test_data_options_out_of_range_are_refused(mix, field, value, message):
 def test_a_run_without_a_number_of_steps_is_refused(tmp_path):
     with pytest.raises(ArgumentError, match="max_steps"):
         StageArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), ("{", "not valid JSON")])
+def test_a_deepspeed_config_that_cannot_be_read_is_named(tmp_path, content, message):
+    config = tmp_path / "ds.json"
+    if content is not None:
+        config.write_text(content)
+    with pytest.raises(ArgumentError, match=f"ds.json: {message}"):
+        StageArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, deepspeed=str(config))
 
 
 def test_head_rates_need_a_deepspeed_config_that_leaves_the_optimizer_to_us(tmp_path):

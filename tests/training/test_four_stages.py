@@ -135,3 +135,15 @@ def test_a_wrong_option_is_named_in_one_line(tiny_world):
     )
     assert run.returncode != 0
     assert "finetune_sts: --model_name_or_path" in run.stderr
+    base = str(tiny_world.root / "base")
+    run = tiny_world.run_stage("stage1", "--lerning_rate", "1", MODEL_NAME_OR_PATH=base, NPROC_PER_NODE="1")
+    assert "finetune_sts: Some specified arguments are not used" in run.stderr
+
+
+def test_a_folder_that_cannot_serve_is_named_in_one_line(tiny_world):
+    empty = tiny_world.root / "empty"
+    empty.mkdir()
+    AutoTokenizer.from_pretrained(tiny_world.root / "base").save_pretrained(empty)
+    run = tiny_world.run_stage("stage1", MODEL_NAME_OR_PATH=str(empty), NPROC_PER_NODE="1")
+    assert run.returncode != 0
+    assert f"finetune_sts: {empty}/config.json: not found" in run.stderr

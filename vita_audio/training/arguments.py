@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from vita_audio.audio import available_kinds, is_continuous_kind
 from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
+from vita_audio.data.interleave import check_ratio
 
 
 class ArgumentError(ValueError):
@@ -41,7 +42,7 @@ class ModelArguments:
         },
     )
     dtype: str = field(
-        default="auto", metadata={"help": "Weights' type: bfloat16, float32; auto follows --bf16."}
+        default="auto", metadata={"help": "Weights' type: bfloat16, float16 or float32; auto follows --bf16."}
     )
     mtp_loss_weight: float | None = field(
         default=None, metadata={"help": "Weight of the heads' mean loss; the checkpoint's own when absent."}
@@ -67,6 +68,8 @@ class ModelArguments:
                 "--language_model_freeze with no heads leaves nothing to train: "
                 "set --num_nextn_predict_layers to 1 or more"
             )
+        if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
+            raise ArgumentError(f"--dtype {self.dtype}: give auto, bfloat16, float16 or float32")
         if not Path(self.model_name_or_path).is_dir():
             raise ArgumentError(
                 f"--model_name_or_path {self.model_name_or_path}: no such folder; "
@@ -114,6 +117,10 @@ class DataArguments:
             raise ArgumentError(f"--model_max_length {self.model_max_length}: too short for any document")
         if not 0 <= self.max_error_share <= 1:
             raise ArgumentError(f"--max_error_share {self.max_error_share}: give a share between 0 and 1")
+        try:
+            check_ratio(self.text_audio_interval_ratio)
+        except ValueError as error:
+            raise ArgumentError(f"--text_audio_interval_ratio: {error}") from error
 
     @property
     def continuous_input(self) -> bool:
@@ -145,11 +152,8 @@ class StageArguments(TrainingArguments):
             raise ArgumentError(
                 f"--mtp_learning_rate_multiplier {self.mtp_learning_rate_multiplier}: must be above 0"
             )
-        if (
-            self.deepspeed
-            and self.mtp_learning_rate_multiplier != 1
-            and _config_builds_optimizer(self.deepspeed)
-        ):
+        builds_optimizer = bool(self.deepspeed) and "optimizer" in _read_deepspeed_config(self.deepspeed)
+        if builds_optimizer and self.mtp_learning_rate_multiplier != 1:
             raise ArgumentError(
                 f"--mtp_learning_rate_multiplier needs per-group rates, but {self.deepspeed} builds the optimizer "
                 "itself: use a DeepSpeed config without an optimizer section (ds_config_zero2_no_optimizer.json)"
@@ -157,10 +161,16 @@ class StageArguments(TrainingArguments):
         super().__post_init__()
 
 
-def _config_builds_optimizer(deepspeed: str | dict) -> bool:
-    if isinstance(deepspeed, str):
-        path = Path(deepspeed)
-        if not path.is_file():
-            raise ArgumentError(f"--deepspeed {deepspeed}: no such file")
-        deepspeed = json.loads(path.read_text(encoding="utf-8"))
-    return "optimizer" in deepspeed
+def _read_deepspeed_config(deepspeed: str | dict) -> dict:
+    if isinstance(deepspeed, dict):
+        return deepspeed
+    try:
+        if deepspeed.startswith("{"):  # the JSON itself, which transformers takes too
+            return json.loads(deepspeed)
+        return json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(
+            f"--deepspeed {deepspeed}: cannot be read; give a file of scripts/deepspeed"
+        ) from error
+    except ValueError as error:
+        raise ArgumentError(f"--deepspeed {deepspeed}: not valid JSON ({error}); correct the file") from error
