@@ -91,6 +91,9 @@ PATH=$VENV/bin:$PATH
 export PYTHON=$VENV/bin/python PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+# What a shell may still hold from training by hand would send the stages elsewhere.
+unset MODEL_NAME_OR_PATH AUDIO_MODEL_NAME_OR_PATH OUTPUT_DIR
+
 # Sizes, steps and rates: configuration only.
 set -a
 QUICKSTART_CONFIG=$REPOSITORY/configs/quickstart

@@ -109,10 +109,8 @@ if [[ -n ${MODES:-} ]]; then
 fi
 
 # On GPUs the items are split over one process each; on a CPU one process feeds several recognisers.
-if command -v nvidia-smi >/dev/null 2>&1 && [[ $(nvidia-smi -L 2>/dev/null | wc -l) -gt 0 ]]; then
-  EVALUATION_PROCESSES=${EVALUATION_PROCESSES:-$(nvidia-smi -L | wc -l)}
-fi
-EVALUATION_PROCESSES=${EVALUATION_PROCESSES:-1}
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+EVALUATION_PROCESSES=${EVALUATION_PROCESSES:-$((gpus > 0 ? gpus : 1))}
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 command=("$REPOSITORY/tools/evaluate_table.py")

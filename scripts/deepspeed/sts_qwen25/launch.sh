@@ -39,8 +39,9 @@ NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-34567}
-if command -v nvidia-smi >/dev/null 2>&1 && [[ $(nvidia-smi -L 2>/dev/null | wc -l) -gt 0 ]]; then
-  NPROC_PER_NODE=${NPROC_PER_NODE:-$(nvidia-smi -L | wc -l)}
+GPUS=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+if [[ $GPUS -gt 0 ]]; then
+  NPROC_PER_NODE=${NPROC_PER_NODE:-$GPUS}
   DEVICE_FLAGS=(--ddp_backend nccl --tf32 "${TF32:-True}")
 else
   NPROC_PER_NODE=${NPROC_PER_NODE:-2}
