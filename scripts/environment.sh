@@ -22,7 +22,7 @@ find_python() {
 }
 
 has_nvidia_gpu() {
-  command -v nvidia-smi >/dev/null 2>&1 && [[ $(nvidia-smi -L 2>/dev/null | wc -l) -gt 0 ]]
+  [[ $(nvidia-smi -L 2>/dev/null) == "GPU "* ]]
 }
 
 install_torch() {
