@@ -144,6 +144,8 @@ def test_a_folder_that_cannot_serve_is_named_in_one_line(tiny_world):
     empty = tiny_world.root / "empty"
     empty.mkdir()
     AutoTokenizer.from_pretrained(tiny_world.root / "base").save_pretrained(empty)
-    run = tiny_world.run_stage("stage1", MODEL_NAME_OR_PATH=str(empty), NPROC_PER_NODE="1")
+    run = tiny_world.run_stage(
+        "stage1", MODEL_NAME_OR_PATH=str(empty), NPROC_PER_NODE="1", OUTPUT_DIR=str(empty / "out")
+    )
     assert run.returncode != 0
     assert f"finetune_sts: {empty}/config.json: not found" in run.stderr
