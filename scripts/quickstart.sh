@@ -6,7 +6,7 @@
 #   bash scripts/quickstart.sh [--out DIR] [--minutes N] [--smoke] [--variant base|plus]
 #
 #   --out DIR        where everything goes (default: quickstart/ in the repository; one folder holds one run)
-#   --minutes N      scales the training steps; 25 is the measured default on two cores
+#   --minutes N      scales the training steps; 25, the default, stands for those of configs/quickstart/full.env
 #   --smoke          the same chain with a few steps each, in minutes; its scores mean nothing
 #   --variant plus   user speech enters through SenseVoice features and an adapter
 #
