@@ -38,6 +38,15 @@ def test_a_checkpoint_written_again_is_torn_until_it_is_whole(tmp_path):
     assert last_complete_checkpoint(tmp_path) is None
 
 
+def test_a_checkpoint_written_again_by_fewer_ranks_keeps_no_state_of_the_others(tmp_path):
+    for rank in range(4):
+        save_loader_state(tmp_path, rank, {"rank": rank})
+    mark_incomplete(tmp_path)
+    for rank in range(2):
+        save_loader_state(tmp_path, rank, {"rank": rank})
+    assert len(load_loader_states(tmp_path)) == 2
+
+
 def test_an_empty_or_absent_folder_has_no_checkpoint(tmp_path):
     assert last_complete_checkpoint(tmp_path) is None
     assert last_complete_checkpoint(tmp_path / "absent") is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,11 @@ def mark_complete(checkpoint: str | Path) -> None:
 
 
 def mark_incomplete(checkpoint: str | Path) -> None:
-    """Take the marker away before a checkpoint of the same name is written again."""
+    """Take away the marker, and loader states that ranks of another run left, before a checkpoint is written
+    again. Call on one rank, with a barrier after it.
+    """
     (Path(checkpoint) / COMPLETE_MARKER).unlink(missing_ok=True)
+    shutil.rmtree(Path(checkpoint) / LOADER_STATE_FOLDER, ignore_errors=True)
 
 
 def save_loader_state(checkpoint: str | Path, rank: int, state: dict[str, Any]) -> None:

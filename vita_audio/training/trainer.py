@@ -148,6 +148,7 @@ class SpeechTrainer(Trainer):
         folder = f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}"
         if self.args.should_save:
             mark_incomplete(folder)
+        self.accelerator.wait_for_everyone()
         save_loader_state(folder, self.args.process_index, self._loader.state_dict())
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
