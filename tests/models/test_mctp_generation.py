@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import vita_audio  # noqa: F401
 from vita_audio.models import MCTPCache, Qwen2MTPConfig, Qwen2MTPForCausalLM
@@ -196,6 +196,30 @@ def test_a_conversation_goes_on_from_its_cache(model):
     assert 0 < cache.get_seq_length() < second_prompt.shape[1]
     tokens = new_tokens(model, second_prompt, past_key_values=cache)
     assert torch.equal(tokens, new_tokens(model, second_prompt))
+
+
+@pytest.mark.parametrize("mode", ["vanilla", [1, 1], MODE], ids=str)
+def test_the_backbone_sees_every_position_once(model, mode):
+    positions = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda _, args: positions.append(args[0].shape[1]))
+    try:
+        new_tokens(model, PROMPT, mtp_inference_mode=mode)
+    finally:
+        hook.remove()
+    last_backbone_token = PROMPT.shape[1] + 12 - 1
+    assert positions[0] == PROMPT.shape[1]
+    assert last_backbone_token - 3 <= sum(positions) <= last_backbone_token
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_forward_continues_a_cache_under_either_name(model, name):
+    whole = model(PROMPT).logits
+    cache = DynamicCache(config=model.config)
+    model(PROMPT[:, :5], use_cache=True, **{name: cache})
+    rest = model(PROMPT[:, 5:], use_cache=True, **{name: cache})
+    assert cache.get_seq_length() == PROMPT.shape[1]
+    torch.testing.assert_close(rest.logits, whole[:, 5:], rtol=1e-4, atol=1e-4)
+    assert rest.past_key_values is cache
 
 
 def test_a_cache_that_knows_no_heads_is_refused(model):

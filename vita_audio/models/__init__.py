@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from vita_audio.models.cache import MCTPCache
 from vita_audio.models.checkpoint import (
     CheckpointError,
     freeze_backbone,
@@ -10,7 +11,6 @@ from vita_audio.models.checkpoint import (
     resize_vocabulary,
 )
 from vita_audio.models.configuration import Qwen2MTPConfig, Qwen2MTPSenseVoiceConfig
-from vita_audio.models.generation import MCTPCache
 from vita_audio.models.modeling import MTPOutput, Qwen2MTPForCausalLM, Qwen2MTPModel
 from vita_audio.models.modeling_sensevoice import (
     Qwen2MTPSenseVoiceForCausalLM,

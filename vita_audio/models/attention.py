@@ -22,6 +22,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
 
+from vita_audio.models.cache import CACHE
+
 PACKED_SDPA = "packed_sdpa"
 
 
@@ -29,7 +31,7 @@ def attention_masks(
     config: PreTrainedConfig,
     inputs_embeds: Tensor,
     attention_mask: Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: Tensor,
 ) -> dict[str, object]:
     """One mask per layer type in the configuration, in the form the chosen back end takes.
@@ -41,7 +43,7 @@ def attention_masks(
     """
     layer_types = set(config.layer_types)
     masks: dict[str, object] = {}
-    if config._attn_implementation == PACKED_SDPA and attention_mask is None and past_key_values is None:
+    if config._attn_implementation == PACKED_SDPA and attention_mask is None and cache is None:
         documents = group_documents(position_ids.expand(len(inputs_embeds), -1))
         if documents is not None:
             masks["full_attention"] = documents
@@ -51,8 +53,8 @@ def attention_masks(
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
     return masks
 

@@ -4,8 +4,8 @@ A schedule such as [1, 10, 4, 10] says how many tokens the backbone and then the
 turn; the last pair repeats for ever (paper section 3.4; SPEC "Generation"). Every emitted token
 passes the logits processors, the streamer and the stopping criteria one by one, whoever made it.
 
-Caches belong to the caller: :class:`MCTPCache` holds the backbone's keys and values and what each
-head has seen, so that a conversation can go on from it. The module itself keeps nothing.
+Caches belong to the caller: :class:`~vita_audio.models.cache.MCTPCache` holds the backbone's keys and values
+and what each head has seen, so that a conversation can go on from it. The module itself keeps nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from itertools import chain, cycle
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from vita_audio.constants import INFERENCE_MODES
 from vita_audio.models.attention import attention_masks
+from vita_audio.models.cache import CACHE, HeadCache, MCTPCache, cache_length
 
 BACKBONE = -1
 """In a sequence of steps: the token comes from the backbone, not from a head 0, 1, …"""
@@ -96,7 +97,7 @@ class MTPGenerationMixin:
         **model_kwargs,
     ):
         """transformers calls this for greedy search and sampling; schedules without heads are its own business."""
-        keeps_heads = isinstance(model_kwargs.get("past_key_values"), MCTPCache)
+        keeps_heads = isinstance(model_kwargs.get(CACHE), MCTPCache)
         if not self._uses_heads(generation_config) and not keeps_heads:
             return super()._sample(
                 input_ids,
@@ -153,41 +154,6 @@ def schedule_steps(mode: Sequence[int], num_heads: int) -> Iterator[int]:
             yield BACKBONE if head == num_heads else head
 
 
-class HeadCache(DynamicCache):
-    """What one head has seen: its keys and values, and the hidden states waiting for it.
-
-    The head's layer bears its place in the whole stack as layer index; here it is the only layer.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.waiting: Tensor | None = None
-
-    def update(self, key_states, value_states, layer_idx=0, *args, **kwargs):
-        return super().update(key_states, value_states, 0, *args, **kwargs)
-
-    def add(self, hidden: Tensor) -> None:
-        """Queue hidden states (batch, new, d) of the positions that follow those already here."""
-        self.waiting = hidden if self.waiting is None else torch.cat([self.waiting, hidden], dim=1)
-
-    def take(self) -> Tensor:
-        """All hidden states waiting, (batch, new, d); the queue is empty afterwards."""
-        hidden, self.waiting = self.waiting, None
-        return hidden
-
-
-class MCTPCache(DynamicCache):
-    """Keys and values of the backbone, and a :class:`HeadCache` per head.
-
-    Pass one as ``past_key_values`` to ``generate`` to keep it for the next turn, whose prompt is then
-    the whole conversation so far; only its unseen end is computed.
-    """
-
-    def __init__(self, config):
-        super().__init__(config=config)
-        self.heads = [HeadCache() for _ in range(config.num_nextn_predict_layers)]
-
-
 class Rounds:
     """Runs single steps of a schedule over growing rows, with or without caches.
 
@@ -198,6 +164,7 @@ class Rounds:
         self, model, backbone_cache: Cache | None, head_caches: list[HeadCache], prompt_embeds: Tensor | None
     ):
         self.model = model
+        self.heads = model.heads
         self.backbone_cache = backbone_cache
         self.head_caches = head_caches
         self.prompt_embeds = prompt_embeds
@@ -205,13 +172,13 @@ class Rounds:
     def backbone(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, **outputs):
         """Hidden state of the last token, (batch, d), after running all tokens not yet seen."""
         cached = self.backbone_cache is not None
-        seen = int(self.backbone_cache.get_seq_length()) if cached else 0
+        seen = cache_length(self.backbone_cache)
         embeds = self.embed(input_ids, seen)
         result = self.model.model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids[:, seen:],
-            past_key_values=self.backbone_cache,
+            cache=self.backbone_cache,
             use_cache=cached,
             **outputs,
         )
@@ -245,14 +212,14 @@ class Rounds:
         if attention_mask is not None:
             attention_mask = attention_mask[:, : seen + hidden.shape[1]]
         masks = attention_masks(config, embeds, attention_mask, cache, positions)
-        output = self.model.heads[index](
+        output = self.heads[index](
             embeds,
             hidden,
             attention_mask=masks[config.layer_types[config.num_backbone_layers + index]],
             position_embeddings=self.model.model.rotary_emb(hidden, positions),
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
         if index + 1 < len(self.head_caches):
             self.head_caches[index + 1].add(output)
@@ -282,6 +249,8 @@ def decode_in_rounds(
     num_heads = model.config.num_nextn_predict_layers
     rounds = prepare_rounds(model, input_ids, min(max(mode[1::2]), num_heads) - 1, model_kwargs)
     attention_mask = model_kwargs.get("attention_mask")
+    if attention_mask is not None and attention_mask.all():
+        attention_mask = None  # nothing is padded: causal kernels need no mask
     position_ids = model_kwargs["position_ids"]
     captured = {
         name: True for name in ("output_attentions", "output_hidden_states") if getattr(config, name, False)
@@ -337,7 +306,7 @@ def decode_in_rounds(
     input_ids = input_ids[:, :final_length]
     if not config.return_dict_in_generate:
         return input_ids
-    return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=rounds.backbone_cache, **record)
+    return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE: rounds.backbone_cache}, **record)
 
 
 def prepare_rounds(model, input_ids: Tensor, last_head: int, model_kwargs: dict) -> Rounds:
@@ -347,13 +316,13 @@ def prepare_rounds(model, input_ids: Tensor, last_head: int, model_kwargs: dict)
         ValueError: the prompt came as embeddings without its token ids, or the given cache does not know
             what the heads have seen.
     """
-    cache = model_kwargs.get("past_key_values") if model_kwargs.get("use_cache", True) else None
+    cache = model_kwargs.get(CACHE) if model_kwargs.get("use_cache", True) else None
     if isinstance(cache, MCTPCache):
         head_caches = cache.heads
     else:
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
-                f"past_key_values: a {type(cache).__name__} knows nothing of the heads; pass an "
+                f"{CACHE}: a {type(cache).__name__} knows nothing of the heads; pass an "
                 "MCTPCache(model.config) that an earlier generate() call filled, or mtp_inference_mode=[8192, 0]"
             )
         head_caches = [HeadCache() for _ in range(last_head + 1)]

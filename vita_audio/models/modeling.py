@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from vita_audio.constants import IGNORE_INDEX
 from vita_audio.models.attention import PACKED_SDPA, attention_masks, document_ids, is_packed
+from vita_audio.models.cache import CACHE, cache_length
 from vita_audio.models.configuration import Qwen2MTPConfig
 from vita_audio.models.generation import MTPGenerationMixin
 from vita_audio.models.loss import LanguageModelHead, shifted_targets
@@ -57,26 +58,29 @@ class Qwen2MTPModel(Qwen2Model):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Backbone pass; ``last_hidden_state`` (batch, time, d) is h^0, after the final norm.
 
-        Args as for Qwen2Model; ``attention_mask`` may be the dict of ready masks.
+        Args as for Qwen2Model; ``attention_mask`` may be the dict of ready masks, and ``past_key_values`` is
+        the older name of ``cache``.
         """
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = self.positions(inputs_embeds, past_key_values)
+            position_ids = self.positions(inputs_embeds, cache)
         masks = attention_mask
         if not isinstance(masks, dict):
-            masks = attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+            masks = attention_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
 
         hidden = inputs_embeds
         position_embeddings = self.rotary_emb(hidden, position_ids)
@@ -86,18 +90,17 @@ class Qwen2MTPModel(Qwen2Model):
                 attention_mask=masks[self.config.layer_types[index]],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.norm(hidden), **{CACHE: cache if use_cache else None}
         )
 
-    def positions(self, inputs_embeds: Tensor, past_key_values: Cache | None = None) -> Tensor:
+    def positions(self, inputs_embeds: Tensor, cache: Cache | None = None) -> Tensor:
         """Positions that continue the cache, (1, time)."""
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past
+        return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + cache_length(cache)
 
 
 class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
@@ -130,12 +133,13 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> MTPOutput:
         """Backbone logits, or with labels the training loss over the backbone and all heads.
@@ -145,6 +149,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
             attention_mask: (batch, past + time) of 0 and 1 for padded rows. Leave out for packed rows.
             position_ids: (batch, time). Where they restart, a new document begins: attention and
                 predictions stay inside it.
+            cache: keys and values of earlier positions; ``past_key_values`` is its older name.
             inputs_embeds: (batch, time, d), the backbone's input. Heads always read the plain
                 embeddings of ``input_ids``, which labels and K > 0 therefore require.
             labels: (batch, time), not shifted, -100 where there is no supervision.
@@ -154,18 +159,19 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         Returns:
             MTPOutput. ``logits`` (batch, kept, vocabulary) is None in training with labels.
         """
+        cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
             inputs_embeds = self.embed_inputs(
                 input_ids, **{name: kwargs.pop(name) for name in self.embedding_inputs if name in kwargs}
             )
-        if labels is not None or (past_key_values is None and is_packed(position_ids, attention_mask)):
+        if labels is not None or (cache is None and is_packed(position_ids, attention_mask)):
             use_cache = False
         if position_ids is None:
-            position_ids = self.model.positions(inputs_embeds, past_key_values)
+            position_ids = self.model.positions(inputs_embeds, cache)
         masks = attention_mask
         if not isinstance(masks, dict):
             # A cache that does not exist yet changes no mask, and packing is only seen without one.
-            masks = attention_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+            masks = attention_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
 
         # A frozen LM (stages 2 and 3) has no loss of its own and receives none: no graph for it.
         heads_only = labels is not None and self.has_frozen_backbone
@@ -174,14 +180,14 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
                 inputs_embeds=inputs_embeds,
                 attention_mask=masks,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
                 **kwargs,
             )
         hidden = outputs.last_hidden_state
 
         result = MTPOutput(
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

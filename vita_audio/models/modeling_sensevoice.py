@@ -67,11 +67,12 @@ class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         audios: Sequence[Tensor] | None = None,
         audio_indices: Sequence[Tensor] | None = None,
+        past_key_values=None,
         **kwargs,
     ) -> MTPOutput | tuple:
         """As :meth:`Qwen2MTPForCausalLM.forward`, with audio.
@@ -92,7 +93,7 @@ class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             labels=labels,
             **kwargs,
