@@ -35,6 +35,7 @@ from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
 from vita_audio.data import (
     CodecSpec,
     DataConfig,
+    ResumeError,
     TooManyBadSamples,
     build_train_loader,
     extend_tokenizer,
@@ -127,8 +128,8 @@ def main() -> None:
     if checkpoint is not None:
         logger.info("continuing from %s", checkpoint)
     if checkpoint is None or _steps_done(checkpoint) < stage_args.max_steps:
-        # What data or learning rate can do; any other error is no matter of input and keeps its traceback.
-        with _told_in_one_line(MixError, TokenCacheError, TooManyBadSamples, FloatingPointError):
+        # What input can do; any other error keeps its traceback.
+        with _told_in_one_line(MixError, TokenCacheError, ResumeError, TooManyBadSamples, FloatingPointError):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_model()
         trainer.save_state()

@@ -109,7 +109,9 @@ if [[ -n ${MODES:-} ]]; then
 fi
 
 # On GPUs the items are split over one process each; on a CPU one process feeds several recognisers.
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+# shellcheck source=devices.sh
+source "$REPOSITORY/scripts/deepspeed/devices.sh"
+gpus=$(count_gpus)
 EVALUATION_PROCESSES=${EVALUATION_PROCESSES:-$((gpus > 0 ? gpus : 1))}
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}

@@ -95,6 +95,20 @@ def test_a_stage_stopped_before_its_result_was_written_takes_its_last_checkpoint
     assert all(torch.equal(want[name], got[name]) for name in want)
 
 
+def test_a_checkpoint_of_another_mix_is_named_in_one_line(chain):
+    folder = chain.root / "other_mix"
+    base = str(chain.root / "base")
+    settings = {"MODEL_NAME_OR_PATH": base, "OUTPUT_DIR": str(folder), "NPROC_PER_NODE": "1"}
+    assert chain.run_stage("stage1", **settings, MAX_STEPS="2").returncode == 0
+    (folder / "stage.complete").unlink()
+    other = chain.root / "other_mix.yaml"
+    other.write_text((chain.root / "mix.yaml").read_text().replace("ratio: 1.0", "ratio: 0.5"))
+    run = chain.run_stage("stage1", **settings, MAX_STEPS="4", DATASET_NAME=str(other))
+    assert run.returncode != 0
+    assert "finetune_sts: the checkpoint was made with another data mix or seed" in run.stderr
+    assert "Traceback" not in run.stderr.split("finetune_sts: the checkpoint")[0]
+
+
 def test_splitting_the_model_between_processes_changes_nothing(chain):
     """ZeRO-3, heads grown under it included, gives the losses of ZeRO-2."""
     config = json.loads((REPOSITORY / "scripts/deepspeed/ds_config_zero3.json").read_text())

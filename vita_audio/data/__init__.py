@@ -2,7 +2,7 @@
 
 from vita_audio.data.chat import Example, build_example, build_prompt, extend_tokenizer, split_reply
 from vita_audio.data.interleave import interleave_text_audio
-from vita_audio.data.loader import DataConfig, TrainLoader, build_train_loader
+from vita_audio.data.loader import DataConfig, ResumeError, TrainLoader, build_train_loader
 from vita_audio.data.packing import pack_lengths
 from vita_audio.data.report import TooManyBadSamples
 from vita_audio.data.schema import SampleError
@@ -12,6 +12,7 @@ __all__ = [
     "CodecSpec",
     "DataConfig",
     "Example",
+    "ResumeError",
     "SampleError",
     "TooManyBadSamples",
     "TrainLoader",

@@ -47,6 +47,10 @@ _ERRORS_BEFORE_NOTICE = 64
 """A worker that finds this many bad samples reports them even without a full batch."""
 
 
+class ResumeError(ValueError):
+    """A place in the data that this run cannot continue from."""
+
+
 @dataclass
 class DataConfig:
     """What to train on, and how it becomes rows.
@@ -197,7 +201,7 @@ class TrainLoader:
                 followed; otherwise the samples do, none repeated and none lost.
 
         Raises:
-            ValueError: the state belongs to another mix, seed or row length, or states are missing.
+            ResumeError: the state belongs to another mix, seed or row length, or states are missing.
         """
         states = [state] if isinstance(state, dict) else list(state)
         for one in states:
@@ -207,7 +211,7 @@ class TrainLoader:
             states = [one for one in states if one["rank"] == rank]
         same_ranks = len(states) == 1 and states[0]["world_size"] == world_size and states[0]["rank"] == rank
         if not same_ranks and {one["rank"] for one in states} != set(range(states[0]["world_size"])):
-            raise ValueError(
+            raise ResumeError(
                 f"this is rank {rank} of {world_size} and the state is of rank {states[0]['rank']} of "
                 f"{states[0]['world_size']}; give the states of all ranks to continue on another number"
             )
@@ -223,11 +227,11 @@ class TrainLoader:
 
     def _check_state(self, state: dict[str, Any]) -> None:
         if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"loader state of version {state.get('version')}, expected {_STATE_VERSION}")
+            raise ResumeError(f"loader state of version {state.get('version')}, expected {_STATE_VERSION}")
         mine = self._identity()
         for field, meaning in (("mix", "data mix or seed"), ("seq_length", "row length")):
             if state[field] != mine[field]:
-                raise ValueError(
+                raise ResumeError(
                     f"the checkpoint was made with another {meaning} ({state[field]}, now {mine[field]}); "
                     "restore it, or start the stage in an empty folder"
                 )

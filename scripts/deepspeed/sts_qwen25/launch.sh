@@ -39,7 +39,9 @@ NNODES=${NNODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 MASTER_PORT=${MASTER_PORT:-34567}
-GPUS=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+# shellcheck source=../devices.sh
+source "$REPOSITORY/scripts/deepspeed/devices.sh"
+GPUS=$(count_gpus)
 if [[ $GPUS -gt 0 ]]; then
   NPROC_PER_NODE=${NPROC_PER_NODE:-$GPUS}
   DEVICE_FLAGS=(--ddp_backend nccl --tf32 "${TF32:-True}")
