@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Sourced by quickstart.sh and test.sh: makes the virtual environment and installs the package.
+# Sourced by quickstart.sh and test.sh: makes the virtual environment and installs the package. REPOSITORY is set.
 #   prepare_environment EXTRAS     EXTRAS such as "eval" or "eval,dev"
 # VENV names the folder (default .venv in the repository); PYTHON_BOOTSTRAP the interpreter.
 
-TORCH_VERSION=2.13.0
+# What is tested is what is installed: newer releases have changed behaviour under us before.
+PINNED=$REPOSITORY/requirements_ds_gpu.txt
+TORCH_VERSION=$(sed -n 's/^torch==//p' "$PINNED")
 
 die() {
   echo "error: $*" >&2
@@ -35,7 +37,7 @@ install_torch() {
 }
 
 pip_install() {
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$PINNED" "$@"
 }
 
 prepare_environment() {
@@ -43,7 +45,7 @@ prepare_environment() {
   VENV=${VENV:-$REPOSITORY/.venv}
   python=$(find_python) || die "Python 3.10 to 3.13 is needed and none was found; install one or set PYTHON_BOOTSTRAP"
   stamp=$VENV/.installed-$extras
-  wanted=$(cat "$REPOSITORY/setup.py" "$REPOSITORY/scripts/environment.sh" | cksum)
+  wanted=$(cat "$REPOSITORY/setup.py" "$REPOSITORY/scripts/environment.sh" "$PINNED" | cksum)
   if [[ -x $VENV/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     return 0
   fi
@@ -53,7 +55,7 @@ prepare_environment() {
   fi
   install_torch || die "cannot install torch $TORCH_VERSION; see pip's message above"
   # DeepSpeed finds torch at install time and compiles nothing in advance.
-  if ! { pip_install setuptools wheel ninja && DS_BUILD_OPS=0 pip_install --no-build-isolation "deepspeed>=0.18"; }; then
+  if ! { pip_install setuptools wheel ninja && DS_BUILD_OPS=0 pip_install --no-build-isolation deepspeed; }; then
     die "cannot install DeepSpeed; see pip's message above"
   fi
   pip_install --no-build-isolation -e "${REPOSITORY}[$extras]" || die "cannot install the package; see pip's message above"

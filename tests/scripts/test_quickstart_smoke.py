@@ -1,0 +1,95 @@
+"""The whole chain in small, killed in the middle of stage 3 and started again."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS_BEFORE_STAGE_3 = ("corpus", "codec", "base_llm", "audio_tokens", "stage1", "mtp1_stage1")
+CHAIN_SECONDS = 1200
+
+
+def start(out: Path) -> subprocess.Popen:
+    command = ["bash", str(REPOSITORY / "scripts/quickstart.sh"), "--smoke", "--out", str(out)]
+    with (out.parent / "output.txt").open("a") as output:
+        return subprocess.Popen(
+            command, env={**os.environ, "VENV": sys.prefix}, stdout=output, stderr=subprocess.STDOUT
+        )
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to a process and everything it has started, at once."""
+    root = psutil.Process(process.pid)
+    for one in [root, *root.children(recursive=True)]:
+        one.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, list[str]]:
+    """The run's folder, and what the second start said."""
+    out = tmp_path_factory.mktemp("quickstart") / "run"
+    out.mkdir()
+    first = start(out)
+    stage3 = out / "stages/finetune_glm4voice_mtp10_stage1/quickstart"
+    give_up = time.monotonic() + CHAIN_SECONDS
+    while not list(stage3.glob("checkpoint-*/checkpoint.complete")):
+        assert first.poll() is None, (out.parent / "output.txt").read_text()[-3000:]
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+    kill_all(first)
+    assert not (stage3 / "stage.complete").exists(), "killed too late to tell anything"
+    second = start(out)
+    assert second.wait(CHAIN_SECONDS) == 0, (out.parent / "output.txt").read_text()[-3000:]
+    log = (out.parent / "output.txt").read_text()
+    return out, log[log.index("[corpus] done before") :].splitlines()
+
+
+def test_the_second_start_continues_stage_3_from_its_last_checkpoint(finished):
+    out, said = finished
+    for name in STEPS_BEFORE_STAGE_3:
+        assert any(line.startswith(f"[{name}] done before, in ") for line in said), name
+    stage3 = out / "stages/finetune_glm4voice_mtp10_stage1/quickstart"
+    assert any(f"continuing from {stage3}/checkpoint-" in line for line in said)
+    history = json.loads((stage3 / "trainer_state.json").read_text())["log_history"]
+    steps = [line["step"] for line in history if "loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_the_table_has_every_stage_and_mode(finished):
+    out, _ = finished
+    rows = json.loads((out / "evaluation/scores.json").read_text())
+    keys = [(row["stage"], row["mode"]) for row in rows]
+    modes = ["vanilla", "balance", "boost", "turbo"]
+    assert [key for key in keys if key[0] in ("stage3", "stage4")] == [
+        (stage, mode) for stage in ("stage3", "stage4") for mode in modes
+    ]
+    assert {key[0] for key in keys} == {"stage1", "stage2", "stage3", "stage4"}
+    for row in rows:
+        assert row["tokens_per_second"] > 0
+        assert 0 <= row["sqa_s2t_accuracy"] <= 1
+        assert row["asr_wer"] >= 0
+        assert 0 <= row["tts_floor_wer"] < 0.5
+
+
+def test_the_report_has_its_pictures_and_players(finished):
+    out, _ = finished
+    assert {path.name for path in (out / "report").glob("*.png")} >= {"losses.png", "modes.png"}
+    assert (out / "report.html").read_text().count("<audio") > 4
+
+
+def test_a_third_start_changes_nothing(finished):
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert start(out).wait(CHAIN_SECONDS) == 0
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    changed = {path.name for path in after if before.get(path) != after[path]}
+    assert changed <= {".lock", ".kind"}
