@@ -116,7 +116,8 @@ token_cache=$out/audio_tokens
 
 python "$REPOSITORY/tools/espeak.py" || exit 1
 step corpus python "$REPOSITORY/tools/make_spoken_arithmetic.py" --out "$corpus" --utterances "$UTTERANCES"
-step codec python "$REPOSITORY/tools/fit_mel_vq.py" --corpus "$corpus" --out "$codec"
+step codec python "$REPOSITORY/tools/fit_mel_vq.py" --corpus "$corpus" --out "$codec" \
+  --max-clips "$CODEC_CLIPS"
 step base_llm python "$REPOSITORY/tools/make_base_llm.py" \
   --corpus "$corpus" --config "$QUICKSTART_CONFIG/$BASE_LLM_CONFIG" --out "$base"
 if [[ $variant == plus ]]; then

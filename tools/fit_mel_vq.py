@@ -3,14 +3,16 @@
     python tools/fit_mel_vq.py --corpus corpus --out codec
     python tools/fit_mel_vq.py --data a.jsonl b.jsonl --out codec
 
-Every clip named in the JSON lines is used once: in a corpus folder, those of ``*_train.jsonl``. The result is a
-folder for ``--audio_tokenizer_type mel_vq --audio_tokenizer_path codec``. A minute on two cores.
+Every clip named in the JSON lines is used once (or a random part of them, ``--max-clips``): in a corpus folder,
+those of ``*_train.jsonl``. The result is a folder for ``--audio_tokenizer_type mel_vq --audio_tokenizer_path
+codec``. A minute on two cores for 6,000 short clips.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -31,8 +33,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--codes", type=int, default=defaults.codebook_size, metavar="N")
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="passes of the k-means")
+    parser.add_argument(
+        "--max-clips", type=int, metavar="N", help="listen to so many clips, chosen at random"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.max_clips is not None and args.max_clips < 1:
+        parser.error(f"--max-clips {args.max_clips}: give 1 or more")
 
     files = args.data or sorted(args.corpus.glob("*_train.jsonl"))
     if not files:
@@ -40,6 +47,8 @@ def main() -> None:
     clips = audio_paths(files)
     if not clips:
         raise ValueError(f"{', '.join(map(str, files))}: no audio in any sample")
+    if args.max_clips is not None and args.max_clips < len(clips):
+        clips = random.Random(args.seed).sample(clips, args.max_clips)
     with tqdm(total=args.epochs, desc="k-means", unit="epoch") as epochs:
         codec = MelVQTokenizer.fit(
             tqdm(clips, desc="listening", unit="clip"),

@@ -1,6 +1,6 @@
 """A small spoken world: digit strings and sums, synthesised by espeak-ng.
 
-    python tools/make_spoken_arithmetic.py --out corpus --utterances 6000
+    python tools/make_spoken_arithmetic.py --out corpus --utterances 8000
 
 It is large enough to learn every task from and small enough to master in minutes. Several voices
 ask; one clear voice answers and reads aloud; voice cloning adds two more. Written are
@@ -68,7 +68,7 @@ ASKING_WORDS_PER_MINUTE = (155, 190)
 ASKING_PITCH = (35, 65)
 
 # Shares of the utterances to synthesise; text QA needs none.
-SHARES = {"asr": 0.3, "tts": 0.32, "sqa": 0.26, "voice_clone": 0.12}
+SHARES = {"asr": 0.36, "tts": 0.28, "sqa": 0.24, "voice_clone": 0.12}
 HELD_OUT_SHARE = {"dev": 0.02, "test": 0.04}
 FEWEST_HELD_OUT = 4
 
@@ -121,7 +121,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, metavar="DIR")
-    parser.add_argument("--utterances", type=int, default=6000, metavar="N", help="about so many WAV files")
+    parser.add_argument("--utterances", type=int, default=8000, metavar="N", help="about so many WAV files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes")
     parser.add_argument("--check", action="store_true", help="only see whether there is a synthesiser")
