@@ -82,7 +82,7 @@ def test_the_table_has_every_stage_and_mode(finished):
 
 def test_the_report_has_its_pictures_and_players(finished):
     out, _ = finished
-    assert {path.name for path in (out / "report").glob("*.png")} >= {"losses.png", "modes.png"}
+    assert {path.name for path in (out / "report").glob("*.png")} >= {"losses.png", "speed.png"}
     assert (out / "report.html").read_text().count("<audio") > 4
 
 
