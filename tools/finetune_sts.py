@@ -86,6 +86,7 @@ def main() -> None:
             path=data_args.audio_tokenizer_path,
             frontend_path=model_args.audio_model_name_or_path,
             token_cache=data_args.audio_token_cache,
+            feature_cache=data_args.audio_feature_cache,
         )
         extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
         model = _open_model(model_args, data_args, stage_args, tokenizer)

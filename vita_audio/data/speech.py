@@ -19,6 +19,7 @@ from torch import Tensor
 from vita_audio.audio import get_audio_tokenizer, is_continuous_kind
 from vita_audio.audio.io import audio_duration
 from vita_audio.constants import AUDIO_CODEBOOK_SIZE
+from vita_audio.data.feature_cache import FeatureCache
 from vita_audio.data.schema import Reason, SampleError
 from vita_audio.data.token_cache import TokenCache, audio_key, discrete_kind, identities
 
@@ -32,6 +33,7 @@ class CodecSpec:
         path: folder of the discrete codec's weights; may be None where all codes are cached.
         frontend_path: folder of SenseVoice's ``am.mvn``, for continuous kinds.
         token_cache: folder of cached codes.
+        feature_cache: folder where features are kept; computed each time when absent.
         device: where the codec computes.
     """
 
@@ -39,6 +41,7 @@ class CodecSpec:
     path: str | None = None
     frontend_path: str | None = None
     token_cache: str | None = None
+    feature_cache: str | None = None
     device: str = "cpu"
 
     def codebook_size(self) -> int:
@@ -79,8 +82,9 @@ class SpeechReader:
         max_seconds: longer clips are refused before they are read.
 
     Attributes:
-        sources: how many clips came from ``cache``, ``file``, ``codec``; and how many cached
-            entries were ``stale`` or ``invalid``.
+        sources: how many clips came from ``cache``, ``file``, ``codec``; how many features from
+            ``feature_cache`` and how many were computed (``features``); and how many cached entries
+            were ``stale`` or ``invalid``.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class SpeechReader:
         self._max_seconds = max_seconds
         self._discrete: Any = None
         self._frontend: Any = None
+        self._feature_cache: FeatureCache | None = None
         self.sources: Counter[str] = Counter()
 
     def encode(self, audio: str) -> list[int]:
@@ -128,10 +133,28 @@ class SpeechReader:
         """
         self._check_length(audio)
         if self._frontend is None:
-            is_spec = isinstance(self._codec, CodecSpec)
-            self._frontend = self._codec.open_frontend() if is_spec else self._codec.features
+            self._open_frontend()
+        if self._feature_cache is None:
+            self.sources["features"] += 1
+            return self._frontend(audio)
+        key = audio_key(audio, self._data_root)
+        size = os.path.getsize(audio) if os.path.isfile(audio) else -1
+        features = self._feature_cache.find(key, size)
+        if features is not None:
+            self.sources["feature_cache"] += 1
+            return features
         self.sources["features"] += 1
-        return self._frontend(audio)
+        features = self._frontend(audio)
+        self._feature_cache.put(key, size, features)
+        return features
+
+    def _open_frontend(self) -> None:
+        if not isinstance(self._codec, CodecSpec):
+            self._frontend = self._codec.features
+            return
+        self._frontend = self._codec.open_frontend()
+        if self._codec.feature_cache is not None:
+            self._feature_cache = FeatureCache(self._codec.feature_cache, self._frontend.fingerprint)
 
     def _from_cache(self, audio: str) -> list[int] | None:
         clip = self._cache.find_clip(audio_key(audio, self._data_root)) if self._cache is not None else None

@@ -91,6 +91,10 @@ class DataArguments:
     audio_token_cache: str | None = field(
         default=None, metadata={"help": "Folder of token shards that tools/tokenize_audio.py wrote."}
     )
+    audio_feature_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder to keep SenseVoice features in, for later epochs and stages."},
+    )
     data_root: str | None = field(
         default=None, metadata={"help": "Relative paths in the mix start here; its own folder when absent."}
     )

@@ -1,0 +1,66 @@
+"""SenseVoice features kept on disk, so that later epochs and stages need not compute them again.
+
+``FOLDER/FRONTEND/ab/abcd….safetensors`` holds the features of one clip, float32 (frames, 560): about 38 kB for a
+second of speech. FRONTEND is the fingerprint of the normalisation, the file's name a hash of the clip's path
+relative to the data root. Files are filled in as clips are met, by any number of workers and
+machines on one folder, each whole or absent. A cache that cannot be written, or a damaged file of it, costs time only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import uuid
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureCache:
+    """Features of clips, by path.
+
+    Args:
+        folder: made on first writing.
+        frontend: fingerprint of what makes the features.
+    """
+
+    def __init__(self, folder: str | Path, frontend: str) -> None:
+        self._folder = Path(folder) / frontend
+        self._writable = True
+
+    def find(self, key: str, size: int) -> torch.Tensor | None:
+        """Features of a clip, (frames, feature_dim); None when they are not there, stale or damaged.
+
+        Args:
+            key: the clip's path, see :func:`vita_audio.data.token_cache.audio_key`.
+            size: of the audio file in bytes; features of a file of another size are stale.
+        """
+        try:
+            with safe_open(self._file(key), framework="pt") as stored:
+                if stored.metadata() != {"path": key, "size": str(size)}:
+                    return None
+                return stored.get_tensor("features")
+        except (OSError, SafetensorError):
+            return None
+
+    def put(self, key: str, size: int, features: torch.Tensor) -> None:
+        """Keep a clip's features. A folder that cannot be written is said once and left alone."""
+        if not self._writable:
+            return
+        file = self._file(key)
+        temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"features": features.contiguous()}, temporary, {"path": key, "size": str(size)})
+            temporary.replace(file)
+        except (OSError, SafetensorError) as error:
+            self._writable = False
+            logger.warning("%s: cannot be written (%s); features are computed each time", self._folder, error)
+
+    def _file(self, key: str) -> Path:
+        name = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+        return self._folder / name[:2] / f"{name}.safetensors"
