@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import gc
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from pipeline_arguments import (
@@ -38,8 +40,16 @@ from vita_audio.evaluation.benchmark import (
     rank_and_world_size,
     read_test_set,
 )
-from vita_audio.evaluation.table import BenchmarkSets, Table, modes_for, score_floor, score_row
-from vita_audio.inference import resolve_mode
+from vita_audio.evaluation.table import (
+    BenchmarkSets,
+    Row,
+    Table,
+    measure_speed,
+    modes_for,
+    score_floor,
+    score_row,
+)
+from vita_audio.inference import SpeechPipeline, resolve_mode
 
 
 def main() -> None:
@@ -75,24 +85,39 @@ def main() -> None:
 
 def fill(table: Table, missing: list, sets: BenchmarkSets, pool, args: argparse.Namespace) -> None:
     """Score the rows that are not there yet; a checkpoint is loaded once for all its modes."""
-    pipeline, loaded, listener, floor = None, None, None, {}
-    progress = tqdm(missing, desc="rows", unit="row", disable=rank_and_world_size()[0] != 0)
-    for stage, folder, mode, fingerprint in progress:
-        progress.set_postfix_str(f"{stage} {mode}")
-        if folder != loaded:
-            pipeline = None
+    listener, floor = None, {}
+    with tqdm(total=len(missing), desc="rows", unit="row", disable=rank_and_world_size()[0] != 0) as progress:
+        for (stage, folder), group in groupby(missing, key=itemgetter(0, 1)):
+            rows = list(group)
             gc.collect()  # the old model leaves before the new one comes
-            pipeline, loaded = open_pipeline(args, folder), folder
-        if listener is None:
-            listener = Listener(pipeline.codec, pool)
-            if sets.tts:
-                floor = score_floor(pipeline.codec, sets.tts, listener, args.output_dir, table.settings)
-        utterances = args.output_dir / f"{stage}-{mode.replace(' ', '-')}"
-        row = score_row(
-            pipeline, sets, listener, utterances, stage, mode,
-            batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, speed_items=args.speed_items,
-        )  # fmt: skip
-        table.put(row | floor | {"fingerprint": fingerprint, "checkpoint": str(folder)})
+            pipeline = open_pipeline(args, folder)
+            if listener is None:
+                listener = Listener(pipeline.codec, pool)
+                if sets.tts:
+                    floor = score_floor(pipeline.codec, sets.tts, listener, args.output_dir, table.settings)
+            progress.set_postfix_str(f"{stage} speed")
+            speeds = measure_speeds(pipeline, sets, [mode for _, _, mode, _ in rows], args)
+            for _, _, mode, fingerprint in rows:
+                progress.set_postfix_str(f"{stage} {mode}")
+                utterances = args.output_dir / f"{stage}-{mode.replace(' ', '-')}"
+                row = score_row(
+                    pipeline, sets, listener, utterances, stage, mode,
+                    batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
+                )  # fmt: skip
+                facts = {"fingerprint": fingerprint, "checkpoint": str(folder)}
+                table.put(row | speeds.get(mode, {}) | floor | facts)
+                progress.update()
+            del pipeline
+
+
+def measure_speeds(
+    pipeline: SpeechPipeline, sets: BenchmarkSets, modes: list[str], args: argparse.Namespace
+) -> dict[str, Row]:
+    """Speed of each mode, measured by the process that writes the table."""
+    spoken = sets.tts or sets.sqa
+    if not spoken or not args.speed_items or rank_and_world_size()[0] != 0:
+        return {}
+    return measure_speed(pipeline, spoken[: args.speed_items + 1], modes, max_new_tokens=args.max_new_tokens)
 
 
 def parse_args() -> argparse.Namespace:

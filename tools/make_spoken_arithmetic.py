@@ -59,16 +59,16 @@ ANSWER = "{} plus {} is {}"
 TASKS = ("asr", "tts", "sqa", "text_qa", "voice_clone")
 SPLITS = ("train", "dev", "test")
 
-# Chosen by the evaluation's recogniser: WER at most 2% on the recordings, and for the speaking voices
-# the lowest after the codec.
+# Chosen by the evaluation's recogniser: WER low on the recordings and, what is not asked of raw voices, at most
+# 15% after a codec of 512 codes (espeak-ng's women, f1 to f5, lose 23% to 32% there).
 SPEAKING_VOICE = Voice("en-us+klatt3", 170, 50)
 CLONING_VOICES = (SPEAKING_VOICE, Voice("en-us", 170, 50), Voice("en-us+edward", 165, 65))
-ASKING_VOICES = ("en-us", "en-gb-x-rp", "en-us+f5", "en-us+m6", "en-us+klatt3")
+ASKING_VOICES = ("en-us", "en-gb-x-rp", "en-us+m5", "en-us+m6", "en-us+klatt3")
 ASKING_WORDS_PER_MINUTE = (155, 190)
 ASKING_PITCH = (35, 65)
 
 # Shares of the utterances to synthesise; text QA needs none.
-SHARES = {"asr": 0.36, "tts": 0.28, "sqa": 0.24, "voice_clone": 0.12}
+SHARES = {"asr": 0.4, "tts": 0.26, "sqa": 0.23, "voice_clone": 0.11}
 HELD_OUT_SHARE = {"dev": 0.02, "test": 0.04}
 FEWEST_HELD_OUT = 4
 

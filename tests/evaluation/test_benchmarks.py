@@ -111,12 +111,23 @@ def test_punctuation_does_not_count_as_words():
     )
 
 
-def test_speed_is_measured_on_single_replies(pipeline, tiny_world):
-    items = read_test_set(tiny_world.data_dir / "tts.jsonl")
-    speed = measure_speed(pipeline, items, OPTIONS)
-    assert speed["tokens_per_second"] > 0
-    assert 0 < speed["first_chunk_seconds"] < 60
-    assert speed["first_sound_seconds"] > 0
+def test_speed_is_measured_mode_beside_mode_on_single_replies(pipeline, tiny_world, monkeypatch):
+    (item,) = read_test_set(tiny_world.data_dir / "tts.jsonl")
+    reply, asked = type(pipeline).reply, []
+
+    def noted(self, conversation, options, **arguments):
+        asked.append(options.mode)
+        return reply(self, conversation, options, **arguments)
+
+    monkeypatch.setattr(type(pipeline), "reply", noted)
+    speeds = measure_speed(pipeline, [item, item, item], ["vanilla", "turbo"], max_new_tokens=120)
+    assert asked == ["vanilla", "turbo"] * 3, "the first item warms up, then the modes take turns"
+    assert list(speeds) == ["vanilla", "turbo"]
+    for speed in speeds.values():
+        assert speed["speed_utterances"] == 2
+        assert speed["tokens_per_second"] > 0
+        assert 0 < speed["first_chunk_seconds"] < 60
+        assert speed["first_sound_seconds"] > 0
 
 
 @pytest.mark.parametrize(
@@ -131,8 +142,8 @@ def test_a_row_holds_every_column_and_the_table_shows_it(pipeline, tiny_world, l
     sets = BenchmarkSets(
         *(read_test_set(tiny_world.data_dir / f"{task}.jsonl") for task in ("asr", "tts", "sqa"))
     )
-    row = score_row(pipeline, sets, listener, tmp_path / "row", "stage4", "boost", speed_items=1)
-    scores = "asr_wer tts_wer sqa_s2t_accuracy sqa_s2s_accuracy tokens_per_second first_chunk_seconds"
+    row = score_row(pipeline, sets, listener, tmp_path / "row", "stage4", "boost")
+    scores = "asr_wer tts_wer sqa_s2t_accuracy sqa_s2s_accuracy"
     assert set(scores.split()) <= set(row)
     lines = markdown([row]).splitlines()
     assert lines[2].startswith("| stage4 | boost | 0.0 |")

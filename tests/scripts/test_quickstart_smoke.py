@@ -83,7 +83,11 @@ def test_the_table_has_every_stage_and_mode(finished):
 def test_the_report_has_its_pictures_and_players(finished):
     out, _ = finished
     assert {path.name for path in (out / "report").glob("*.png")} >= {"losses.png", "speed.png"}
-    assert (out / "report.html").read_text().count("<audio") > 4
+    replies = [json.loads(line) for line in (out / "inference/replies.jsonl").read_text().splitlines()]
+    questions = {reply["name"]: len(reply["audios"]) for reply in replies}
+    assert sum(questions.values()) >= 3, "ASR, speech QA and voice clone are asked with a recording"
+    answers = sum(reply["wav"] is not None for reply in replies)
+    assert (out / "report.html").read_text().count("<audio") == sum(questions.values()) + answers
 
 
 def test_a_third_start_changes_nothing(finished):

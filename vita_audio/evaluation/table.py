@@ -25,7 +25,7 @@ from vita_audio.evaluation.benchmark import (
 )
 from vita_audio.evaluation.sqa import run_sqa, score_sqa
 from vita_audio.evaluation.tts import run_codec_floor, run_tts, score_codec_floor, score_tts
-from vita_audio.inference import AudioChunk, GenerationOptions, SpeechPipeline, resolve_mode
+from vita_audio.inference import AudioChunk, GenerationOptions, SpeechPipeline, Timings, resolve_mode
 
 Row = dict[str, Any]
 
@@ -116,9 +116,8 @@ def score_row(
     *,
     batch_size: int = 32,
     max_new_tokens: int = SPOKEN_REPLY_TOKENS,
-    speed_items: int = 5,
 ) -> Row:
-    """All scores of one checkpoint in one mode; utterances and WAV files go to ``folder``.
+    """What one checkpoint gets right in one mode; utterances and WAV files go to ``folder``.
 
     Speech-QA and ASR decode greedily; so does TTS, so that a row can be repeated.
     """
@@ -136,34 +135,47 @@ def score_row(
         sqa = run_sqa(pipeline, sets.sqa, options, listener, folder, batch_size)
         write_utterances(folder / "sqa.jsonl", sqa)
         row |= score_sqa(sqa)
-    spoken = sets.tts or sets.sqa
-    if spoken and speed_items and rank_and_world_size()[0] == 0:  # who writes the row measures it
-        row |= measure_speed(pipeline, spoken[: speed_items + 1], options)
     return row
 
 
 def measure_speed(
-    pipeline: SpeechPipeline, items: Sequence[BenchmarkItem], options: GenerationOptions
-) -> dict[str, float | None]:
-    """Speed of one reply at a time; the first item warms up and does not count.
+    pipeline: SpeechPipeline,
+    items: Sequence[BenchmarkItem],
+    modes: Sequence[str],
+    *,
+    max_new_tokens: int = SPOKEN_REPLY_TOKENS,
+) -> dict[str, Row]:
+    """Speed of one reply at a time, every mode in turn on each item, so that modes can be compared.
+
+    The first item warms up and does not count, unless it is the only one.
 
     Returns:
-        ``tokens_per_second`` of generation; ``first_chunk_seconds``, median time from the finished
-        prompt to the last code of the first audio chunk; ``first_sound_seconds``, median time
-        from the question to the first decoded samples, prompt and decoder included.
+        For each mode ``tokens_per_second`` of generation; ``first_chunk_seconds``, median time from the
+        finished prompt to the last code of the first audio chunk; ``first_sound_seconds``, median
+        time from the question to the first decoded samples, prompt and decoder included.
     """
+    options = {mode: GenerationOptions(mode=mode, max_new_tokens=max_new_tokens) for mode in modes}
     warm_up, *measured = items if len(items) > 1 else [*items, *items]
-    pipeline.reply(warm_up.conversation, options, decode=False)
-    timings = [pipeline.reply(item.conversation, options, decode=False).timings for item in measured]
+    for mode in modes:
+        pipeline.reply(warm_up.conversation, options[mode], decode=False)
+    timings: dict[str, list[Timings]] = {mode: [] for mode in modes}
+    sounds: dict[str, list[float | None]] = {mode: [] for mode in modes}
+    for item in measured:
+        for mode in modes:
+            timings[mode].append(pipeline.reply(item.conversation, options[mode], decode=False).timings)
+            sounds[mode].append(first_sound_seconds(pipeline, item, options[mode]))
+    return {mode: _speed_columns(timings[mode], sounds[mode]) for mode in modes}
+
+
+def _speed_columns(timings: Sequence[Timings], sounds: Sequence[float | None]) -> Row:
     chunks = [timing.first_chunk - timing.prompt for timing in timings if timing.first_chunk is not None]
-    sounds = [first_sound_seconds(pipeline, item, options) for item in measured]
     heard = [seconds for seconds in sounds if seconds is not None]
     return {
         "tokens_per_second": sum(timing.new_tokens for timing in timings)
         / sum(timing.generated - timing.prompt for timing in timings),
         "first_chunk_seconds": median(chunks) if chunks else None,
         "first_sound_seconds": median(heard) if heard else None,
-        "speed_utterances": len(measured),
+        "speed_utterances": len(timings),
     }
 
 
