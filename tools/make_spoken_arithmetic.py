@@ -59,8 +59,8 @@ ANSWER = "{} plus {} is {}"
 TASKS = ("asr", "tts", "sqa", "text_qa", "voice_clone")
 SPLITS = ("train", "dev", "test")
 
-# Chosen by the evaluation's recogniser: WER low on the recordings and, what is not asked of raw voices, at most
-# 15% after a codec of 512 codes (espeak-ng's women, f1 to f5, lose 23% to 32% there).
+# Voices in which the evaluation's recogniser makes at most 15% word errors, both on the recordings and after
+# a codec of 512 codes (docs/log.md).
 SPEAKING_VOICE = Voice("en-us+klatt3", 170, 50)
 CLONING_VOICES = (SPEAKING_VOICE, Voice("en-us", 170, 50), Voice("en-us+edward", 165, 65))
 ASKING_VOICES = ("en-us", "en-gb-x-rp", "en-us+m5", "en-us+m6", "en-us+klatt3")

@@ -150,9 +150,9 @@ def measure_speed(
     The first item warms up and does not count, unless it is the only one.
 
     Returns:
-        For each mode ``tokens_per_second`` of generation; ``first_chunk_seconds``, median time from the
-        finished prompt to the last code of the first audio chunk; ``first_sound_seconds``, median
-        time from the question to the first decoded samples, prompt and decoder included.
+        For each mode, medians over the replies: ``tokens_per_second`` of generation; ``first_chunk_seconds``
+        from the finished prompt to the last code of the first audio chunk; ``first_sound_seconds``
+        from the question to the first decoded samples, prompt and decoder included.
     """
     options = {mode: GenerationOptions(mode=mode, max_new_tokens=max_new_tokens) for mode in modes}
     warm_up, *measured = items if len(items) > 1 else [*items, *items]
@@ -171,8 +171,9 @@ def _speed_columns(timings: Sequence[Timings], sounds: Sequence[float | None]) -
     chunks = [timing.first_chunk - timing.prompt for timing in timings if timing.first_chunk is not None]
     heard = [seconds for seconds in sounds if seconds is not None]
     return {
-        "tokens_per_second": sum(timing.new_tokens for timing in timings)
-        / sum(timing.generated - timing.prompt for timing in timings),
+        "tokens_per_second": median(
+            timing.new_tokens / (timing.generated - timing.prompt) for timing in timings
+        ),
         "first_chunk_seconds": median(chunks) if chunks else None,
         "first_sound_seconds": median(heard) if heard else None,
         "speed_utterances": len(timings),

@@ -168,6 +168,8 @@ class Rounds:
         self.backbone_cache = backbone_cache
         self.head_caches = head_caches
         self.prompt_embeds = prompt_embeds
+        self.masks: dict[str, object] = {}
+        self.masked: tuple[int, int] | None = None  # positions seen and new that the masks are for
 
     def backbone(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, **outputs):
         """Hidden state of the last token, (batch, d), after running all tokens not yet seen."""
@@ -209,13 +211,16 @@ class Rounds:
         embeds = self.model.get_input_embeddings()(input_ids[:, tokens])
         positions = position_ids[:, tokens]
         config = self.model.config
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, : seen + hidden.shape[1]]
-        masks = attention_masks(config, embeds, attention_mask, cache, positions)
+        # The heads of a round mostly catch up on the same positions, so that one mask does for all.
+        if self.masked != (seen, hidden.shape[1]):
+            self.masked = (seen, hidden.shape[1])
+            if attention_mask is not None:
+                attention_mask = attention_mask[:, : seen + hidden.shape[1]]
+            self.masks = attention_masks(config, embeds, attention_mask, cache, positions)
         output = self.heads[index](
             embeds,
             hidden,
-            attention_mask=masks[config.layer_types[config.num_backbone_layers + index]],
+            attention_mask=self.masks[config.layer_types[config.num_backbone_layers + index]],
             position_embeddings=self.model.model.rotary_emb(hidden, positions),
             position_ids=positions,
             use_cache=True,
