@@ -63,6 +63,7 @@ def test_the_table_is_written_and_continued(run_tool, table_flags, tmp_path, mon
         assert (row["asr_wer"], row["sqa_s2t_accuracy"]) == (0.0, 1.0)
         assert row["tts_wer"] == row["tts_floor_wer"]
         assert row["tokens_per_second"] > 0
+        assert row["first_chunk_seconds"] > 0
     assert "| tiny | 1 10 |" in (tmp_path / "out" / "scores.md").read_text()
     assert (tmp_path / "out" / "tiny-1-10" / "wav" / "tts" / "tts_1.wav").is_file()
 
