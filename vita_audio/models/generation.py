@@ -157,21 +157,43 @@ def schedule_steps(mode: Sequence[int], num_heads: int) -> Iterator[int]:
 class Rounds:
     """Runs single steps of a schedule over growing rows, with or without caches.
 
-    The rows (token ids, positions, mask) are passed to every step; only caches live here.
+    The rows (token ids, mask) are passed to every step; caches and positions live here.
+
+    Args:
+        position_ids: (batch, time) of the prompt; what is generated counts on from there.
+        prompt_embeds: (batch, time, d), the prompt's backbone inputs where they are not plain embeddings.
     """
 
     def __init__(
-        self, model, backbone_cache: Cache | None, head_caches: list[HeadCache], prompt_embeds: Tensor | None
+        self,
+        model,
+        backbone_cache: Cache | None,
+        head_caches: list[HeadCache],
+        position_ids: Tensor,
+        prompt_embeds: Tensor | None,
     ):
+        config = model.config
         self.model = model
         self.heads = model.heads
+        self.head_layer_types = config.layer_types[config.num_backbone_layers :]
         self.backbone_cache = backbone_cache
         self.head_caches = head_caches
+        self.position_ids = position_ids
         self.prompt_embeds = prompt_embeds
+        # What the heads of a round share, and the positions (seen, new) that it is for.
+        self.shared_for: tuple[int, int] | None = None
         self.masks: dict[str, object] = {}
-        self.masked: tuple[int, int] | None = None  # positions seen and new that the masks are for
+        self.rotary: tuple[Tensor, ...] = ()
 
-    def backbone(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, **outputs):
+    def positions(self, start: int, stop: int) -> Tensor:
+        """Position ids (batch, stop - start) of places in the row, also of places not yet filled."""
+        known = self.position_ids.shape[1]
+        if stop > known:
+            ahead = torch.arange(1, 2 * stop - known, device=self.position_ids.device)
+            self.position_ids = torch.cat([self.position_ids, self.position_ids[:, -1:] + ahead], dim=1)
+        return self.position_ids[:, start:stop]
+
+    def backbone(self, input_ids: Tensor, attention_mask: Tensor | None, **outputs):
         """Hidden state of the last token, (batch, d), after running all tokens not yet seen."""
         cached = self.backbone_cache is not None
         seen = cache_length(self.backbone_cache)
@@ -179,7 +201,7 @@ class Rounds:
         result = self.model.model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
-            position_ids=position_ids[:, seen:],
+            position_ids=self.positions(seen, input_ids.shape[1]),
             cache=self.backbone_cache,
             use_cache=cached,
             **outputs,
@@ -199,36 +221,37 @@ class Rounds:
             return new
         return torch.cat([self.prompt_embeds[:, seen:].to(new.dtype), new], dim=1)
 
-    def head(
-        self, index: int, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None
-    ) -> Tensor:
+    def head(self, index: int, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Hidden state (batch, d) of head ``index`` at its last position, after it has caught up."""
         cache = self.head_caches[index]
         hidden = cache.take()
-        seen = cache.get_seq_length()
-        ahead = index + 1
-        tokens = slice(seen + ahead, seen + ahead + hidden.shape[1])
-        embeds = self.model.get_input_embeddings()(input_ids[:, tokens])
-        positions = position_ids[:, tokens]
-        config = self.model.config
-        # The heads of a round mostly catch up on the same positions, so that one mask does for all.
-        if self.masked != (seen, hidden.shape[1]):
-            self.masked = (seen, hidden.shape[1])
-            if attention_mask is not None:
-                attention_mask = attention_mask[:, : seen + hidden.shape[1]]
-            self.masks = attention_masks(config, embeds, attention_mask, cache, positions)
+        seen, new = cache.get_seq_length(), hidden.shape[1]
+        if self.shared_for != (seen, new):
+            # Mostly the heads of a round catch up on the same positions, each reading one token further on.
+            self.shared_for = seen, new
+            self.share(seen, hidden, attention_mask, cache)
+        first = seen + index + 1
         output = self.heads[index](
-            embeds,
+            self.model.get_input_embeddings()(input_ids[:, first : first + new]),
             hidden,
-            attention_mask=self.masks[config.layer_types[config.num_backbone_layers + index]],
-            position_embeddings=self.model.model.rotary_emb(hidden, positions),
-            position_ids=positions,
+            attention_mask=self.masks[self.head_layer_types[index]],
+            position_embeddings=tuple(part[:, index : index + new] for part in self.rotary),
+            position_ids=self.positions(first, first + new),
             use_cache=True,
             **{CACHE: cache},
         )
         if index + 1 < len(self.head_caches):
             self.head_caches[index + 1].add(output)
         return output[:, -1]
+
+    def share(self, seen: int, hidden: Tensor, attention_mask: Tensor | None, cache: HeadCache) -> None:
+        """Masks, and rotary embeddings of the places that any head reads, for ``hidden`` (batch, new, d)."""
+        new = hidden.shape[1]
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, : seen + new]
+        positions = self.positions(seen + 1, seen + new + len(self.heads))
+        self.masks = attention_masks(self.model.config, hidden, attention_mask, cache, positions[:, :new])
+        self.rotary = self.model.model.rotary_emb(hidden, positions)
 
 
 def decode_in_rounds(
@@ -256,7 +279,6 @@ def decode_in_rounds(
     attention_mask = model_kwargs.get("attention_mask")
     if attention_mask is not None and attention_mask.all():
         attention_mask = None  # nothing is padded: causal kernels need no mask
-    position_ids = model_kwargs["position_ids"]
     captured = {
         name: True for name in ("output_attentions", "output_hidden_states") if getattr(config, name, False)
     }
@@ -269,9 +291,9 @@ def decode_in_rounds(
     final_length = None
     for step in schedule_steps(mode, num_heads):
         if step == BACKBONE:
-            hidden, outputs = rounds.backbone(input_ids, position_ids, attention_mask, **captured)
+            hidden, outputs = rounds.backbone(input_ids, attention_mask, **captured)
         else:
-            hidden, outputs = rounds.head(step, input_ids, position_ids, attention_mask), None
+            hidden, outputs = rounds.head(step, input_ids, attention_mask), None
         logits = model.lm_head(hidden).float()
         scores = logits_processor(input_ids, logits)
         if final_length is None:
@@ -291,7 +313,6 @@ def decode_in_rounds(
         if stops_at_eos:
             next_tokens = next_tokens.where(unfinished.bool(), pad_token_id)
         input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=1)
-        position_ids = torch.cat([position_ids, position_ids[:, -1:] + 1], dim=1)
         if attention_mask is not None:
             attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
         if final_length is None:
@@ -341,4 +362,4 @@ def prepare_rounds(model, input_ids: Tensor, last_head: int, model_kwargs: dict)
     }
     if prompt_embeds is None and extra:
         prompt_embeds = model.embed_inputs(input_ids, **extra)
-    return Rounds(model, cache, head_caches, prompt_embeds)
+    return Rounds(model, cache, head_caches, model_kwargs["position_ids"], prompt_embeds)
