@@ -15,7 +15,6 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +245,7 @@ def cell(value: Any, kind: str) -> str:
 
 
 def loss_figure(logs: dict[str, list[dict]]) -> Figure:
-    """A panel for each stage; the LLM's line and one for every head."""
+    """A panel for each stage; a line for every head, and the LLM's where it trains."""
     columns = min(2, len(logs))
     rows = math.ceil(len(logs) / columns)
     figure = Figure(figsize=(9.5, 3.1 * rows), layout="constrained")
@@ -256,7 +255,8 @@ def loss_figure(logs: dict[str, list[dict]]) -> Figure:
             {key for entry in history for key in entry if key.startswith("mtp_loss_")}, key=head_number
         )
         colours = matplotlib.colormaps["viridis"](np.linspace(0.15, 0.9, max(len(heads), 1)))
-        plot_loss(panel, history, "main_loss" if has(history, "main_loss") else "loss", "LLM", INK, 1.6)
+        if any(entry.get("main_loss") is not None for entry in history):
+            plot_loss(panel, history, "main_loss", "LLM", INK, 1.6)
         for head, colour in zip(heads, colours, strict=False):
             plot_loss(panel, history, head, f"head {head_number(head) + 1}", colour, 1.0)
         panel.set_title(stage_title, loc="left", fontweight="bold")
@@ -273,10 +273,6 @@ def loss_figure(logs: dict[str, list[dict]]) -> Figure:
 def plot_loss(panel, history: list[dict], key: str, label: str, colour: Any, width: float) -> None:
     points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
     panel.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=width)
-
-
-def has(history: Iterable[dict], key: str) -> bool:
-    return any(entry.get(key) is not None for entry in history)
 
 
 def head_number(key: str) -> int:

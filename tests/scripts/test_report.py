@@ -78,6 +78,11 @@ def test_every_head_has_a_line(report, run):
     assert labels == ["LLM", *(f"head {head}" for head in range(1, 11))]
 
 
+def test_a_frozen_llm_has_no_line(report):
+    frozen = {"2 · one head": [{"step": 5, "loss": 2.0, "mtp_loss_0": 2.0}]}
+    assert [line.get_label() for line in report.loss_figure(frozen).axes[0].lines] == ["head 1"]
+
+
 def test_an_empty_run_and_a_torn_file_are_refused(report, run, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(ValueError, match="nothing to report"):
