@@ -3,7 +3,7 @@
 #   prepare_environment EXTRAS     EXTRAS such as "eval" or "eval,dev"
 # VENV names the folder (default .venv in the repository); PYTHON_BOOTSTRAP the interpreter.
 
-# What is tested is what is installed: newer releases have changed behaviour under us before.
+# The versions that are tested: newer releases have changed behaviour under us before.
 PINNED=$REPOSITORY/requirements_ds_gpu.txt
 TORCH_VERSION=$(sed -n 's/^torch==//p' "$PINNED")
 
@@ -14,8 +14,8 @@ die() {
 
 find_python() {
   local candidate
-  for candidate in "${PYTHON_BOOTSTRAP:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
-    if [[ -n $candidate ]] && "$candidate" -c 'import sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 13)))' 2>/dev/null; then
+  for candidate in "${PYTHON_BOOTSTRAP:-}" python3 python3.13 python3.12 python3.11 python; do
+    if [[ -n $candidate ]] && "$candidate" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 13)))' 2>/dev/null; then
       echo "$candidate"
       return 0
     fi
@@ -43,21 +43,28 @@ pip_install() {
 prepare_environment() {
   local extras=$1 python stamp wanted
   VENV=${VENV:-$REPOSITORY/.venv}
-  python=$(find_python) || die "Python 3.10 to 3.13 is needed and none was found; install one or set PYTHON_BOOTSTRAP"
-  stamp=$VENV/.installed-$extras
+  python=$(find_python) || die "Python 3.11 to 3.13 is needed and none was found; install one or set PYTHON_BOOTSTRAP"
   wanted=$(cat "$REPOSITORY/setup.py" "$REPOSITORY/scripts/environment.sh" "$PINNED" | cksum)
-  if [[ -x $VENV/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
-    return 0
-  fi
+  for stamp in "$VENV/.installed-eval,dev" "$VENV/.installed-$extras"; do # the first has all there is
+    if [[ -x $VENV/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+      return 0
+    fi
+  done
   echo "installing into $VENV (a few minutes the first time)"
-  if [[ ! -x $VENV/bin/python ]]; then
-    "$python" -m venv "$VENV" || die "cannot make a virtual environment in $VENV; on Debian install python3-venv"
+  # An environment without pip was interrupted, or made without python3-venv.
+  if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    "$python" -m venv --clear "$VENV" || die "cannot make a virtual environment in $VENV; on Debian install python3-venv"
   fi
+  local from=$SECONDS
+  echo "  torch $TORCH_VERSION (1 of 3)"
   install_torch || die "cannot install torch $TORCH_VERSION; see pip's message above"
+  echo "  DeepSpeed (2 of 3)"
   # DeepSpeed finds torch at install time and compiles nothing in advance.
   if ! { pip_install setuptools wheel ninja && DS_BUILD_OPS=0 pip_install --no-build-isolation deepspeed; }; then
     die "cannot install DeepSpeed; see pip's message above"
   fi
+  echo "  the package and what else it needs (3 of 3)"
   pip_install --no-build-isolation -e "${REPOSITORY}[$extras]" || die "cannot install the package; see pip's message above"
   echo "$wanted" >"$stamp"
+  echo "installing took $((SECONDS - from)) s"
 }

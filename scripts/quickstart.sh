@@ -41,7 +41,8 @@ case $kind in
   base-full) out=${out:-$REPOSITORY/quickstart} ;;
   *) out=${out:-$REPOSITORY/quickstart-$kind} ;;
 esac
-find_python >/dev/null || die "Python 3.10 to 3.13 is needed and none was found; install one or set PYTHON_BOOTSTRAP"
+[[ $minutes == 25 ]] || kind+="-$minutes-minute"
+find_python >/dev/null || die "Python 3.11 to 3.13 is needed and none was found; install one or set PYTHON_BOOTSTRAP"
 if ! { mkdir -p "$out" 2>/dev/null && [[ -w $out ]]; }; then
   die "--out $out: cannot write there; choose another folder"
 fi
@@ -57,7 +58,12 @@ require_space() { # FOLDER MEGABYTES WHAT
   [[ $free -ge $2 ]] || die "$1: $free MB free, but $3 needs $2 MB; free some or choose another folder"
 }
 require_space "$out" 1500 "the run"
-[[ -d ${VENV:-$REPOSITORY/.venv} ]] || require_space "$REPOSITORY" 4000 "the installation"
+environment=${VENV:-$REPOSITORY/.venv}
+if [[ ! -d $environment ]]; then
+  mkdir -p "$(dirname "$environment")"
+  # CUDA's libraries come with torch where there is a GPU.
+  require_space "$(dirname "$environment")" "$(has_nvidia_gpu && echo 12000 || echo 4000)" "the installation"
+fi
 
 # -- steps ----------------------------------------------------------------------------------------------
 
@@ -91,17 +97,29 @@ PATH=$VENV/bin:$PATH
 export PYTHON=$VENV/bin/python PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# What a shell may still hold from training by hand would send the stages elsewhere.
-unset MODEL_NAME_OR_PATH AUDIO_MODEL_NAME_OR_PATH OUTPUT_DIR
+# What a shell may still hold from training or scoring by hand would send the stages elsewhere.
+unset MODEL_NAME_OR_PATH AUDIO_MODEL_NAME_OR_PATH OUTPUT_DIR ROOT_PATH LOCAL_ROOT_PATH AUDIO_FEATURE_CACHE \
+  NNODES NODE_RANK MASTER_ADDR MASTER_PORT DDP_TIMEOUT EVALUATION_PROCESSES \
+  NUM_HEADS LANGUAGE_MODEL_FREEZE AUDIO_MODEL_FREEZE TEXT_AUDIO_INTERVAL_RATIO ATTN_IMPLEMENTATION TF32 \
+  WEIGHT_DECAY MTP_LEARNING_RATE_MULTIPLIER WARMUP_RATIO MIN_LR_RATIO LR_SCHEDULER_TYPE LR_SCHEDULER_KWARGS \
+  PER_DEVICE_TRAIN_BATCH_SIZE ADAM_BETA1 ADAM_BETA2 ADAM_EPSILON MAX_GRAD_NORM SEED DATA_SEED \
+  MAX_ERROR_SHARE SAVE_TOTAL_LIMIT REPORT_TO \
+  ASR_JSON TTS_JSON SQA_JSON MODES TRANSCRIBER TRANSCRIBER_PATH LANGUAGE_CODE FLOW_PATH BATCH_SIZE
 
-# Sizes, steps and rates: configuration only.
-set -a
+# Sizes, steps and rates: configuration only. The later file wins.
 QUICKSTART_CONFIG=$REPOSITORY/configs/quickstart
-# shellcheck source=../configs/quickstart/full.env
-source "$QUICKSTART_CONFIG/$size.env"
-# shellcheck source=../configs/quickstart/plus.env
-[[ $variant == base ]] || source "$QUICKSTART_CONFIG/$variant.env"
+set -a
+for settings in "$size" "$variant" "$variant-$size"; do
+  # shellcheck source=/dev/null
+  [[ ! -f $QUICKSTART_CONFIG/$settings.env ]] || source "$QUICKSTART_CONFIG/$settings.env"
+done
 set +a
+
+# Two rows a step, whether by two processes or by one GPU.
+# shellcheck source=deepspeed/devices.sh
+source "$REPOSITORY/scripts/deepspeed/devices.sh"
+export NPROC_PER_NODE=2 GRADIENT_ACCUMULATION_STEPS=1
+if [[ $(count_gpus) -eq 1 ]]; then NPROC_PER_NODE=1 GRADIENT_ACCUMULATION_STEPS=2; fi
 
 scaled() { # STEPS, in proportion to --minutes
   local steps=$(($1 * minutes / 25))
@@ -121,8 +139,7 @@ step codec python "$REPOSITORY/tools/fit_mel_vq.py" --corpus "$corpus" --out "$c
 step base_llm python "$REPOSITORY/tools/make_base_llm.py" \
   --corpus "$corpus" --config "$QUICKSTART_CONFIG/$BASE_LLM_CONFIG" --out "$base"
 if [[ $variant == plus ]]; then
-  # shellcheck disable=SC2086  # several flags
-  step sensevoice python "$REPOSITORY/tools/make_sensevoice.py" ${SENSEVOICE_FLAGS:-} --corpus "$corpus" --out "$out/sensevoice"
+  step sensevoice python "$REPOSITORY/tools/make_sensevoice.py" --corpus "$corpus" --out "$out/sensevoice"
   export AUDIO_MODEL_NAME_OR_PATH=$out/sensevoice
 fi
 

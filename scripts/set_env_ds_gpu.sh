@@ -18,7 +18,7 @@ if [[ ! -f $VENV/.cluster || $requirements -nt $VENV/.cluster ]]; then
   pip install --quiet setuptools wheel ninja packaging "$(grep '^torch==' "$requirements")" || return 1
   grep -v '^flash-attn' "$requirements" >"$VENV/requirements.txt"
   pip install --quiet --no-build-isolation -r "$VENV/requirements.txt" || return 1
-  pip install --quiet --no-build-isolation flash-attn ||
+  pip install --quiet --no-build-isolation "$(grep "^flash-attn" "$requirements")" ||
     echo "flash-attn could not be built; the stage scripts use sdpa instead" >&2
   pip install --quiet --no-build-isolation --no-deps -e "$REPOSITORY" || return 1
   touch "$VENV/.cluster"

@@ -17,7 +17,9 @@ esac
 
 prepare_environment "eval,dev"
 PATH=$VENV/bin:$PATH
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu
+# The tests' processes are CPU processes wherever they run.
+export CUDA_VISIBLE_DEVICES=
 
 if [[ ${1:-} == -- ]]; then
   shift

@@ -31,7 +31,6 @@ from transformers import AutoTokenizer, HfArgumentParser, set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from vita_audio.audio import is_continuous_kind
-from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
 from vita_audio.data import (
     CodecSpec,
     DataConfig,
@@ -168,7 +167,7 @@ def _open_model(model_args, data_args, stage_args, tokenizer) -> transformers.Pr
         model.config.mtp_loss_weight = model_args.mtp_loss_weight
     model.config.use_cache = False
     if model_args.num_nextn_predict_layers:
-        model.generation_config.mtp_inference_mode = list(DEFAULT_TEXT_AUDIO_RATIO)
+        model.set_default_mode(data_args.text_audio_interval_ratio)
     return model
 
 

@@ -106,10 +106,12 @@ def read_requests(args: argparse.Namespace) -> Iterator[Request]:
     system = system_prompt(args)
     for number, text in enumerate(args.text, start=1):
         yield Request(f"text_{number}", "text", prompts.chat(text, system))
-    for audio in map(existing, args.question):
-        yield Request(f"question_{audio.stem}", "speech QA", prompts.speech_to_speech(audio, system=system))
-    for audio in map(existing, args.asr):
-        yield Request(f"asr_{audio.stem}", "ASR", prompts.transcription(audio))
+    for number, audio in enumerate(map(existing, args.question), start=1):
+        yield Request(
+            f"question_{number}_{audio.stem}", "speech QA", prompts.speech_to_speech(audio, system=system)
+        )
+    for number, audio in enumerate(map(existing, args.asr), start=1):
+        yield Request(f"asr_{number}_{audio.stem}", "ASR", prompts.transcription(audio))
     for number, text in enumerate(args.tts, start=1):
         yield Request(f"tts_{number}", "TTS", prompts.synthesis(text))
         if args.voice:

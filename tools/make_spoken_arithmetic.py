@@ -8,7 +8,8 @@ ask; one clear voice answers and reads aloud; voice cloning adds two more. Writt
 relative to the folder), ``examples.jsonl`` (one test sample of each task) and ``grammar.jsgf``
 (all that can be said, for a recogniser).
 
-* ASR: digit strings and questions of many voices, and in training every other task's recordings.
+* ASR: digit strings and questions of many voices, and in training what the other tasks say too, replies to
+  questions left out.
 * TTS and voice cloning: digit strings.
 * Speech and text QA: "what is three plus five" in several wordings -> "three plus five is eight".
 
@@ -120,17 +121,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--utterances", type=int, default=8000, metavar="N", help="about so many WAV files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes")
-    parser.add_argument("--check", action="store_true", help="only see whether there is a synthesiser")
     args = parser.parse_args()
-    if args.check:
-        open_synthesiser()
-        return
-    if args.out is None:
-        parser.error("--out DIR is needed")
     if args.utterances < 100 or args.utterances > 100_000:
         parser.error(f"--utterances {args.utterances}: give 100 to 100000")
     if args.workers < 1:

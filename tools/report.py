@@ -26,7 +26,8 @@ import soundfile
 from matplotlib.figure import Figure
 
 from vita_audio.audio import load_audio
-from vita_audio.constants import AUDIO_TAG
+from vita_audio.constants import AUDIO_TAG, INFERENCE_MODES
+from vita_audio.evaluation.table import COLUMNS, LEGEND
 
 STAGES = {
     "stage1": "1 · alignment",
@@ -34,18 +35,6 @@ STAGES = {
     "mtp10_stage1": "3 · ten heads",
     "mtp10_stage2": "4 · supervised finetuning",
 }
-COLUMNS = (
-    ("stage", "stage", "text"),
-    ("mode", "mode", "text"),
-    ("asr_wer", "ASR WER %", "percent"),
-    ("tts_wer", "TTS WER %", "percent"),
-    ("tts_floor_wer", "codec floor %", "percent"),
-    ("sqa_s2t_accuracy", "speech QA S→T %", "percent"),
-    ("sqa_s2s_accuracy", "speech QA S→S %", "percent"),
-    ("tokens_per_second", "tokens / s", "whole"),
-    ("first_chunk_seconds", "first chunk ms", "milliseconds"),
-)
-MODES = ("vanilla", "balance", "boost", "turbo")
 INK, SOFT, ACCENT = "#1d2433", "#5d6880", "#2f6fb3"
 DOTS_PER_INCH = 150
 
@@ -222,23 +211,14 @@ def score_table(scores: list[dict]) -> dict | None:
     """Titles and formatted cells of the columns that any row has."""
     if not scores:
         return None
-    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in scores)]
+    columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in scores)]
     rows = []
     for index, row in enumerate(scores):
-        cells = [{"value": cell(row.get(key), kind), "text": kind == "text"} for key, _, kind in columns]
+        cells = [{"value": column.cell(row), "text": column.is_text} for column in columns]
         new_stage = index > 0 and row["stage"] != scores[index - 1]["stage"]
         rows.append({"cells": cells, "new_stage": new_stage})
-    return {"columns": [{"title": name, "text": kind == "text"} for _, name, kind in columns], "rows": rows}
-
-
-def cell(value: Any, kind: str) -> str:
-    if value is None:
-        return "–"
-    if kind == "percent":
-        return f"{100 * value:.1f}"
-    if kind == "milliseconds":
-        return f"{1000 * value:.0f}"
-    return f"{value:.0f}" if kind == "whole" else str(value)
+    titles = [{"title": column.title, "text": column.is_text} for column in columns]
+    return {"columns": titles, "rows": rows, "legend": LEGEND}
 
 
 # -- pictures --------------------------------------------------------------------------------------------
@@ -285,7 +265,8 @@ def speed_figure(scores: list[dict]) -> Figure | None:
     if not timed:
         return None
     rows = {row["mode"]: row for row in timed if row["stage"] == timed[-1]["stage"]}
-    modes = sorted(rows, key=lambda mode: MODES.index(mode) if mode in MODES else len(MODES))
+    known = list(INFERENCE_MODES)
+    modes = sorted(rows, key=lambda mode: known.index(mode) if mode in known else len(known))
     figure = Figure(figsize=(9.5, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     speeds = [rows[mode]["tokens_per_second"] for mode in modes]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sourced by the stage scripts and evaluate_sts.sh.
+# Sourced by quickstart.sh, the stage scripts and evaluate_sts.sh.
 
 # How many NVIDIA GPUs this shell may use: those in CUDA_VISIBLE_DEVICES, else all.
 count_gpus() {
@@ -17,4 +17,21 @@ count_gpus() {
     count=$((count + 1))
   done
   echo "$count"
+}
+
+# RENDEZVOUS becomes torchrun's flags for NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. One node without a port takes a free one.
+# shellcheck disable=SC2034  # used by those who source this
+set_rendezvous() { # DEFAULT_PORT
+  if [[ ${NNODES:-1} -eq 1 && -z ${MASTER_PORT:-} ]]; then
+    RENDEZVOUS=(--standalone)
+    return
+  fi
+  if [[ ${NNODES:-1} -gt 1 && -z ${MASTER_ADDR:-} ]]; then
+    echo "error: NNODES=$NNODES without MASTER_ADDR; set it on every node to the address of node 0" >&2
+    exit 1
+  fi
+  RENDEZVOUS=(
+    --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
+    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-$1}"
+  )
 }

@@ -27,7 +27,10 @@ die() {
 ROOT_PATH=${ROOT_PATH:-$REPOSITORY}
 LOCAL_ROOT_PATH=${LOCAL_ROOT_PATH:-$ROOT_PATH}
 OUTPUT_DIR=${OUTPUT_DIR:-$LOCAL_ROOT_PATH/output/evaluation}
-AUDIO_TOKENIZER_TYPE=${AUDIO_TOKENIZER_TYPE:-glm4voice}
+AUDIO_TOKENIZER_TYPE=${AUDIO_TOKENIZER_TYPE:-${STAGE_PREFIX:-glm4voice}}
+if [[ $AUDIO_TOKENIZER_TYPE == sensevoice_* ]]; then
+  AUDIO_MODEL_NAME_OR_PATH=${AUDIO_MODEL_NAME_OR_PATH:-$ROOT_PATH/models/FunAudioLLM/SenseVoiceSmall}
+fi
 AUDIO_TOKENIZER_PATH=${AUDIO_TOKENIZER_PATH:-$ROOT_PATH/models/THUDM/glm-4-voice-tokenizer}
 if [[ $AUDIO_TOKENIZER_TYPE == *glm4voice ]]; then
   FLOW_PATH=${FLOW_PATH:-$ROOT_PATH/models/THUDM/glm-4-voice-decoder}
@@ -41,7 +44,7 @@ run_folder() { # STAGE_NAME: the run of that stage, the newest unless TIMESTAMP 
     echo "$stage_folder/$TIMESTAMP"
     return
   fi
-  # shellcheck disable=SC2012  # names are time stamps
+  # shellcheck disable=SC2012  # names without odd characters, and the newest counts
   candidate=$(ls -td "$stage_folder"/*/config.json 2>/dev/null | head -n 1)
   echo "${candidate%/config.json}"
 }
@@ -69,14 +72,11 @@ fi
 sets=()
 for task in asr tts sqa; do
   variable=${task^^}_JSON
-  files=${!variable:-}
-  if [[ -z $files && -n ${CORPUS:-} && -f $CORPUS/${task}_test.jsonl ]]; then
-    files=$CORPUS/${task}_test.jsonl
+  read -r -a files <<<"${!variable:-}"
+  if [[ ${#files[@]} -eq 0 && -n ${CORPUS:-} && -f $CORPUS/${task}_test.jsonl ]]; then
+    files=("$CORPUS/${task}_test.jsonl")
   fi
-  if [[ -n $files ]]; then
-    read -r -a files <<<"$files"
-    sets+=("--$task" "${files[@]}")
-  fi
+  [[ ${#files[@]} -eq 0 ]] || sets+=("--$task" "${files[@]}")
 done
 [[ ${#sets[@]} -gt 0 ]] || die "no test set: set ASR_JSON, TTS_JSON or SQA_JSON, or CORPUS"
 DATA_ROOT=${DATA_ROOT:-${CORPUS:-}}
@@ -112,16 +112,13 @@ fi
 # shellcheck source=devices.sh
 source "$REPOSITORY/scripts/deepspeed/devices.sh"
 gpus=$(count_gpus)
+set_rendezvous 34568
 EVALUATION_PROCESSES=${EVALUATION_PROCESSES:-$((gpus > 0 ? gpus : 1))}
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 command=("$REPOSITORY/tools/evaluate_table.py")
 if [[ $EVALUATION_PROCESSES -gt 1 || ${NNODES:-1} -gt 1 ]]; then
-  command=(
-    -m torch.distributed.run --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
-    --nproc_per_node "$EVALUATION_PROCESSES" --master_addr "${MASTER_ADDR:-127.0.0.1}"
-    --master_port "${MASTER_PORT:-34568}" "${command[@]}"
-  )
+  command=(-m torch.distributed.run "${RENDEZVOUS[@]}" --nproc_per_node "$EVALUATION_PROCESSES" "${command[@]}")
 fi
 exec "${PYTHON:-python}" "${command[@]}" \
   --checkpoints "${checkpoints[@]}" \

@@ -152,6 +152,16 @@ def test_nothing_grows_when_nothing_lacks(caplog):
     assert_same(model, AutoModelForCausalLM.from_pretrained(GOLDENS / "checkpoint"))
 
 
+def test_the_schedule_of_a_trained_model_is_its_default_after_loading(plain, tmp_path):
+    model = load_with_heads(plain, 3)
+    model.set_default_mode([1, 3, 2, 3])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.generation_config.mtp_inference_mode == [1, 3, 2, 3]
+    with pytest.raises(ValueError, match="pairs M, m"):
+        model.set_default_mode([1, 3, 2])
+
+
 def test_tied_embeddings_stay_tied(tmp_path):
     config = Qwen2Config(
         vocab_size=64,

@@ -265,6 +265,20 @@ def test_beam_search_is_refused_with_heads_and_works_without(model):
     assert new_tokens(model, PROMPT, num_beams=2, mtp_inference_mode=[8192, 0]).shape == (1, 12)
 
 
+def test_a_prefill_in_chunks_is_refused_with_heads_and_works_without(model):
+    with pytest.raises(ValueError, match="prefill_chunk_size=2: heads read the prompt whole"):
+        new_tokens(model, PROMPT, prefill_chunk_size=2)
+    chunked = new_tokens(model, PROMPT, prefill_chunk_size=2, mtp_inference_mode="vanilla")
+    assert torch.equal(chunked, new_tokens(model, PROMPT, mtp_inference_mode="vanilla"))
+
+
+def test_arguments_may_be_given_by_place_as_in_transformers(model):
+    criteria = StoppingCriteriaList(
+        [lambda input_ids, scores, **_: torch.ones(len(input_ids), dtype=torch.bool)]
+    )
+    assert model.generate(PROMPT, None, None, criteria, max_new_tokens=9).shape[1] == PROMPT.shape[1] + 1
+
+
 def test_a_model_without_heads_runs_every_schedule_on_its_backbone():
     torch.manual_seed(0)
     config = Qwen2MTPConfig(

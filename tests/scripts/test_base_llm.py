@@ -83,7 +83,7 @@ def test_any_text_survives_encoding(base, text):
 
 def test_words_of_the_corpus_are_single_tokens(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
-    assert len(tokenizer(" seven nine".strip()).input_ids) <= 3
+    assert len(tokenizer("seven nine").input_ids) == 2
     assert len(tokenizer(TTS_PROMPT).input_ids) <= 6
 
 

@@ -63,11 +63,11 @@ def test_no_python_that_is_new_enough(tmp_path):
     old = "#!/bin/sh\nexit 1\n"
     fake = tmp_path / "bin"
     fake.mkdir()
-    for name in ("python", "python3", "python3.10", "python3.11", "python3.12", "python3.13"):
+    for name in ("python", "python3", "python3.11", "python3.12", "python3.13"):
         (fake / name).write_text(old)
         (fake / name).chmod(0o755)
     message = refusal("--out", str(tmp_path / "out"), PATH=f"{fake}:/usr/bin:/bin", PYTHON_BOOTSTRAP="")
-    assert "Python 3.10 to 3.13 is needed" in message
+    assert "Python 3.11 to 3.13 is needed" in message
 
 
 def test_a_folder_where_another_quickstart_is_at_work(tmp_path):

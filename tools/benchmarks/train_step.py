@@ -101,7 +101,7 @@ def measure(way: str, options: dict) -> dict[str, float]:
         start, cpu_start = time.perf_counter(), time.process_time()
         loss = step()
         loss.backward()
-        if arguments.device == "cuda":
+        if arguments.device.startswith("cuda"):
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
@@ -179,7 +179,7 @@ def plain_loss(model: Qwen2MTPForCausalLM, input_ids: Tensor, position_ids: Tens
 
 def peak_memory(device: str) -> float:
     """Most memory this process has held so far, in GB."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
@@ -191,7 +191,7 @@ def matmul_speed(arguments: argparse.Namespace) -> float:
     for _ in range(5):
         start = time.perf_counter()
         a @ a
-        if arguments.device == "cuda":
+        if arguments.device.startswith("cuda"):
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * 2048**3 / best

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from vita_audio.audio import AudioLike
 from vita_audio.constants import AUDIO_TAG
 
 
-class Reason(str, Enum):
+class Reason(StrEnum):
     """Why a sample was left out. The values appear in data_errors.jsonl and in TensorBoard."""
 
     BAD_JSON = "bad_json"

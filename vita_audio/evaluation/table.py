@@ -227,47 +227,60 @@ def modes_for(num_heads: int, modes: Sequence[str]) -> list[str]:
 def markdown(rows: Sequence[Row]) -> str:
     """The table as Markdown, with what its columns mean."""
     lines = [
-        "| " + " | ".join(header for header, _, _ in _COLUMNS) + " |",
-        "|" + "|".join("---" if kind is str else "---:" for _, _, kind in _COLUMNS) + "|",
+        "| " + " | ".join(column.title for column in COLUMNS) + " |",
+        "|" + "|".join("---" if column.is_text else "---:" for column in COLUMNS) + "|",
     ]
-    lines += [
-        "| " + " | ".join(_cell(row.get(key), kind) for _, key, kind in _COLUMNS) + " |" for row in rows
-    ]
-    return "\n".join([*lines, "", _LEGEND, ""])
+    lines += ["| " + " | ".join(column.cell(row) for column in COLUMNS) + " |" for row in rows]
+    return "\n".join([*lines, "", LEGEND, ""])
 
 
-_percent, _seconds, _whole = object(), object(), object()
-_COLUMNS = (
-    ("stage", "stage", str),
-    ("mode", "mode", str),
-    ("ASR WER %", "asr_wer", _percent),
-    ("TTS WER %", "tts_wer", _percent),
-    ("codec floor %", "tts_floor_wer", _percent),
-    ("SQA S→T %", "sqa_s2t_accuracy", _percent),
-    ("SQA S→S %", "sqa_s2s_accuracy", _percent),
-    ("S→T whole words %", "sqa_s2t_accuracy_whole_words", _percent),
-    ("S→S whole words %", "sqa_s2s_accuracy_whole_words", _percent),
-    ("tokens/s", "tokens_per_second", _whole),
-    ("first chunk ms", "first_chunk_seconds", _seconds),
-    ("first sound ms", "first_sound_seconds", _seconds),
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Attributes:
+        key: of a row.
+        form: how a number is written, after multiplication by ``scale``; empty for text.
+    """
+
+    title: str
+    key: str
+    form: str = ".1f"
+    scale: float = 100
+
+    @property
+    def is_text(self) -> bool:
+        return not self.form
+
+    def cell(self, row: Row) -> str:
+        """The row's value as people read it; a dash where there is none."""
+        value = row.get(self.key)
+        if value is None:
+            return "–"
+        return str(value) if self.is_text else format(self.scale * value, self.form)
+
+
+COLUMNS = (
+    Column("stage", "stage", ""),
+    Column("mode", "mode", ""),
+    Column("ASR WER %", "asr_wer"),
+    Column("TTS WER %", "tts_wer"),
+    Column("codec floor %", "tts_floor_wer"),
+    Column("SQA S→T %", "sqa_s2t_accuracy"),
+    Column("SQA S→S %", "sqa_s2s_accuracy"),
+    Column("S→T whole words %", "sqa_s2t_accuracy_whole_words"),
+    Column("S→S whole words %", "sqa_s2s_accuracy_whole_words"),
+    Column("tokens/s", "tokens_per_second", ".0f", 1),
+    Column("first chunk ms", "first_chunk_seconds", ".0f", 1000),
+    Column("first sound ms", "first_sound_seconds", ".0f", 1000),
 )
-_LEGEND = (
+LEGEND = (
     "ASR: the model's text. TTS: what the recogniser hears in the model's speech; the codec floor is what it "
     "hears in the reference recordings after encoding and decoding. Replies without speech count as wholly "
     "wrong. SQA: the answer occurs in the text (S→T) or is heard in the speech (S→S), as the published rule "
     "counts, and by whole words. Speed: one reply at a time after a warm-up; first chunk: from the finished "
     "prompt to the codes of the first audio chunk; first sound: from the question to the first samples."
 )
-
-
-def _cell(value: Any, kind: object) -> str:
-    if value is None:
-        return "–"
-    if kind is _percent:
-        return f"{100 * value:.1f}"
-    if kind is _seconds:
-        return f"{1000 * value:.0f}"
-    return f"{value:.0f}" if kind is _whole else str(value)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vita_audio.constants import INFERENCE_MODES
 from vita_audio.models.attention import attention_masks
@@ -36,7 +37,7 @@ class MTPGenerationMixin:
         """Backbone input of a prompt, (batch, time) -> (batch, time, d)."""
         return self.get_input_embeddings()(input_ids)
 
-    def generate(self, inputs=None, generation_config=None, *, mtp_inference_mode=None, **kwargs):
+    def generate(self, inputs=None, generation_config=None, *args, mtp_inference_mode=None, **kwargs):
         """transformers' ``generate`` with all its arguments, plus the schedule.
 
         Args:
@@ -47,11 +48,21 @@ class MTPGenerationMixin:
 
         Raises:
             ValueError: the schedule is malformed, or asks for heads in a mode (beam search, assisted
-                decoding) that must be able to take tokens back.
+                decoding) that must be able to take tokens back, or with a prefill in chunks.
         """
         if mtp_inference_mode is not None:
             kwargs["mtp_inference_mode"] = mtp_inference_mode
-        return super().generate(inputs, generation_config, **kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def set_default_mode(self, mode: Sequence[int] | str) -> None:
+        """The schedule of ``generate()`` where none is given; saved with the model.
+
+        Raises:
+            ValueError: the schedule is malformed.
+        """
+        self.generation_config.mtp_inference_mode = check_mode(mode)
+        # Of a config that says it was made from the model's, transformers loads no field of ours.
+        self.generation_config._from_model_config = False
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         mode = kwargs.pop("mtp_inference_mode", None)
@@ -68,6 +79,12 @@ class MTPGenerationMixin:
             raise ValueError(
                 f"mtp_inference_mode={generation_config.mtp_inference_mode} emits tokens from heads, which works with "
                 f"greedy search and sampling, not {generation_mode.value}; pass mtp_inference_mode=[8192, 0] for that"
+            )
+
+        if self._uses_heads(generation_config) and generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size}: heads read the prompt whole; leave it out "
+                "or pass mtp_inference_mode=[8192, 0]"
             )
 
     def _uses_heads(self, generation_config) -> bool:
@@ -193,8 +210,10 @@ class Rounds:
             self.position_ids = torch.cat([self.position_ids, self.position_ids[:, -1:] + ahead], dim=1)
         return self.position_ids[:, start:stop]
 
-    def backbone(self, input_ids: Tensor, attention_mask: Tensor | None, **outputs):
-        """Hidden state of the last token, (batch, d), after running all tokens not yet seen."""
+    def backbone(
+        self, input_ids: Tensor, attention_mask: Tensor | None, **outputs
+    ) -> tuple[Tensor, BaseModelOutputWithPast]:
+        """Run all tokens not yet seen: the last one's hidden state (batch, d), and the backbone's whole output."""
         cached = self.backbone_cache is not None
         seen = cache_length(self.backbone_cache)
         embeds = self.embed(input_ids, seen)

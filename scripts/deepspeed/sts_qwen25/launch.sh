@@ -35,12 +35,9 @@ DEEPSPEED_CONFIG=${DEEPSPEED_CONFIG:-$REPOSITORY/scripts/deepspeed/$DEFAULT_DEEP
 DATA_ROOT=${DATA_ROOT:-$ROOT_PATH}
 
 # Machines and processes.
-NNODES=${NNODES:-1}
-NODE_RANK=${NODE_RANK:-0}
-MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
-MASTER_PORT=${MASTER_PORT:-34567}
 # shellcheck source=../devices.sh
 source "$REPOSITORY/scripts/deepspeed/devices.sh"
+set_rendezvous 34567
 GPUS=$(count_gpus)
 if [[ $GPUS -gt 0 ]]; then
   NPROC_PER_NODE=${NPROC_PER_NODE:-$GPUS}
@@ -55,6 +52,7 @@ export TOKENIZERS_PARALLELISM=false
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 PYTHON=${PYTHON:-python}
 
+MIN_LR="{\"min_lr_rate\": ${MIN_LR_RATIO:-0.1}}"
 read -r -a RATIO <<<"${TEXT_AUDIO_INTERVAL_RATIO:-1 10 4 10}"
 
 OPTIONAL_FLAGS=()
@@ -64,11 +62,9 @@ AUDIO_MODEL_NAME_OR_PATH=${AUDIO_MODEL_NAME_OR_PATH:-${DEFAULT_AUDIO_MODEL:+$ROO
 [[ -n $AUDIO_MODEL_NAME_OR_PATH ]] && OPTIONAL_FLAGS+=(--audio_model_name_or_path "$AUDIO_MODEL_NAME_OR_PATH")
 
 mkdir -p "$OUTPUT_DIR"
-echo "$STAGE_NAME: $MODEL_NAME_OR_PATH -> $OUTPUT_DIR ($NNODES x $NPROC_PER_NODE processes)"
+echo "$STAGE_NAME: $MODEL_NAME_OR_PATH -> $OUTPUT_DIR (${NNODES:-1} x $NPROC_PER_NODE processes)"
 
-exec "$PYTHON" -m torch.distributed.run \
-  --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$NPROC_PER_NODE" \
-  --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
+exec "$PYTHON" -m torch.distributed.run "${RENDEZVOUS[@]}" --nproc_per_node "$NPROC_PER_NODE" \
   "$REPOSITORY/tools/finetune_sts.py" \
   --model_name_or_path "$MODEL_NAME_OR_PATH" \
   --num_nextn_predict_layers "$NUM_HEADS" \
@@ -92,7 +88,8 @@ exec "$PYTHON" -m torch.distributed.run \
   --gradient_accumulation_steps "${GRADIENT_ACCUMULATION_STEPS:-16}" \
   --adam_beta1 "${ADAM_BETA1:-0.9}" --adam_beta2 "${ADAM_BETA2:-0.95}" --adam_epsilon "${ADAM_EPSILON:-1e-8}" \
   --max_grad_norm "${MAX_GRAD_NORM:-1.0}" \
-  --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs "{\"min_lr_rate\": ${MIN_LR_RATIO:-0.1}}" \
+  --lr_scheduler_type "${LR_SCHEDULER_TYPE:-cosine_with_min_lr}" \
+  --lr_scheduler_kwargs "${LR_SCHEDULER_KWARGS:-$MIN_LR}" \
   --warmup_steps "${WARMUP_RATIO:-0.03}" \
   --bf16 "${BF16:-True}" \
   --gradient_checkpointing "${GRADIENT_CHECKPOINTING:-True}" \
@@ -101,5 +98,5 @@ exec "$PYTHON" -m torch.distributed.run \
   --dataloader_num_workers "${DATALOADER_NUM_WORKERS:-8}" \
   --save_strategy steps --save_steps "${SAVE_STEPS:-0.1}" --save_total_limit "${SAVE_TOTAL_LIMIT:-2}" \
   --logging_steps "${LOGGING_STEPS:-1}" --report_to "${REPORT_TO:-tensorboard}" \
-  --ddp_timeout 7200 \
+  --ddp_timeout "${DDP_TIMEOUT:-7200}" \
   "${DEVICE_FLAGS[@]}" "${OPTIONAL_FLAGS[@]}" "$@"
