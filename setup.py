@@ -1,4 +1,4 @@
-"""Packaging. Extras: gpu (training on CUDA), demo (gradio, for a web page still to come), eval (recognisers), dev (tests)."""
+"""Packaging. Extras: gpu (CUDA training), demo (gradio, for a page still to come), eval (recognisers), dev (tests)."""
 
 from pathlib import Path
 
