@@ -51,9 +51,12 @@ prepare_environment() {
     fi
   done
   echo "installing into $VENV (a few minutes the first time)"
-  # An environment without pip was interrupted, or made without python3-venv.
-  if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
-    "$python" -m venv --clear "$VENV" || die "cannot make a virtual environment in $VENV; on Debian install python3-venv"
+  if [[ ! -x $VENV/bin/python ]]; then
+    "$python" -m venv "$VENV" || die "cannot make a virtual environment in $VENV; on Debian install python3-venv"
+  fi
+  # Without pip if making it was interrupted, or python3-venv was missing.
+  if ! { "$VENV/bin/python" -m pip --version || "$VENV/bin/python" -m ensurepip; } >/dev/null 2>&1; then
+    die "$VENV has no pip; on Debian install python3-venv. If that does not help, delete the folder"
   fi
   local from=$SECONDS
   echo "  torch $TORCH_VERSION (1 of 3)"

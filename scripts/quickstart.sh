@@ -6,7 +6,7 @@
 #   bash scripts/quickstart.sh [--out DIR] [--minutes N] [--smoke] [--variant base|plus]
 #
 #   --out DIR        where everything goes (default: quickstart/ in the repository; one folder holds one run)
-#   --minutes N      scales the training steps; 25, the default, stands for those of configs/quickstart/full.env
+#   --minutes N      scales the training steps; 25, the default, stands for those of configs/quickstart/*.env
 #   --smoke          the same chain with a few steps each, in minutes; its scores mean nothing
 #   --variant plus   user speech enters through SenseVoice features and an adapter
 #
@@ -60,7 +60,7 @@ require_space() { # FOLDER MEGABYTES WHAT
 require_space "$out" 1500 "the run"
 environment=${VENV:-$REPOSITORY/.venv}
 if [[ ! -d $environment ]]; then
-  mkdir -p "$(dirname "$environment")"
+  mkdir -p "$(dirname "$environment")" 2>/dev/null || die "VENV=$environment: cannot write there; choose another folder"
   # CUDA's libraries come with torch where there is a GPU.
   require_space "$(dirname "$environment")" "$(has_nvidia_gpu && echo 12000 || echo 4000)" "the installation"
 fi

@@ -7,7 +7,12 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$REPOSITORY/.venv}
 
 if [[ ! -x $VENV/bin/python ]]; then
-  python3 -m venv "$VENV" || return 1
+  # In a shell of its own: environment.sh ends the shell that it finds fault with.
+  python=$(REPOSITORY=$REPOSITORY bash -c 'source "$REPOSITORY/scripts/environment.sh"; find_python') || {
+    echo "error: Python 3.11 to 3.13 is needed and none was found; install one or set PYTHON_BOOTSTRAP" >&2
+    return 1
+  }
+  "$python" -m venv "$VENV" || return 1
 fi
 # shellcheck disable=SC1091
 source "$VENV/bin/activate"

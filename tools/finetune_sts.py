@@ -151,9 +151,9 @@ def _open_model(model_args, data_args, stage_args, tokenizer) -> transformers.Pr
         dtype = "bfloat16" if stage_args.bf16 else "float32"
     attention = model_args.attn_implementation
     if attention == "auto":
-        attention = (
-            "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
-        )
+        # FlashAttention takes half precision only.
+        flash = dtype != "float32" and torch.cuda.is_available() and is_flash_attn_2_available()
+        attention = "flash_attention_2" if flash else "sdpa"
     model = load_with_heads(
         model_args.model_name_or_path,
         model_args.num_nextn_predict_layers,

@@ -35,3 +35,36 @@ def test_only_visible_gpus_count(tmp_path, installed, visible, count):
     command = f"set -euo pipefail; source {DEVICES}; count_gpus"
     run = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout == f"{count}\n"
+
+
+@pytest.mark.parametrize(
+    ("machines", "flags"),
+    [
+        ({}, "--standalone"),
+        ({"NNODES": "1"}, "--standalone"),
+        ({"MASTER_PORT": "5"}, "--nnodes 1 --node_rank 0 --master_addr 127.0.0.1 --master_port 5"),
+        (
+            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"},
+            "--nnodes 2 --node_rank 1 --master_addr node0 --master_port 34567",
+        ),
+    ],
+)
+def test_how_the_processes_find_each_other(machines, flags):
+    assert rendezvous(machines).stdout == f"{flags}\n"
+
+
+def test_several_nodes_without_an_address_are_refused():
+    run = rendezvous({"NNODES": "2"})
+    assert run.returncode == 1
+    assert (
+        run.stderr == "error: NNODES=2 without MASTER_ADDR; set it on every node to the address of node 0\n"
+    )
+
+
+def rendezvous(machines: dict[str, str]) -> subprocess.CompletedProcess:
+    names = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    command = f'set -euo pipefail; source {DEVICES}; set_rendezvous 34567; echo "${{RENDEZVOUS[*]}}"'
+    return subprocess.run(
+        ["bash", "-c", command], env=environment | machines, capture_output=True, text=True, check=False
+    )

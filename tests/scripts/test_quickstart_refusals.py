@@ -49,6 +49,11 @@ def test_a_folder_that_holds_another_kind_of_run(tmp_path):
     assert "holds a plus-full run" in refusal("--out", str(tmp_path))
 
 
+def test_a_folder_that_holds_a_run_of_another_length(tmp_path):
+    (tmp_path / ".kind").write_text("base-full-10-minute\n")
+    assert "holds a base-full-10-minute run, this is a base-full one" in refusal("--out", str(tmp_path))
+
+
 def test_too_little_disk(tmp_path):
     fake = tmp_path / "bin"
     fake.mkdir()

@@ -1,36 +1,52 @@
 """What a shell still holds from other work does not reach the quickstart's stages and scores."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[2]
+QUICKSTART = (REPOSITORY / "scripts/quickstart.sh").read_text()
 MACHINE = {"CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTHON", "PYTHONPATH"}
 """Read from the shell on purpose."""
+INTERNAL = {"PREVIOUS_STAGE", "DEFAULT_AUDIO_MODEL"}
+"""What a stage script tells launch.sh."""
 
 
-def test_every_variable_that_the_scripts_read_is_set_or_unset():
+def variables_read() -> set[str]:
+    """What the scripts that the quickstart calls take from the environment."""
     scripts = [
         REPOSITORY / "scripts/deepspeed/evaluate_sts.sh",
         *(REPOSITORY / "scripts/deepspeed/sts_qwen25").glob("*.sh"),
         REPOSITORY / "scripts/deepspeed/devices.sh",
     ]
-    read = {
-        name
-        for script in scripts
-        for name in re.findall(r"\$\{!?([A-Z][A-Z0-9_]*):?[-+]", script.read_text())
-    }
-    read |= {"ASR_JSON", "TTS_JSON", "SQA_JSON"}  # read by a name that is put together
-    text = (REPOSITORY / "scripts/quickstart.sh").read_text()
-    text += (REPOSITORY / "configs/quickstart/full.env").read_text()
-    own = {"DEFAULT_AUDIO_MODEL", "PREVIOUS_STAGE"}  # of the stage scripts, not of the shell
-    handled = set(re.findall(r"\b([A-Z][A-Z0-9_]+)\b", text))
-    assert len(read) > 40
-    assert read - own - MACHINE - handled == set()
+    read = {name for file in scripts for name in re.findall(r"\$\{([A-Z][A-Z0-9_]*):?[-+]", file.read_text())}
+    return read | {"ASR_JSON", "TTS_JSON", "SQA_JSON"}  # read by a name that is put together
 
 
-def test_a_smoke_run_of_plus_is_a_smoke_run():
-    """The variant's file must not bring back what makes a run long."""
-    smoke = (REPOSITORY / "configs/quickstart/smoke.env").read_text()
-    plus = (REPOSITORY / "configs/quickstart/plus.env").read_text()
-    sizes = {line.split("=")[0] for line in smoke.splitlines() if "=" in line}
-    assert not {name for name in sizes if name.endswith("_STEPS") and f"\n{name}=" in plus}
+def test_no_variable_of_the_shell_reaches_a_stage_or_the_evaluation():
+    # From what the script forgets to what it sets, as it stands there, in a shell that holds everything.
+    block = QUICKSTART[QUICKSTART.index("unset MODEL_NAME") : QUICKSTART.index("scaled() {")]
+    command = f"set -euo pipefail; REPOSITORY={REPOSITORY} size=full variant=plus; {block} env"
+    held = dict.fromkeys(variables_read() - MACHINE - INTERNAL, "from-the-shell")
+    run = subprocess.run(
+        ["bash", "-c", command], env={**os.environ, **held}, capture_output=True, text=True, check=True
+    )
+    left = {line.split("=")[0] for line in run.stdout.splitlines() if line.endswith("=from-the-shell")}
+    # Set for each call by the lines that follow.
+    given = set(re.findall(r"\b([A-Z][A-Z0-9_]+)=", QUICKSTART[QUICKSTART.index("scaled() {") :]))
+    assert len(held) > 40
+    assert left <= given - {"MODEL_NAME_OR_PATH", "AUDIO_MODEL_NAME_OR_PATH", "OUTPUT_DIR"}
+    assert not left & {"AUDIO_MODEL_FREEZE", "MTP_LEARNING_RATE_MULTIPLIER"}, "not given to every stage"
+
+
+@pytest.mark.parametrize(("variant", "steps"), [("base", "10"), ("plus", "10")])
+def test_a_smoke_run_stays_short_whatever_the_variant(variant, steps):
+    block = QUICKSTART[QUICKSTART.index("QUICKSTART_CONFIG=") : QUICKSTART.index("# Two rows a step")]
+    command = (
+        f"set -euo pipefail; REPOSITORY={REPOSITORY} size=smoke variant={variant}; {block} echo $STAGE1_STEPS"
+    )
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert run.stdout == f"{steps}\n"

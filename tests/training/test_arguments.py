@@ -37,6 +37,7 @@ def test_freezing_the_model_without_heads_leaves_nothing_to_train(tmp_path):
         ("model_max_length", 4, "too short"),
         ("max_error_share", 1.5, "between 0 and 1"),
         ("text_audio_interval_ratio", [1, 2], "--text_audio_interval_ratio: .* at least 3"),
+        ("text_audio_interval_ratio", [1, 10, 4], "--text_audio_interval_ratio .* give pairs"),
     ],
 )
 def test_data_options_out_of_range_are_refused(mix, field, value, message):

@@ -102,7 +102,7 @@ def measure(way: str, options: dict) -> dict[str, float]:
         loss = step()
         loss.backward()
         if arguments.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(arguments.device)
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
     return {
@@ -180,7 +180,7 @@ def plain_loss(model: Qwen2MTPForCausalLM, input_ids: Tensor, position_ids: Tens
 def peak_memory(device: str) -> float:
     """Most memory this process has held so far, in GB."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
@@ -192,7 +192,7 @@ def matmul_speed(arguments: argparse.Namespace) -> float:
         start = time.perf_counter()
         a @ a
         if arguments.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(arguments.device)
         best = min(best, time.perf_counter() - start)
     return 2 * 2048**3 / best
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from functools import lru_cache
 from os import PathLike, fspath
 from pathlib import Path
@@ -198,7 +199,8 @@ def _open_with_ffmpeg(path: Path, cause: Exception) -> audioread.AudioFile:
     try:
         return audioread.audio_open(path)
     except (audioread.DecodeError, EOFError, OSError) as error:
-        raise AudioError(f"{path}: not a readable audio file: {cause}", "unreadable") from error
+        hint = "" if shutil.which("ffmpeg") else "; if it is M4A, AAC or the like, install ffmpeg"
+        raise AudioError(f"{path}: not a readable audio file: {cause}{hint}", "unreadable") from error
 
 
 def _check_memory(audio: tuple[Tensor, int]) -> tuple[Tensor, int]:

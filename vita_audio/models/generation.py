@@ -264,7 +264,10 @@ class Rounds:
         return output[:, -1]
 
     def share(self, seen: int, hidden: Tensor, attention_mask: Tensor | None, cache: HeadCache) -> None:
-        """Masks, and rotary embeddings of the places that any head reads, for ``hidden`` (batch, new, d)."""
+        """Masks, and rotary embeddings of the places that any head reads, for ``hidden`` (batch, new, d).
+
+        Rotary embeddings that change with the largest position (dynamic, longrope) change up to K places early.
+        """
         new = hidden.shape[1]
         if attention_mask is not None:
             attention_mask = attention_mask[:, : seen + new]

@@ -125,6 +125,11 @@ class DataArguments:
             check_ratio(self.text_audio_interval_ratio)
         except ValueError as error:
             raise ArgumentError(f"--text_audio_interval_ratio: {error}") from error
+        if len(self.text_audio_interval_ratio) % 2:
+            raise ArgumentError(
+                f"--text_audio_interval_ratio {self.text_audio_interval_ratio}: give pairs 'text audio', since the "
+                "model's schedule is made of them too"
+            )
 
     @property
     def continuous_input(self) -> bool:

@@ -52,11 +52,15 @@ export TOKENIZERS_PARALLELISM=false
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 PYTHON=${PYTHON:-python}
 
-MIN_LR="{\"min_lr_rate\": ${MIN_LR_RATIO:-0.1}}"
+LR_SCHEDULER_TYPE=${LR_SCHEDULER_TYPE:-cosine_with_min_lr}
+if [[ -z ${LR_SCHEDULER_KWARGS:-} && $LR_SCHEDULER_TYPE == *_with_min_lr ]]; then
+  LR_SCHEDULER_KWARGS="{\"min_lr_rate\": ${MIN_LR_RATIO:-0.1}}"
+fi
 read -r -a RATIO <<<"${TEXT_AUDIO_INTERVAL_RATIO:-1 10 4 10}"
 
 OPTIONAL_FLAGS=()
 [[ -n ${AUDIO_TOKEN_CACHE:-} ]] && OPTIONAL_FLAGS+=(--audio_token_cache "$AUDIO_TOKEN_CACHE")
+[[ -n ${LR_SCHEDULER_KWARGS:-} ]] && OPTIONAL_FLAGS+=(--lr_scheduler_kwargs "$LR_SCHEDULER_KWARGS")
 [[ -n ${AUDIO_FEATURE_CACHE:-} ]] && OPTIONAL_FLAGS+=(--audio_feature_cache "$AUDIO_FEATURE_CACHE")
 AUDIO_MODEL_NAME_OR_PATH=${AUDIO_MODEL_NAME_OR_PATH:-${DEFAULT_AUDIO_MODEL:+$ROOT_PATH/$DEFAULT_AUDIO_MODEL}}
 [[ -n $AUDIO_MODEL_NAME_OR_PATH ]] && OPTIONAL_FLAGS+=(--audio_model_name_or_path "$AUDIO_MODEL_NAME_OR_PATH")
@@ -88,8 +92,7 @@ exec "$PYTHON" -m torch.distributed.run "${RENDEZVOUS[@]}" --nproc_per_node "$NP
   --gradient_accumulation_steps "${GRADIENT_ACCUMULATION_STEPS:-16}" \
   --adam_beta1 "${ADAM_BETA1:-0.9}" --adam_beta2 "${ADAM_BETA2:-0.95}" --adam_epsilon "${ADAM_EPSILON:-1e-8}" \
   --max_grad_norm "${MAX_GRAD_NORM:-1.0}" \
-  --lr_scheduler_type "${LR_SCHEDULER_TYPE:-cosine_with_min_lr}" \
-  --lr_scheduler_kwargs "${LR_SCHEDULER_KWARGS:-$MIN_LR}" \
+  --lr_scheduler_type "$LR_SCHEDULER_TYPE" \
   --warmup_steps "${WARMUP_RATIO:-0.03}" \
   --bf16 "${BF16:-True}" \
   --gradient_checkpointing "${GRADIENT_CHECKPOINTING:-True}" \
