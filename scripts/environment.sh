@@ -2,6 +2,7 @@
 # Sourced by quickstart.sh and test.sh: makes the virtual environment and installs the package. REPOSITORY is set.
 #   prepare_environment EXTRAS     EXTRAS such as "eval" or "eval,dev"
 # VENV names the folder (default .venv in the repository); PYTHON_BOOTSTRAP the interpreter.
+VENV=${VENV:-$REPOSITORY/.venv}
 
 # The versions that are tested: newer releases have changed behaviour under us before.
 PINNED=$REPOSITORY/requirements_ds_gpu.txt
@@ -12,7 +13,7 @@ die() {
   exit 1
 }
 
-find_python() {
+find_python() { # the path of a Python that will do, or one line on stderr
   local candidate
   for candidate in "${PYTHON_BOOTSTRAP:-}" python3 python3.13 python3.12 python3.11 python; do
     if [[ -n $candidate ]] && "$candidate" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 13)))' 2>/dev/null; then
@@ -20,6 +21,7 @@ find_python() {
       return 0
     fi
   done
+  echo "error: Python 3.11 to 3.13 is needed and none was found; install one or set PYTHON_BOOTSTRAP" >&2
   return 1
 }
 
@@ -42,8 +44,7 @@ pip_install() {
 
 prepare_environment() {
   local extras=$1 python stamp wanted
-  VENV=${VENV:-$REPOSITORY/.venv}
-  python=$(find_python) || die "Python 3.11 to 3.13 is needed and none was found; install one or set PYTHON_BOOTSTRAP"
+  python=$(find_python) || exit 1
   wanted=$(cat "$REPOSITORY/setup.py" "$REPOSITORY/scripts/environment.sh" "$PINNED" | cksum)
   for stamp in "$VENV/.installed-eval,dev" "$VENV/.installed-$extras"; do # the first has all there is
     if [[ -x $VENV/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
@@ -68,6 +69,6 @@ prepare_environment() {
   fi
   echo "  the package and what else it needs (3 of 3)"
   pip_install --no-build-isolation -e "${REPOSITORY}[$extras]" || die "cannot install the package; see pip's message above"
-  echo "$wanted" >"$stamp"
+  echo "$wanted" >"$VENV/.installed-$extras"
   echo "installing took $((SECONDS - from)) s"
 }

@@ -42,7 +42,7 @@ case $kind in
   *) out=${out:-$REPOSITORY/quickstart-$kind} ;;
 esac
 [[ $minutes == 25 ]] || kind+="-$minutes-minute"
-find_python >/dev/null || die "Python 3.11 to 3.13 is needed and none was found; install one or set PYTHON_BOOTSTRAP"
+find_python >/dev/null || exit 1
 if ! { mkdir -p "$out" 2>/dev/null && [[ -w $out ]]; }; then
   die "--out $out: cannot write there; choose another folder"
 fi
@@ -58,11 +58,10 @@ require_space() { # FOLDER MEGABYTES WHAT
   [[ $free -ge $2 ]] || die "$1: $free MB free, but $3 needs $2 MB; free some or choose another folder"
 }
 require_space "$out" 1500 "the run"
-environment=${VENV:-$REPOSITORY/.venv}
-if [[ ! -d $environment ]]; then
-  mkdir -p "$(dirname "$environment")" 2>/dev/null || die "VENV=$environment: cannot write there; choose another folder"
+if [[ ! -d $VENV ]]; then
+  mkdir -p "$(dirname "$VENV")" 2>/dev/null || die "VENV=$VENV: cannot write there; choose another folder"
   # CUDA's libraries come with torch where there is a GPU.
-  require_space "$(dirname "$environment")" "$(has_nvidia_gpu && echo 12000 || echo 4000)" "the installation"
+  require_space "$(dirname "$VENV")" "$(has_nvidia_gpu && echo 12000 || echo 4000)" "the installation"
 fi
 
 # -- steps ----------------------------------------------------------------------------------------------

@@ -8,10 +8,7 @@ VENV=${VENV:-$REPOSITORY/.venv}
 
 if [[ ! -x $VENV/bin/python ]]; then
   # In a shell of its own: environment.sh ends the shell that it finds fault with.
-  python=$(REPOSITORY=$REPOSITORY bash -c 'source "$REPOSITORY/scripts/environment.sh"; find_python') || {
-    echo "error: Python 3.11 to 3.13 is needed and none was found; install one or set PYTHON_BOOTSTRAP" >&2
-    return 1
-  }
+  python=$(REPOSITORY=$REPOSITORY bash -c 'source "$REPOSITORY/scripts/environment.sh"; find_python') || return 1
   "$python" -m venv "$VENV" || return 1
 fi
 # shellcheck disable=SC1091

@@ -19,19 +19,25 @@ count_gpus() {
   echo "$count"
 }
 
-# RENDEZVOUS becomes torchrun's flags for NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. One node without a port takes a free one.
+# RENDEZVOUS becomes torchrun's flags for NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. One node without
+# a port takes a free one.
 # shellcheck disable=SC2034  # used by those who source this
 set_rendezvous() { # DEFAULT_PORT
-  if [[ ${NNODES:-1} -eq 1 && -z ${MASTER_PORT:-} ]]; then
+  NNODES=${NNODES:-1}
+  if ! [[ $NNODES =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: NNODES=$NNODES: give the number of nodes, 1 or more" >&2
+    exit 1
+  fi
+  if [[ $NNODES -eq 1 && -z ${MASTER_PORT:-} ]]; then
     RENDEZVOUS=(--standalone)
     return
   fi
-  if [[ ${NNODES:-1} -gt 1 && -z ${MASTER_ADDR:-} ]]; then
+  if [[ $NNODES -gt 1 && -z ${MASTER_ADDR:-} ]]; then
     echo "error: NNODES=$NNODES without MASTER_ADDR; set it on every node to the address of node 0" >&2
     exit 1
   fi
   RENDEZVOUS=(
-    --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
+    --nnodes "$NNODES" --node_rank "${NODE_RANK:-0}"
     --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-$1}"
   )
 }

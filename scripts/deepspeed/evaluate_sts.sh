@@ -117,7 +117,7 @@ EVALUATION_PROCESSES=${EVALUATION_PROCESSES:-$((gpus > 0 ? gpus : 1))}
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 command=("$REPOSITORY/tools/evaluate_table.py")
-if [[ $EVALUATION_PROCESSES -gt 1 || ${NNODES:-1} -gt 1 ]]; then
+if [[ $EVALUATION_PROCESSES -gt 1 || $NNODES -gt 1 ]]; then
   command=(-m torch.distributed.run "${RENDEZVOUS[@]}" --nproc_per_node "$EVALUATION_PROCESSES" "${command[@]}")
 fi
 exec "${PYTHON:-python}" "${command[@]}" \

@@ -61,6 +61,13 @@ def test_several_nodes_without_an_address_are_refused():
     )
 
 
+@pytest.mark.parametrize("nodes", ["0", "two", "-1"])
+def test_a_number_of_nodes_that_is_none_is_refused_in_one_line(nodes):
+    run = rendezvous({"NNODES": nodes, "MASTER_ADDR": "node0"})
+    assert run.returncode == 1
+    assert run.stderr == f"error: NNODES={nodes}: give the number of nodes, 1 or more\n"
+
+
 def rendezvous(machines: dict[str, str]) -> subprocess.CompletedProcess:
     names = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in names}

@@ -42,11 +42,11 @@ def test_no_variable_of_the_shell_reaches_a_stage_or_the_evaluation():
     assert not left & {"AUDIO_MODEL_FREEZE", "MTP_LEARNING_RATE_MULTIPLIER"}, "not given to every stage"
 
 
-@pytest.mark.parametrize(("variant", "steps"), [("base", "10"), ("plus", "10")])
-def test_a_smoke_run_stays_short_whatever_the_variant(variant, steps):
+@pytest.mark.parametrize("variant", ["base", "plus"])
+def test_a_smoke_run_stays_short_whatever_the_variant(variant):
     block = QUICKSTART[QUICKSTART.index("QUICKSTART_CONFIG=") : QUICKSTART.index("# Two rows a step")]
     command = (
         f"set -euo pipefail; REPOSITORY={REPOSITORY} size=smoke variant={variant}; {block} echo $STAGE1_STEPS"
     )
     run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert run.stdout == f"{steps}\n"
+    assert run.stdout == "10\n"

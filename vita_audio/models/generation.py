@@ -74,14 +74,14 @@ class MTPGenerationMixin:
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
-        plain = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-        if self._uses_heads(generation_config) and not plain:
+        if not self._uses_heads(generation_config):
+            return
+        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise ValueError(
                 f"mtp_inference_mode={generation_config.mtp_inference_mode} emits tokens from heads, which works with "
                 f"greedy search and sampling, not {generation_mode.value}; pass mtp_inference_mode=[8192, 0] for that"
             )
-
-        if self._uses_heads(generation_config) and generation_config.prefill_chunk_size is not None:
+        if generation_config.prefill_chunk_size is not None:
             raise ValueError(
                 f"prefill_chunk_size={generation_config.prefill_chunk_size}: heads read the prompt whole; leave it out "
                 "or pass mtp_inference_mode=[8192, 0]"
@@ -205,7 +205,7 @@ class Rounds:
     def positions(self, start: int, stop: int) -> Tensor:
         """Position ids (batch, stop - start) of places in the row, also of places not yet filled."""
         known = self.position_ids.shape[1]
-        if stop > known:
+        if stop > known:  # up to twice as far, to grow rarely
             ahead = torch.arange(1, 2 * stop - known, device=self.position_ids.device)
             self.position_ids = torch.cat([self.position_ids, self.position_ids[:, -1:] + ahead], dim=1)
         return self.position_ids[:, start:stop]

@@ -38,7 +38,8 @@ class ModelArguments:
     attn_implementation: str = field(
         default="auto",
         metadata={
-            "help": "flash_attention_2, sdpa, flex_attention or eager; auto takes FlashAttention-2 if it is there."
+            "help": "flash_attention_2, sdpa, flex_attention or eager; auto takes FlashAttention-2 "
+            "if it is there and the model is in half precision."
         },
     )
     dtype: str = field(

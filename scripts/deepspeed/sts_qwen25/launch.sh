@@ -66,7 +66,7 @@ AUDIO_MODEL_NAME_OR_PATH=${AUDIO_MODEL_NAME_OR_PATH:-${DEFAULT_AUDIO_MODEL:+$ROO
 [[ -n $AUDIO_MODEL_NAME_OR_PATH ]] && OPTIONAL_FLAGS+=(--audio_model_name_or_path "$AUDIO_MODEL_NAME_OR_PATH")
 
 mkdir -p "$OUTPUT_DIR"
-echo "$STAGE_NAME: $MODEL_NAME_OR_PATH -> $OUTPUT_DIR (${NNODES:-1} x $NPROC_PER_NODE processes)"
+echo "$STAGE_NAME: $MODEL_NAME_OR_PATH -> $OUTPUT_DIR ($NNODES x $NPROC_PER_NODE processes)"
 
 exec "$PYTHON" -m torch.distributed.run "${RENDEZVOUS[@]}" --nproc_per_node "$NPROC_PER_NODE" \
   "$REPOSITORY/tools/finetune_sts.py" \
