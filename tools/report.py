@@ -235,8 +235,7 @@ def loss_figure(logs: dict[str, list[dict]]) -> Figure:
             {key for entry in history for key in entry if key.startswith("mtp_loss_")}, key=head_number
         )
         colours = matplotlib.colormaps["viridis"](np.linspace(0.15, 0.9, max(len(heads), 1)))
-        if any(entry.get("main_loss") is not None for entry in history):
-            plot_loss(panel, history, "main_loss", "LLM", INK, 1.6)
+        plot_loss(panel, history, "main_loss", "LLM", INK, 1.6)
         for head, colour in zip(heads, colours, strict=False):
             plot_loss(panel, history, head, f"head {head_number(head) + 1}", colour, 1.0)
         panel.set_title(stage_title, loc="left", fontweight="bold")
@@ -251,6 +250,7 @@ def loss_figure(logs: dict[str, list[dict]]) -> Figure:
 
 
 def plot_loss(panel, history: list[dict], key: str, label: str, colour: Any, width: float) -> None:
+    """A line, unless no entry has the key."""
     points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
     panel.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=width)
 

@@ -52,6 +52,9 @@ def test_a_folder_that_holds_another_kind_of_run(tmp_path):
 def test_a_folder_that_holds_a_run_of_another_length(tmp_path):
     (tmp_path / ".kind").write_text("base-full-10-minute\n")
     assert "holds a base-full-10-minute run, this is a base-full one" in refusal("--out", str(tmp_path))
+    (tmp_path / ".kind").write_text("base-full\n")
+    message = refusal("--out", str(tmp_path), "--minutes", "10")
+    assert "holds a base-full run, this is a base-full-10-minute one" in message
 
 
 def test_too_little_disk(tmp_path):

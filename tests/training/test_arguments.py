@@ -72,3 +72,23 @@ def test_head_rates_need_a_deepspeed_config_that_leaves_the_optimizer_to_us(tmp_
             deepspeed=str(config),
             mtp_learning_rate_multiplier=10,
         )
+
+
+@pytest.mark.parametrize("arguments", ["{bad", "nonsense", "[1]", '{"speed": 1}', {"speed": 1}, None])
+def test_scheduler_arguments_that_do_not_fit_are_refused_in_one_line(tmp_path, arguments):
+    with pytest.raises(ArgumentError, match=r"--lr_scheduler_kwargs .*fits --lr_scheduler_type") as refusal:
+        StageArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            use_cpu=True,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs=arguments,
+        )
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("arguments", ['{"min_lr_rate": 0.2}', {"min_lr_rate": 0.2}])
+def test_scheduler_arguments_that_fit_are_taken(tmp_path, arguments):
+    options = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": arguments}
+    taken = StageArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, **options)
+    assert taken.lr_scheduler_kwargs == {"min_lr_rate": 0.2}

@@ -11,7 +11,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, get_scheduler
 
 from vita_audio.audio import available_kinds, is_continuous_kind
 from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
@@ -168,7 +169,22 @@ class StageArguments(TrainingArguments):
                 f"--mtp_learning_rate_multiplier needs per-group rates, but {self.deepspeed} builds the optimizer "
                 "itself: use a DeepSpeed config without an optimizer section (ds_config_zero2_no_optimizer.json)"
             )
+        self._check_scheduler()
         super().__post_init__()
+
+    def _check_scheduler(self) -> None:
+        """Build the schedule once for nothing: a wrong argument would otherwise show when the model is loaded."""
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        try:
+            if isinstance(self.lr_scheduler_kwargs, str):
+                self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs)
+            arguments = self.lr_scheduler_kwargs or {}
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=arguments)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"--lr_scheduler_kwargs {self.lr_scheduler_kwargs}: give JSON that fits --lr_scheduler_type "
+                f'{self.lr_scheduler_type}, such as {{"min_lr_rate": 0.1}}: {error}'
+            ) from error
 
 
 def _read_deepspeed_config(deepspeed: str | dict) -> dict:
