@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from vita_audio import distributed
 from vita_audio.audio import AudioError, available_kinds, is_continuous_kind
 from vita_audio.audio.io import audio_duration
 from vita_audio.constants import AUDIO_TAG
@@ -52,8 +53,8 @@ logger = logging.getLogger("tokenize_audio")
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // distributed.local_world_size()))
+    rank, world_size = distributed.rank(), distributed.world_size()
     try:
         specs = [
             spec for spec in read_mix(options.dataset_name, options.data_root) if spec.ratio and spec.num
@@ -92,8 +93,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.data_root is None:
         options.data_root = Path(options.dataset_name).parent
     if options.device == "auto":
-        local_rank = os.environ.get("LOCAL_RANK", 0)
-        options.device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        options.device = f"cuda:{distributed.local_rank()}" if torch.cuda.is_available() else "cpu"
     return options
 
 
