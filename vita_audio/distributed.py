@@ -8,9 +8,15 @@ use, over gloo, unless somebody has connected them already.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 Value = TypeVar("Value")
+
+
+class RefusedElsewhere(ValueError):
+    """Another process of the launch refused; the message is its message."""
 
 
 def rank() -> int:
@@ -57,6 +63,29 @@ def barrier() -> None:
 
         _connect()
         distributed.barrier()
+
+
+@contextmanager
+def agreed(*errors: type[Exception]) -> Iterator[None]:
+    """A part of the program that all processes pass, or none.
+
+    What one process refuses with one of ``errors``, the others refuse too, so that none waits for another
+    that has left. All processes must enter it, and nothing inside may wait for other processes.
+
+    Raises:
+        RefusedElsewhere: another process refused and this one did not.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except errors as refused:
+        error = refused
+    messages = gather_objects(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for number, message in enumerate(messages):
+        if message is not None:
+            raise RefusedElsewhere(f"{message} (process {number} of {world_size()})")
 
 
 def _connect() -> None:

@@ -145,6 +145,10 @@ class StageArguments(TrainingArguments):
     mtp_learning_rate_multiplier: float = field(
         default=1.0, metadata={"help": "The heads' learning rate over the model's (10 in stage 4)."}
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Delete what an earlier run left in the output folder and start over."},
+    )
     # A row is a tensor already and the loader shards itself, so nothing may be dropped or re-split.
     remove_unused_columns: bool = field(default=False)
     ignore_data_skip: bool = field(
