@@ -39,7 +39,7 @@ from vita_audio.data import (
 from vita_audio.data.loader import TrainLoader
 from vita_audio.data.mixing import MixError
 from vita_audio.data.token_cache import TokenCacheError
-from vita_audio.distributed import agreed, barrier, is_first, local_rank, local_world_size, rank, world_size
+from vita_audio.distributed import agreed, barrier, is_first, local_rank, rank, world_size
 from vita_audio.files import write_json
 from vita_audio.models import load_with_heads, resize_vocabulary
 from vita_audio.provenance import RUN_FILE, describe_run
@@ -56,7 +56,7 @@ from vita_audio.training import (
     describe_trainable,
     fit_to_processes,
 )
-from vita_audio.training.checkpoints import steps_done
+from vita_audio.training.checkpoints import load_loader_states, steps_done
 from vita_audio.training.result import check_result
 
 logger = logging.getLogger("finetune_sts")
@@ -75,80 +75,70 @@ def main(argv: Sequence[str] | None = None) -> None:
         model_args, data_args, stage_args = parse(argv)
         check_input_folder(model_args.model_name_or_path)
         dtype, attention = choose_numerics(model_args, stage_args)
-        check_machine(stage_args)
+        check_launch(stage_args)
     set_up_logging(stage_args)
     connect(stage_args)
-
-    # 2. The output folder: ours alone, and how far it has come.
-    folder = RunFolder(stage_args.output_dir)
-    with told_in_one_line(*AT_THE_DOOR), agreed(*AT_THE_DOOR):
-        if is_first():
-            folder.lock()
-            if stage_args.overwrite_output_dir:
-                folder.start_over()
-    with told_in_one_line(*AT_THE_DOOR):
-        finished = folder.finished_steps()
-        if finished is not None and finished >= stage_args.max_steps:
-            logger.info("%s holds the finished stage; raise --max_steps to go on", folder.path)
-            return
-        checkpoint = folder.continue_from(stage_args.max_steps)
     set_seed(stage_args.seed)
 
-    # 3. Text tokenizer with speech tokens; 4. rows, and the codec that reads them.
-    with told_in_one_line(*AT_THE_DOOR), agreed(*AT_THE_DOOR):
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_args.tokenizer_name_or_path or model_args.model_name_or_path
-        )
-        codec = CodecSpec(
-            kind=data_args.audio_tokenizer_type,
-            path=data_args.audio_tokenizer_path,
-            frontend_path=model_args.audio_model_name_or_path,
-            token_cache=data_args.audio_token_cache,
-            feature_cache=data_args.audio_feature_cache,
-        )
-        open_codec(codec)
-        extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
-        loader = open_rows(data_args, stage_args, tokenizer, codec)
-        require_codec(codec, loader)
-        run = describe(model_args, data_args, stage_args, dtype, loader, checkpoint)
-        if checkpoint is not None:
-            logger.info("continuing from %s", checkpoint)
-            fit_to_processes(checkpoint, stage_args)
-            for line in describe_changes(checkpoint, run["arguments"]):
-                logger.warning("%s", line)
-    if is_first():
-        folder.reopen()
-        write_json(folder.path / RUN_FILE, run)
-
-    if checkpoint is None or steps_done(checkpoint) < stage_args.max_steps:
-        # 5. The model with its heads; 6. what this stage trains.
+    # 2. The output folder: ours alone, and how far it has come.
+    with RunFolder(stage_args.output_dir) as folder:
+        with told_in_one_line(*AT_THE_DOOR), agreed(*AT_THE_DOOR):
+            if is_first():
+                folder.lock()
+                if stage_args.overwrite_output_dir:
+                    folder.start_over()
         with told_in_one_line(*AT_THE_DOOR):
-            model = open_model(model_args, data_args, tokenizer, dtype, attention)
-        apply_stage(
-            model,
-            language_model_freeze=model_args.language_model_freeze,
-            audio_model_freeze=model_args.audio_model_freeze,
-        )
-        logger.info(describe_trainable(model))
+            finished = folder.finished_steps()
+            if finished is not None and finished >= stage_args.max_steps:
+                logger.info("%s holds the finished stage; raise --max_steps to go on", folder.path)
+                return
+            checkpoint = folder.continue_from(stage_args.max_steps)
 
-        # 7. Train, from where an earlier run was stopped.
-        trainer = SpeechTrainer(
-            model=model, args=stage_args, processing_class=tokenizer, loader=loader, run=run
-        )
-        with told_in_one_line(*WHILE_TRAINING):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        trainer.save_model()
-        trainer.save_state()
-    elif is_first():
-        folder.take_result(checkpoint)
+        # 3. Text tokenizer with speech tokens, and the codec; 4. rows.
+        with told_in_one_line(*AT_THE_DOOR), agreed(*AT_THE_DOOR):
+            tokenizer, codec = open_tokenizers(model_args, data_args)
+            loader = open_rows(data_args, stage_args, tokenizer, codec)
+            require_codec(codec, loader)
+            run = describe(model_args, data_args, stage_args, dtype, loader, checkpoint)
+            if checkpoint is not None:
+                logger.info("continuing from %s", checkpoint)
+                fit_to_processes(checkpoint, stage_args)
+                for line in describe_changes(checkpoint, run["arguments"]):
+                    logger.warning("%s", line)
+                states = load_loader_states(checkpoint)
+                loader.load_state_dict(states[rank()] if len(states) == world_size() else states)
+        if is_first():
+            folder.reopen()
+            write_json(folder.path / RUN_FILE, run)
 
-    # 8. The stage's result is an ordinary model folder; the marker says that it is whole.
-    barrier()
-    if is_first():
-        with told_in_one_line(*AT_THE_DOOR):
-            check_result(folder.path)
-        folder.finish()
-        folder.unlock()
+        if checkpoint is None or steps_done(checkpoint) < stage_args.max_steps:
+            # 5. The model with its heads; 6. what this stage trains.
+            with told_in_one_line(*AT_THE_DOOR):
+                model = open_model(model_args, data_args, tokenizer, dtype, attention)
+            apply_stage(
+                model,
+                language_model_freeze=model_args.language_model_freeze,
+                audio_model_freeze=model_args.audio_model_freeze,
+            )
+            logger.info(describe_trainable(model))
+
+            # 7. Train, from where an earlier run was stopped.
+            trainer = SpeechTrainer(
+                model=model, args=stage_args, processing_class=tokenizer, loader=loader, run=run
+            )
+            with told_in_one_line(*WHILE_TRAINING):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.save_model()
+            trainer.save_state()
+        elif is_first():
+            folder.take_result(checkpoint)
+
+        # 8. The stage's result is an ordinary model folder; the marker says that it is whole.
+        barrier()
+        if is_first():
+            with told_in_one_line(*AT_THE_DOOR):
+                check_result(folder.path)
+            folder.finish()
 
 
 def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, StageArguments]:
@@ -189,31 +179,22 @@ def choose_numerics(model_args: ModelArguments, stage_args: StageArguments) -> t
     return getattr(torch, name), attention
 
 
-def check_machine(stage_args: StageArguments) -> None:
-    """Refuse a launch that this machine cannot serve, before anything is connected or loaded.
+def check_launch(stage_args: StageArguments) -> None:
+    """Refuse a start without the launcher where one is needed, before anything is connected or loaded.
 
     Raises:
         ArgumentError: the message says how to start.
     """
-    if stage_args.deepspeed and "RANK" not in os.environ:
+    how = "python vita_audio/cli/launch.py --nproc_per_node N tools/finetune_sts.py …"
+    if "RANK" in os.environ:
+        return
+    if stage_args.deepspeed:
         raise ArgumentError(
-            "--deepspeed needs a launcher: python vita_audio/cli/launch.py --nproc_per_node N "
-            "tools/finetune_sts.py …, or a script of scripts/deepspeed/sts_qwen25"
+            f"--deepspeed needs a launcher: {how}, or a script of scripts/deepspeed/sts_qwen25"
         )
-    gpus = 0 if stage_args.use_cpu else torch.cuda.device_count()
-    if stage_args.ddp_backend == "nccl" and not gpus:
+    if stage_args.n_gpu > 1:
         raise ArgumentError(
-            "--ddp_backend nccl: this machine shows no NVIDIA GPU (see nvidia-smi and CUDA_VISIBLE_DEVICES); "
-            "to train on CPUs give --use_cpu True --ddp_backend gloo"
-        )
-    if gpus and local_rank() >= gpus:
-        raise ArgumentError(
-            f"{local_world_size()} processes on a machine with {gpus} GPUs; give --nproc_per_node {gpus} or fewer"
-        )
-    if gpus > 1 and "RANK" not in os.environ:
-        raise ArgumentError(
-            f"one process and {gpus} GPUs: start with vita_audio/cli/launch.py --nproc_per_node {gpus}, "
-            "or set CUDA_VISIBLE_DEVICES to one of them"
+            f"one process and {stage_args.n_gpu} GPUs: start with {how}, or set CUDA_VISIBLE_DEVICES to one GPU"
         )
 
 
@@ -228,20 +209,36 @@ def connect(stage_args: StageArguments) -> None:
     _ = stage_args.device  # connects otherwise
 
 
-def open_codec(codec: CodecSpec) -> None:
-    """Open the codec once on each machine where its folder is given and there, to see that it is the right one.
+def open_tokenizers(
+    model_args: ModelArguments, data_args: DataArguments
+) -> tuple[PreTrainedTokenizerBase, CodecSpec]:
+    """The text tokenizer, with the codec's tokens, and the codec.
+
+    The codec is opened once on each machine where its folder is given and there, to see that it is the right one.
 
     Raises:
-        ValueError, OSError: it is not.
+        ValueError, OSError: a folder cannot serve.
     """
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.tokenizer_name_or_path or model_args.model_name_or_path
+    )
+    codec = CodecSpec(
+        kind=data_args.audio_tokenizer_type,
+        path=data_args.audio_tokenizer_path,
+        frontend_path=model_args.audio_model_name_or_path,
+        token_cache=data_args.audio_token_cache,
+        feature_cache=data_args.audio_feature_cache,
+    )
     if codec.path is not None and Path(codec.path).exists() and local_rank() == 0:
         try:
-            codec.open_discrete()
+            _ = codec.open_discrete().codebook_size
         except (KeyError, RuntimeError) as error:
             raise ValueError(
                 f"--audio_tokenizer_path {codec.path}: no codec of --audio_tokenizer_type {codec.kind} ({error!r}); "
                 "give the folder and the type that belong together"
             ) from error
+    extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
+    return tokenizer, codec
 
 
 def require_codec(codec: CodecSpec, loader: TrainLoader) -> None:
@@ -333,7 +330,6 @@ def open_model(
     resize_vocabulary(model, len(tokenizer))
     if model_args.mtp_loss_weight is not None:
         model.config.mtp_loss_weight = model_args.mtp_loss_weight
-    model.config.use_cache = True  # what users of the result want; a pass with labels keeps no cache
     if model_args.num_nextn_predict_layers:
         model.set_default_mode(data_args.text_audio_interval_ratio)
     return model

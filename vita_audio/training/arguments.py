@@ -17,6 +17,7 @@ from transformers import TrainingArguments, get_scheduler
 from vita_audio.audio import available_kinds, is_continuous_kind
 from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
 from vita_audio.data.interleave import check_ratio
+from vita_audio.training.machine import check_devices
 
 
 class ArgumentError(ValueError):
@@ -174,6 +175,7 @@ class StageArguments(TrainingArguments):
                 "itself: use a DeepSpeed config without an optimizer section (ds_config_zero2_no_optimizer.json)"
             )
         self._check_scheduler()
+        check_devices(self.ddp_backend, self.use_cpu)
         super().__post_init__()
 
     def _check_scheduler(self) -> None:

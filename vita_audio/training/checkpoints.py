@@ -99,7 +99,7 @@ def steps_done(folder: str | Path) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointStateError(
             f"{folder}/trainer_state.json: does not say how many steps were made ({error}); "
-            "delete this folder to continue from the checkpoint before it"
+            "restore the file, or train into an empty folder"
         ) from error
 
 

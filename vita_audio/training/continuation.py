@@ -72,7 +72,7 @@ def describe_changes(checkpoint: str | Path, arguments: Mapping[str, Any]) -> li
         old, new = before[name], arguments[name]
         if old == new:
             continue
-        change = f"--{name} {new} (was {old})"
+        change = f"--{name} {_shown(new)} (was {_shown(old)})"
         if name in _FIXED:
             raise ContinuationError(
                 f"{change}: {checkpoint} cannot be continued with it; restore it, or start the stage in an empty folder"
@@ -82,6 +82,10 @@ def describe_changes(checkpoint: str | Path, arguments: Mapping[str, Any]) -> li
         )
         lines.append(f"{change} {effect}")
     return lines
+
+
+def _shown(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def fit_to_processes(checkpoint: str | Path, stage_args: StageArguments) -> None:

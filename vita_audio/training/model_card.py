@@ -67,12 +67,13 @@ def _training(folder: Path, run: Mapping[str, Any] | None) -> str:
         f"{git['revision']}{' with changes' if git['modified'] else ''}" if git else "not in a checkout"
     )
     trained = "the heads alone" if arguments.get("language_model_freeze") else "backbone and heads"
+    data, mix = run["data"], Path(str(arguments.get("dataset_name"))).name
     rows = {
         "Base": f"`{arguments.get('model_name_or_path')}`",
         "Trained": trained,
         "Steps": f"{arguments.get('max_steps')}, rows of {arguments.get('model_max_length')} tokens",
         "Learning rate": f"{arguments.get('learning_rate')}, {arguments.get('lr_scheduler_type')}",
-        "Data": f"`{Path(str(arguments.get('dataset_name'))).name}`, {run['data']}",
+        "Data": f"`{mix}`, {data['samples_per_epoch']:,} samples, fingerprint {data['fingerprint']}",
         "Default schedule": None if mode is None else " ".join(map(str, mode)),
         "Code": revision,
     }

@@ -57,7 +57,8 @@ class RunFolderError(ValueError):
 class RunFolder:
     """An output folder, from its run's point of view.
 
-    All methods that change something are for the first process alone.
+    All methods that change something are for the first process alone. Leaving the context lets another run
+    have the folder.
 
     Args:
         path: made on locking.
@@ -68,7 +69,7 @@ class RunFolder:
         self._lock: TextIOWrapper | None = None
 
     def lock(self) -> None:
-        """Own the folder until this process ends or :meth:`unlock` is called.
+        """Own the folder until the context is left or this process ends.
 
         Raises:
             RunFolderError: a run that is still going owns it.
@@ -89,8 +90,10 @@ class RunFolder:
         file.flush()
         self._lock = file
 
-    def unlock(self) -> None:
-        """Let another run have the folder."""
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None

@@ -39,7 +39,6 @@ from vita_audio.training.callbacks import (
 )
 from vita_audio.training.checkpoints import (
     delete_old_checkpoints,
-    load_loader_states,
     mark_complete,
     mark_incomplete,
     save_loader_state,
@@ -50,11 +49,10 @@ from vita_audio.training.stages import parameter_groups
 
 
 class ResumableLoader(Protocol):
-    """An endless source of batches that can say and restore where it is."""
+    """An endless source of batches that can say where it is."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None: ...
     def counts(self) -> dict[str, float]: ...
 
 
@@ -62,7 +60,7 @@ class SpeechTrainer(Trainer):
     """Trains one stage.
 
     Args:
-        loader: this rank's rows, at their beginning.
+        loader: this rank's rows, where the run shall begin or go on.
         run: what ``run.json`` says of this run; it is put into every checkpoint and into the model card.
         Other arguments are the Trainer's.
     """
@@ -73,6 +71,8 @@ class SpeechTrainer(Trainer):
         self, *, loader: ResumableLoader, run: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
+        # The Trainer's default is for training; users of the result want a cache, and a pass with labels keeps none.
+        self.model.config.use_cache = True
         self._loader = loader
         self._run = run
         self._planned_rates: list[PlannedRates] = []
@@ -96,9 +96,6 @@ class SpeechTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Train to ``max_steps``, from the start or from a complete checkpoint's folder."""
         if resume_from_checkpoint is not None:
-            states = load_loader_states(resume_from_checkpoint)
-            same_ranks = len(states) == self.args.world_size
-            self._loader.load_state_dict(states[self.args.process_index] if same_ranks else states)
             self.add_callback(_ObeyArguments(self._planned_rates))
         with _without_comparison():
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
