@@ -236,7 +236,12 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, GenerationHooks, Qwen2ForCausalLM)
 
         Returns:
             The loss; the main loss or None; the head losses (K,), the last two detached.
+
+        Raises:
+            ValueError: labels came shifted, or no token ids.
         """
+        if kwargs.pop("shift_labels", None) is not None:
+            raise ValueError("shift_labels: pass labels only; each head shifts them by its own distance")
         num_heads = self.config.num_nextn_predict_layers
         with_main = not self.has_frozen_backbone
         states = [hidden] if with_main else []
@@ -282,9 +287,11 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, GenerationHooks, Qwen2ForCausalLM)
                 "labels with inputs_embeds: pass input_ids too, the heads read plain token embeddings"
             )
         token_embeds = self.get_input_embeddings()(input_ids)
+        checkpoint = checkpointing_function(self.model) if self.training else None
         if self.config.mtp_detach_backbone or self.has_frozen_backbone:
             token_embeds, hidden = token_embeds.detach(), hidden.detach()
-        checkpoint = checkpointing_function(self.model) if self.training else None
+            # A reentrant checkpoint gives its parameters no gradient unless one of its inputs takes one.
+            hidden.requires_grad_(checkpoint is not None)
         layer_types = self.config.layer_types[self.config.num_backbone_layers :]
         if len(set(layer_types)) > 1:
             raise ValueError(f"config: all head layers must share one layer type, got {layer_types}")

@@ -24,6 +24,7 @@ from vita_audio.audio.sensevoice.encoder import NUM_QUERY_FRAMES, SenseVoiceEnco
 from vita_audio.models.configuration import Qwen2MTPSenseVoiceConfig
 from vita_audio.models.modeling import MTPOutput, Qwen2MTPForCausalLM, Qwen2MTPModel
 
+
 class Qwen2MTPSenseVoiceModel(Qwen2MTPModel):
     """The backbone with its ear: encoder and adapter beside the decoder layers."""
 
@@ -33,6 +34,7 @@ class Qwen2MTPSenseVoiceModel(Qwen2MTPModel):
         super().__init__(config)
         self.audio_model = AudioModel(config)
         self.audio_projection = AudioProjection(self.audio_model.model.config.output_size, config.hidden_size)
+        self.post_init()
 
     def encode_audio(self, audios: Sequence[Tensor]) -> Tensor:
         """What the backbone reads in place of speech.
