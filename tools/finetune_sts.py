@@ -42,6 +42,7 @@ from vita_audio.data import (
 from vita_audio.data.mixing import MixError
 from vita_audio.data.token_cache import TokenCacheError
 from vita_audio.models import load_with_heads, resize_vocabulary
+from vita_audio.models.compat import disable_shared_memory_allreduce
 from vita_audio.training import (
     DataArguments,
     ModelArguments,
@@ -70,8 +71,7 @@ def main() -> None:
         return
     set_seed(stage_args.seed)
     if stage_args.deepspeed:
-        # On CPUs DeepSpeed would compile a shared-memory all-reduce that only its inference uses.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        disable_shared_memory_allreduce()
         # ZeRO-3 splits the model while it is opened, so DeepSpeed must know the other ranks by then.
         deepspeed.init_distributed(dist_backend=stage_args.ddp_backend)
 

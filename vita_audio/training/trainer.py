@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from vita_audio.models.compat import run_folder
 from vita_audio.training.arguments import StageArguments
 from vita_audio.training.checkpoints import (
     load_loader_states,
@@ -145,7 +146,8 @@ class SpeechTrainer(Trainer):
     # -- checkpoints --------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}"
+        output_dir = run_folder(self, trial)
+        folder = f"{output_dir}/checkpoint-{self.state.global_step}"
         if self.args.should_save:
             mark_incomplete(folder)
         self.accelerator.wait_for_everyone()
@@ -154,6 +156,4 @@ class SpeechTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_complete(folder)
-            rotate_checkpoints(
-                output_dir=self._get_output_dir(trial), save_total_limit=self._checkpoints_to_keep
-            )
+            rotate_checkpoints(output_dir=output_dir, save_total_limit=self._checkpoints_to_keep)
