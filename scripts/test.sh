@@ -15,7 +15,7 @@ case ${1:-} in
   *) die "unknown option $1; see the head of scripts/test.sh" ;;
 esac
 
-prepare_environment "eval,dev"
+prepare_environment dev
 PATH=$VENV/bin:$PATH
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu
 # The tests' processes are CPU processes wherever they run.

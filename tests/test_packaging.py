@@ -1,0 +1,112 @@
+"""What setup.py, the pinned versions and the imports say of each other."""
+
+import ast
+import importlib.metadata
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+INFERENCE_PACKAGES = ("audio", "chat", "engine", "inference", "models")
+
+USED_WITHOUT_IMPORT = {
+    "accelerate": "transformers' Trainer needs it",
+    "tensorboard": "the Trainer writes its files",
+    "flash-attn": "transformers' flash_attention_2 needs it",
+}
+OPTIONAL = {"funasr"}
+"""Imported where it is installed; the message of its absence says how to install it."""
+
+
+@pytest.fixture(scope="module")
+def packaging() -> dict:
+    """The arguments of ``setup()``."""
+    captured = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", captured.update)
+        patch.chdir(REPOSITORY)
+        runpy.run_path("setup.py")
+    return captured
+
+
+def names(requirements) -> set[str]:
+    return {canonicalize_name(Requirement(line).name) for line in requirements}
+
+
+def pins(file: str) -> dict[str, set[str]]:
+    """Versions by package; several where a marker chooses."""
+    versions: dict[str, set[str]] = {}
+    for line in (REPOSITORY / file).read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), line
+            versions.setdefault(canonicalize_name(requirement.name), set()).add(str(requirement.specifier))
+    return versions
+
+
+def imports(folder: str, anywhere: bool = True) -> set[str]:
+    """Packages that the files of a folder import: anywhere, or only when they are loaded."""
+    own = {path.stem for path in (REPOSITORY / "tools").rglob("*")} | {"vita_audio", "tools", "tests"}
+    found = set()
+    for file in (REPOSITORY / folder).rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree) if anywhere else tree.body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.split(".")[0])
+    distributions = importlib.metadata.packages_distributions()
+    return {
+        canonicalize_name(distributions.get(module, [module])[0])
+        for module in found - own - sys.stdlib_module_names
+        if module != "conftest"
+    }
+
+
+def test_everything_imported_is_declared(packaging):
+    extras = packaging["extras_require"]
+    running = names([*packaging["install_requires"], *extras["quickstart"], *extras["gpu"]]) | OPTIONAL
+    assert imports("vita_audio") | imports("tools") <= running
+    # pytest and setuptools bring packaging and themselves.
+    assert imports("tests") <= running | names(extras["dev"]) | {"packaging", "setuptools"}
+
+
+def test_everything_declared_is_used(packaging):
+    extras = packaging["extras_require"]
+    declared = names([*packaging["install_requires"], *extras["quickstart"], *extras["gpu"]])
+    assert declared <= imports("vita_audio") | imports("tools") | set(USED_WITHOUT_IMPORT)
+
+
+def test_inference_imports_only_what_the_plain_install_brings(packaging):
+    found = set().union(*(imports(f"vita_audio/{name}", anywhere=False) for name in INFERENCE_PACKAGES))
+    assert found <= names(packaging["install_requires"])
+
+
+def test_importing_inference_loads_nothing_of_training_or_evaluation():
+    heavy = ["torchdata", "datasets", "deepspeed", "sklearn", "matplotlib"]
+    code = f"import sys, vita_audio.inference; print([name for name in {heavy} if name in sys.modules])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]"
+
+
+def test_both_lists_of_versions_pin_what_is_declared_and_agree(packaging):
+    extras = packaging["extras_require"]
+    direct, all_pins = pins("requirements_ds_gpu.txt"), pins("constraints-cpu.txt")
+    assert set(direct) == names([*packaging["install_requires"], *extras["quickstart"], *extras["gpu"]])
+    assert names(extras["dev"]) <= set(all_pins)
+    on_cpus = set(direct) - names(extras["gpu"])
+    assert {name: direct[name] for name in on_cpus} == {name: all_pins.get(name) for name in on_cpus}
+
+
+def test_the_package_says_that_it_is_typed(packaging):
+    assert (REPOSITORY / "vita_audio/py.typed").is_file()
+    assert "py.typed" in packaging["package_data"]["vita_audio"]
