@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
@@ -163,7 +164,7 @@ class StageArguments(TrainingArguments):
             raise ArgumentError(
                 f"--mtp_learning_rate_multiplier {self.mtp_learning_rate_multiplier}: must be above 0"
             )
-        builds_optimizer = bool(self.deepspeed) and "optimizer" in _read_deepspeed_config(self.deepspeed)
+        builds_optimizer = self.deepspeed and "optimizer" in _read_deepspeed_config(self.deepspeed)
         if builds_optimizer and self.mtp_learning_rate_multiplier != 1:
             raise ArgumentError(
                 f"--mtp_learning_rate_multiplier needs per-group rates, but {self.deepspeed} builds the optimizer "
@@ -178,7 +179,7 @@ class StageArguments(TrainingArguments):
         try:
             if isinstance(self.lr_scheduler_kwargs, str):
                 self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs)
-            arguments = self.lr_scheduler_kwargs or {}
+            arguments: Any = self.lr_scheduler_kwargs or {}
             get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=arguments)
         except (TypeError, ValueError) as error:
             raise ArgumentError(
@@ -187,7 +188,7 @@ class StageArguments(TrainingArguments):
             ) from error
 
 
-def _read_deepspeed_config(deepspeed: str | dict) -> dict:
+def _read_deepspeed_config(deepspeed: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(deepspeed, dict):
         return deepspeed
     try:

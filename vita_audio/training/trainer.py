@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from vita_audio.training.arguments import StageArguments
 from vita_audio.training.checkpoints import (
@@ -57,12 +57,12 @@ class SpeechTrainer(Trainer):
 
     # -- data ---------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train to ``max_steps``, from the start or from a complete checkpoint's folder."""
-        self._resume_from = resume_from_checkpoint
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._resume_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def get_train_dataloader(self) -> ResumableLoader:
+    def get_train_dataloader(self) -> Any:  # a ResumableLoader; the Trainer's signature says DataLoader
         """This rank's loader, put where the checkpoint left it."""
         self._loader = self._build_loader()
         if self._resume_from is not None:
@@ -78,8 +78,10 @@ class SpeechTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the heads' own rate; used when the DeepSpeed config builds none."""
         if self.optimizer is None:
+            trained = self.model if model is None else model
+            assert trained is not None  # the Trainer was given a model
             groups = parameter_groups(
-                self.model if model is None else model,
+                trained,
                 self.args.learning_rate,
                 self.args.weight_decay,
                 self.args.mtp_learning_rate_multiplier,
@@ -149,6 +151,7 @@ class SpeechTrainer(Trainer):
         if self.args.should_save:
             mark_incomplete(folder)
         self.accelerator.wait_for_everyone()
+        assert self._loader is not None  # checkpoints are saved while training
         save_loader_state(folder, self.args.process_index, self._loader.state_dict())
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
