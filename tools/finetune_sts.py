@@ -50,6 +50,7 @@ from vita_audio.training import (
     apply_stage,
     last_complete_checkpoint,
 )
+from vita_audio.training.quiet import hush_libraries
 from vita_audio.training.stages import describe_trainable
 
 logger = logging.getLogger("finetune_sts")
@@ -59,6 +60,7 @@ FINISHED_MARKER = "stage.complete"
 
 def main() -> None:
     _die_with_launcher()
+    hush_libraries()
     # 1. Options, checked as they are read.
     parser = HfArgumentParser((ModelArguments, DataArguments, StageArguments))
     with _told_in_one_line(ValueError):

@@ -171,7 +171,20 @@ class StageArguments(TrainingArguments):
                 "itself: use a DeepSpeed config without an optimizer section (ds_config_zero2_no_optimizer.json)"
             )
         self._check_scheduler()
+        self._use_current_names()
         super().__post_init__()
+
+    def _use_current_names(self) -> None:
+        """Hand ``--gradient_checkpointing`` on under the name that newer transformers asks for.
+
+        The stage scripts keep the published name, which transformers 5.23 takes with a warning and 5.17 has alone.
+        """
+        for published, current in (
+            ("gradient_checkpointing", "activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ):
+            if hasattr(self, current) and getattr(self, current) is None:
+                setattr(self, current, getattr(self, published))
 
     def _check_scheduler(self) -> None:
         """Build the schedule once for nothing: a wrong argument would otherwise show when the model is loaded."""
