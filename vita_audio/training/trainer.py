@@ -40,7 +40,7 @@ class SpeechTrainer(Trainer):
 
     Args:
         build_loader: makes this rank's loader; called once per :meth:`train`.
-        Other arguments are the Trainer's.
+        **kwargs: the Trainer's own arguments.
     """
 
     args: StageArguments
