@@ -110,3 +110,18 @@ def test_both_lists_of_versions_pin_what_is_declared_and_agree(packaging):
 def test_the_package_says_that_it_is_typed(packaging):
     assert (REPOSITORY / "vita_audio/py.typed").is_file()
     assert "py.typed" in packaging["package_data"]["vita_audio"]
+
+
+def test_messages_that_ask_for_an_extra_name_one_that_exists(packaging):
+    """The package is installed from its folder; the name belongs to nobody on PyPI."""
+    texts = {
+        path: path.read_text(encoding="utf-8")
+        for folder in ("vita_audio", "tools", "scripts", "docs")
+        for path in (REPOSITORY / folder).rglob("*.*")
+        if path.suffix in (".py", ".sh", ".md")
+    }
+    texts[REPOSITORY / "README.md"] = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    named = {extra for text in texts.values() for extra in re.findall(r"'\.\[(\w+)\]'", text)}
+    assert named
+    assert named <= set(packaging["extras_require"])
+    assert not [path for path, text in texts.items() if re.search(r"install.*vita-audio\[", text)]
