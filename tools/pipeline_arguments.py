@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vita_audio.audio import available_kinds
+from vita_audio.chat.prompts import SYSTEM_PROMPTS
 from vita_audio.evaluation.transcribers import TranscriberConfig, TranscriberPool
 from vita_audio.inference import GenerationOptions, SpeechPipeline
-from vita_audio.inference.prompts import SYSTEM_PROMPTS
 
 
 def add_codec_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from vita_audio.audio import AudioError, available_kinds, is_continuous_kind
 from vita_audio.audio.io import audio_duration
+from vita_audio.chat import locate_audio
+from vita_audio.chat.sample import Sample, parse_sample
 from vita_audio.constants import AUDIO_TAG
 from vita_audio.data import SampleError
-from vita_audio.data.loader import locate_audio
 from vita_audio.data.mixing import SourceSpec, read_mix
-from vita_audio.data.schema import Sample, parse_sample
 from vita_audio.data.sources import Rows, SourceError
 from vita_audio.data.speech import CodecSpec
 from vita_audio.data.token_cache import (
