@@ -91,6 +91,45 @@ def test_inference_imports_only_what_the_plain_install_brings(packaging):
     assert found <= names(packaging["install_requires"])
 
 
+PLAIN_INSTALL_ONLY = """
+import sys
+from importlib.machinery import PathFinder
+
+class WithoutExtras(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {absent} else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutExtras
+"""
+
+
+def run_with_the_plain_install(packaging: dict, code: str) -> str:
+    """What the code prints where nothing is installed but vita_audio's plain requirements and what they need."""
+    present, waiting = set(), names(packaging["install_requires"])
+    while waiting:
+        package = waiting.pop()
+        present.add(package)
+        needed = [Requirement(line) for line in importlib.metadata.requires(package) or []]
+        needed = names(str(one) for one in needed if not one.marker or one.marker.evaluate({"extra": ""}))
+        waiting |= needed - present
+    absent = {
+        module
+        for module, owners in importlib.metadata.packages_distributions().items()
+        if not {canonicalize_name(owner) for owner in owners} & (present | {"vita-audio"})
+    }
+    assert {"datasets", "torchdata", "deepspeed", "accelerate", "word2number"} <= absent
+    run = subprocess.run(
+        [sys.executable, "-c", PLAIN_INSTALL_ONLY.format(absent=absent) + code],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
 def test_importing_inference_loads_nothing_of_training_or_evaluation():
     heavy = ["torchdata", "datasets", "deepspeed", "sklearn", "matplotlib"]
     code = f"import sys, vita_audio.inference; print([name for name in {heavy} if name in sys.modules])"
@@ -98,6 +137,29 @@ def test_importing_inference_loads_nothing_of_training_or_evaluation():
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "[]"
+
+
+def test_the_plain_install_answers_aloud(packaging, tiny_world):
+    code = f"""
+from vita_audio.inference import SpeechPipeline
+
+pipeline = SpeechPipeline.from_pretrained({str(tiny_world.model_dir)!r}, "mel_vq", {str(tiny_world.codec_dir)!r})
+reply = pipeline.speech_to_speech({tiny_world.audio("question.wav")!r})
+print(reply.text.strip(), len(reply.waveform) > 0)
+"""
+    assert run_with_the_plain_install(packaging, code) == "blue True"
+
+
+@pytest.mark.parametrize(("part", "extra"), [("data", "train"), ("evaluation", "eval")])
+def test_a_part_that_needs_an_extra_says_which(packaging, part, extra):
+    code = f"""
+try:
+    import vita_audio.{part}
+except ImportError as error:
+    print(error)
+"""
+    message = run_with_the_plain_install(packaging, code)
+    assert re.fullmatch(rf"\w+ is not installed; run pip install -e '\.\[{extra}\]' .*", message)
 
 
 def test_both_lists_of_versions_pin_what_is_declared_and_agree(packaging):
