@@ -25,6 +25,7 @@ import numpy as np
 import soundfile
 from matplotlib.figure import Figure
 
+from vita_audio import files
 from vita_audio.audio import load_audio
 from vita_audio.constants import AUDIO_TAG
 from vita_audio.evaluation.table import COLUMNS, LEGEND
@@ -141,12 +142,7 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON lines: {error}") from error
+    return list(files.read_json_lines(path)) if path.is_file() else []
 
 
 # -- words and sounds ------------------------------------------------------------------------------------
