@@ -149,10 +149,13 @@ def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, St
     Raises:
         ValueError: an unknown option, or a value that cannot be served.
     """
-    parser = _Parser(
-        (ModelArguments, DataArguments, StageArguments), prog="finetune_sts.py", description=__doc__
-    )
-    return parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
+    groups: Any = (ModelArguments, DataArguments, StageArguments)
+    parser = _Parser(groups, prog="finetune_sts.py", description=__doc__)
+    model, data, stage = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
+    assert isinstance(model, ModelArguments)
+    assert isinstance(data, DataArguments)
+    assert isinstance(stage, StageArguments)
+    return model, data, stage
 
 
 class _Parser(HfArgumentParser):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
@@ -143,6 +143,9 @@ class DataArguments:
 @dataclass
 class StageArguments(TrainingArguments):
     """transformers' own options, with the defaults of this recipe and the heads' learning rate."""
+
+    if TYPE_CHECKING:  # never None: transformers' own __post_init__ sees to that
+        output_dir: str = ""
 
     mtp_learning_rate_multiplier: float = field(
         default=1.0, metadata={"help": "The heads' learning rate over the model's (10 in stage 4)."}

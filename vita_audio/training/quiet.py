@@ -28,6 +28,8 @@ LIBRARY_LOG_LINES: dict[str, tuple[str, ...]] = {
     "transformers.trainer_utils": (
         # The tokenizer's end and padding tokens are written into the config, as they should be.
         r"The tokenizer has new PAD/BOS/EOS tokens",
+        # A resumed run obeys its own options, and says itself which of them differ from the checkpoint's.
+        r"Warning: The following arguments do not match",
     ),
 }
 """Log messages by logger and the start of their text (a regular expression)."""
