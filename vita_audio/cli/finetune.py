@@ -58,6 +58,7 @@ from vita_audio.training import (
     fit_to_processes,
 )
 from vita_audio.training.checkpoints import load_loader_states, steps_done
+from vita_audio.training.quiet import hush_libraries
 from vita_audio.training.result import check_result
 
 logger = logging.getLogger("finetune_sts")
@@ -71,6 +72,7 @@ WHILE_TRAINING = (MixError, TokenCacheError, ResumeError, TooManyBadSamples, Flo
 def main(argv: Sequence[str] | None = None) -> None:
     """Train one stage from command-line options; ``sys.argv`` by default."""
     end_with_launcher()
+    hush_libraries()
     # 1. Options, and whether this machine can serve them.
     with told_in_one_line(*AT_THE_DOOR):
         model_args, data_args, stage_args = parse(argv)
@@ -148,10 +150,13 @@ def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, St
     Raises:
         ValueError: an unknown option, or a value that cannot be served.
     """
-    parser = _Parser(
-        (ModelArguments, DataArguments, StageArguments), prog="finetune_sts.py", description=__doc__
-    )
-    return parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
+    groups: Any = (ModelArguments, DataArguments, StageArguments)
+    parser = _Parser(groups, prog="finetune_sts.py", description=__doc__)
+    model, data, stage = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
+    assert isinstance(model, ModelArguments)
+    assert isinstance(data, DataArguments)
+    assert isinstance(stage, StageArguments)
+    return model, data, stage
 
 
 class _Parser(HfArgumentParser):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
@@ -143,6 +144,9 @@ class DataArguments:
 class StageArguments(TrainingArguments):
     """transformers' own options, with the defaults of this recipe and the heads' learning rate."""
 
+    if TYPE_CHECKING:  # never None: transformers' own __post_init__ sees to that
+        output_dir: str = ""
+
     mtp_learning_rate_multiplier: float = field(
         default=1.0, metadata={"help": "The heads' learning rate over the model's (10 in stage 4)."}
     )
@@ -168,15 +172,28 @@ class StageArguments(TrainingArguments):
             raise ArgumentError(
                 f"--mtp_learning_rate_multiplier {self.mtp_learning_rate_multiplier}: must be above 0"
             )
-        builds_optimizer = bool(self.deepspeed) and "optimizer" in _read_deepspeed_config(self.deepspeed)
+        builds_optimizer = self.deepspeed and "optimizer" in _read_deepspeed_config(self.deepspeed)
         if builds_optimizer and self.mtp_learning_rate_multiplier != 1:
             raise ArgumentError(
                 f"--mtp_learning_rate_multiplier needs per-group rates, but {self.deepspeed} builds the optimizer "
                 "itself: use a DeepSpeed config without an optimizer section (ds_config_zero2_no_optimizer.json)"
             )
         self._check_scheduler()
+        self._use_current_names()
         check_devices(self.ddp_backend, self.use_cpu)
         super().__post_init__()
+
+    def _use_current_names(self) -> None:
+        """Hand ``--gradient_checkpointing`` on under the name that newer transformers asks for.
+
+        The stage scripts keep the published name, which transformers 5.23 takes with a warning and 5.17 has alone.
+        """
+        for published, current in (
+            ("gradient_checkpointing", "activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ):
+            if hasattr(self, current) and getattr(self, current) is None:
+                setattr(self, current, getattr(self, published))
 
     def _check_scheduler(self) -> None:
         """Build the schedule once for nothing: a wrong argument would otherwise show when the model is loaded."""
@@ -184,7 +201,7 @@ class StageArguments(TrainingArguments):
         try:
             if isinstance(self.lr_scheduler_kwargs, str):
                 self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs)
-            arguments = self.lr_scheduler_kwargs or {}
+            arguments: Any = self.lr_scheduler_kwargs or {}
             get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=arguments)
         except (TypeError, ValueError) as error:
             raise ArgumentError(
@@ -193,7 +210,7 @@ class StageArguments(TrainingArguments):
             ) from error
 
 
-def _read_deepspeed_config(deepspeed: str | dict) -> dict:
+def _read_deepspeed_config(deepspeed: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(deepspeed, dict):
         return deepspeed
     try:

@@ -15,6 +15,7 @@ The SenseVoice encoder stays frozen throughout unless asked for.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from torch import nn
 
@@ -34,7 +35,7 @@ def apply_stage(
 
 def parameter_groups(
     model: nn.Module, learning_rate: float, weight_decay: float, head_multiplier: float = 1.0
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters.
 
     Heads learn at ``learning_rate * head_multiplier``; norms and biases (tensors of one dimension)
@@ -59,7 +60,8 @@ def parameter_groups(
 
 def describe_trainable(model: nn.Module) -> str:
     """One line for the log: how many parameters of each part train."""
-    trained, total = Counter(), Counter()
+    trained: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if is_head_parameter(model, name):
             part = "heads"

@@ -9,15 +9,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import (
+    PreTrainedModel,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -62,10 +61,11 @@ class SpeechTrainer(Trainer):
     Args:
         loader: this rank's rows, where the run shall begin or go on.
         run: what ``run.json`` says of this run; it is put into every checkpoint and into the model card.
-        Other arguments are the Trainer's.
+        **kwargs: the Trainer's own arguments, ``model`` among them.
     """
 
     args: StageArguments
+    model: PreTrainedModel
 
     def __init__(
         self, *, loader: ResumableLoader, run: Mapping[str, Any] | None = None, **kwargs: Any
@@ -93,14 +93,15 @@ class SpeechTrainer(Trainer):
 
     # -- data ---------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """Train to ``max_steps``, from the start or from a complete checkpoint's folder."""
         if resume_from_checkpoint is not None:
             self.add_callback(_ObeyArguments(self._planned_rates))
-        with _without_comparison():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def get_train_dataloader(self) -> ResumableLoader:
+    def get_train_dataloader(self) -> Any:  # the Trainer's signature asks for a DataLoader
         """This rank's loader, which shards and shuffles itself."""
         return self._loader
 
@@ -184,9 +185,9 @@ class SpeechTrainer(Trainer):
 
     # -- checkpoints --------------------------------------------------------------------------------------
 
-    def save_model(self, output_dir: str | None = None, **kwargs: Any) -> None:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save a folder that others can use: weights, config, tokenizer, model card."""
-        super().save_model(output_dir, **kwargs)
+        super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:
             write_model_card(output_dir or self.args.output_dir, self._run)
 
@@ -216,18 +217,3 @@ class _ObeyArguments(TrainerCallback):
     ) -> None:
         for rates in self._planned:
             rates.restore()
-
-
-@contextmanager
-def _without_comparison() -> Iterator[None]:
-    """Silence the Trainer's own comparison of arguments: it warns of intervals that are obeyed all the same."""
-    logger = logging.getLogger("transformers.trainer_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Warning: The following arguments do not match")
-
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
