@@ -35,9 +35,10 @@ from vita_audio.constants import (
 )
 from vita_audio.data import CodecSpec, DataConfig, Example, SampleError, extend_tokenizer
 from vita_audio.data.chat import ChatTokens
-from vita_audio.data.loader import PackedRows, locate_audio
+from vita_audio.data.loader import PackedRows
 from vita_audio.data.mixing import Mix, Place, read_mix
 from vita_audio.data.packing import RowPacker
+from vita_audio.data.paths import locate
 from vita_audio.data.report import Report
 from vita_audio.data.schema import parse_sample
 from vita_audio.data.speech import SpeechReader
@@ -74,7 +75,9 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--audio_model_name_or_path", default=None, help="SenseVoice's folder, for its kinds")
     parser.add_argument("--audio_token_cache", default=None)
     parser.add_argument(
-        "--data_root", default=None, help="where relative paths start; the mix's folder when absent"
+        "--data_root",
+        default=None,
+        help="where relative paths start (default: $ROOT_PATH, else the mix's folder)",
     )
     parser.add_argument("--model_max_length", type=int, default=8192, help="tokens in a row")
     parser.add_argument(
@@ -185,7 +188,7 @@ def _audio_files(mix: Mix, place: Place, data_root: str | Path) -> list[str]:
         sample = parse_sample(mix.raw(place))
     except SampleError:
         return []
-    return [locate_audio(path, data_root, mix.specs[place.source].path.parent) for path in sample.audios]
+    return [locate(path, data_root, mix.specs[place.source].path.parent) for path in sample.audios]
 
 
 def _seconds(audios: list[str], example: Example, tokenizer: PreTrainedTokenizerBase) -> float:

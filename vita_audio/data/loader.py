@@ -32,6 +32,7 @@ from vita_audio.data.collator import collate_rows
 from vita_audio.data.interleave import check_ratio
 from vita_audio.data.mixing import Mix, Place, read_mix
 from vita_audio.data.packing import OPEN_ROWS, PATIENCE, OpenRow, RowPacker
+from vita_audio.data.paths import default_data_root, locate
 from vita_audio.data.report import ErrorFile, Report
 from vita_audio.data.schema import Reason, Sample, SampleError, parse_sample
 from vita_audio.data.sharding import ShardState, reshard
@@ -64,7 +65,7 @@ class DataConfig:
         max_error_share: the run stops when more samples than this are unusable.
         strict: refuse to start when a file of the mix cannot be opened.
         token_cache: folder that tools/tokenize_audio.py wrote.
-        data_root: where relative paths start; the YAML's folder when absent.
+        data_root: where relative paths start. None: $ROOT_PATH, else the YAML's folder.
         default_system_message: for samples without a system message.
         max_audio_seconds: longer clips are refused unread; by default what a row could hold.
         open_rows: the packer's look-ahead.
@@ -94,7 +95,7 @@ class DataConfig:
         if not 0 <= self.max_error_share <= 1:
             raise ValueError(f"max_error_share must lie between 0 and 1, it is {self.max_error_share}")
         if self.data_root is None:
-            self.data_root = Path(self.dataset_path).parent
+            self.data_root = default_data_root(self.dataset_path)
         if self.max_audio_seconds is None:
             self.max_audio_seconds = self.seq_length / _LOWEST_FRAME_RATE
 
@@ -403,20 +404,12 @@ class PackedRows(IterableDataset):
         if not sample.audios:
             return sample
         return replace(
-            sample, audios=tuple(locate_audio(path, self.config.data_root, beside) for path in sample.audios)
+            sample, audios=tuple(locate(path, self.config.data_root, beside) for path in sample.audios)
         )
 
     def _collate(self, rows: list[list[Document]]) -> dict[str, Any]:
         examples = [[document.example for document in row] for row in rows]
         return collate_rows(examples, self.config.seq_length, self.tokenizer.pad_token_id)
-
-
-def locate_audio(path: str, data_root: str | Path, beside: str | Path) -> str:
-    """Where a sample's audio lies: as it is if absolute, else below the data root or beside the data file."""
-    if os.path.isabs(path):
-        return path
-    below_root, beside_file = os.path.join(data_root, path), os.path.join(beside, path)
-    return beside_file if not os.path.exists(below_root) and os.path.exists(beside_file) else below_root
 
 
 @dataclass
