@@ -27,7 +27,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import transformers
-from transformers import AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoTokenizer, set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from vita_audio.audio import is_continuous_kind
@@ -42,14 +42,8 @@ from vita_audio.data import (
 from vita_audio.data.mixing import MixError
 from vita_audio.data.token_cache import TokenCacheError
 from vita_audio.models import load_with_heads, resize_vocabulary
-from vita_audio.training import (
-    DataArguments,
-    ModelArguments,
-    SpeechTrainer,
-    StageArguments,
-    apply_stage,
-    last_complete_checkpoint,
-)
+from vita_audio.training import SpeechTrainer, StageArguments, apply_stage, last_complete_checkpoint
+from vita_audio.training.command_line import parse_arguments
 from vita_audio.training.stages import describe_trainable
 
 logger = logging.getLogger("finetune_sts")
@@ -60,9 +54,8 @@ FINISHED_MARKER = "stage.complete"
 def main() -> None:
     _die_with_launcher()
     # 1. Options, checked as they are read.
-    parser = HfArgumentParser((ModelArguments, DataArguments, StageArguments))
     with _told_in_one_line(ValueError):
-        model_args, data_args, stage_args = parser.parse_args_into_dataclasses()
+        model_args, data_args, stage_args = parse_arguments()
     output_dir = Path(stage_args.output_dir)
     _set_up_logging(stage_args)
     if (output_dir / FINISHED_MARKER).is_file():
