@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -23,6 +24,7 @@ from vita_audio.training.checkpoints import (
     mark_incomplete,
     save_loader_state,
 )
+from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
 
 
@@ -83,6 +85,7 @@ class SpeechTrainer(Trainer):
                 self.args.learning_rate,
                 self.args.weight_decay,
                 self.args.mtp_learning_rate_multiplier,
+                decay_norms=self.args.decay_norms,
             )
             self.optimizer = torch.optim.AdamW(
                 groups,
@@ -91,6 +94,21 @@ class SpeechTrainer(Trainer):
                 fused=self.args.device.type == "cuda",
             )
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LRScheduler:
+        """The schedule of ``--lr_scheduler_type``; DeepSpeed calls this too when it builds the optimizer."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = build_scheduler(
+                self.args.lr_scheduler_type,
+                self.optimizer if optimizer is None else optimizer,
+                self.args.get_warmup_steps(num_training_steps),
+                num_training_steps,
+                self.args.lr_scheduler_kwargs,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     # -- loss ---------------------------------------------------------------------------------------------
 
@@ -133,9 +151,11 @@ class SpeechTrainer(Trainer):
         """Add the losses of main model and heads, and the data's counters, to a training log line."""
         if "loss" in logs:
             steps = max(1, self._micro_batches // self.args.gradient_accumulation_steps)
+            # Under --loss_average global each rank's part is a share of the global mean: its sum was divided by the
+            # items of all ranks. Under rank it is that rank's own mean.
+            reduction = "sum" if self.args.loss_average == "global" else "mean"
             for name, total in sorted(self._part_losses.items()):
-                # Each rank's part is a share of the global mean (the sum is divided by all ranks' items).
-                logs[name] = self.accelerator.reduce(total, reduction="sum").item() / steps
+                logs[name] = self.accelerator.reduce(total, reduction=reduction).item() / steps
             self._part_losses.clear()
             self._micro_batches = 0
             if self._loader is not None:
