@@ -217,8 +217,12 @@ class StageArguments(TrainingArguments):
             "transformers' names. cosine without --lr_scheduler_kwargs obeys the scheduler section of --deepspeed."
         },
     )
-    warmup_ratio: float | None = field(
-        default=None, metadata={"help": "Share of --max_steps that the rate rises for (0.03 in all stages)."}
+    warmup_steps: float = field(
+        default=0,
+        metadata={
+            "help": "Steps that the rate rises for, or, below 1, their share of --max_steps (0.03 in all stages).",
+            "aliases": ["--warmup_ratio"],
+        },
     )
     mtp_learning_rate_multiplier: float = field(
         default=1.0,
@@ -258,7 +262,6 @@ class StageArguments(TrainingArguments):
             )
         if self.loss_average not in ("global", "rank"):
             raise ArgumentError(f"--loss_average {self.loss_average}: give global or rank")
-        self._check_warmup()
         unserved = find_unserved(self)
         if unserved is not None:
             raise ArgumentError(unserved)
@@ -275,17 +278,6 @@ class StageArguments(TrainingArguments):
         super().__post_init__()
         self.lr_scheduler_type = name
         self._check_agreement_with_deepspeed()
-
-    def _check_warmup(self) -> None:
-        if self.warmup_ratio is None:
-            return
-        if not 0 <= self.warmup_ratio < 1:
-            raise ArgumentError(f"--warmup_ratio {self.warmup_ratio}: give a share of the steps, below 1")
-        if self.warmup_steps not in (0, self.warmup_ratio):
-            raise ArgumentError(
-                f"--warmup_ratio {self.warmup_ratio} and --warmup_steps {self.warmup_steps}: give one of them"
-            )
-        self.warmup_steps = self.warmup_ratio
 
     def _prepare_deepspeed_and_device(self) -> None:
         """Check the DeepSpeed config, take its schedule, and settle for what a machine without GPU has."""
@@ -314,7 +306,8 @@ class StageArguments(TrainingArguments):
         if self.use_cpu:
             if self.ddp_backend == "nccl":
                 replaced.append("gloo instead of nccl")
-                self.ddp_backend = "gloo"
+            # A process that was started alone has nobody to talk to, and accelerate would look for a group.
+            self.ddp_backend = "gloo" if "RANK" in os.environ else None
             if self.tf32:
                 replaced.append("no tf32")
                 self.tf32 = None

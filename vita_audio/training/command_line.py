@@ -73,10 +73,22 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 def _without_built_in(flag: str, values: list[str]) -> list[str]:
     """The words for the parser: none for a flag whose meaning is built in, once its value is checked."""
+    if flag == "warmup_ratio" and not _is_below_one(values):
+        raise ArgumentError(
+            f"--warmup_ratio {' '.join(values)}: give a share of the steps, 0 or more and below 1"
+        )
     if built_in(flag) is None:
         return [f"--{flag}", *values]
     check_built_in(flag, values)
     return []
+
+
+def _is_below_one(values: list[str]) -> bool:
+    try:
+        (value,) = map(float, values)
+    except ValueError:
+        return False
+    return 0 <= value < 1
 
 
 def _words_of_json(file: str) -> list[str]:

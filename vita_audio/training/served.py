@@ -150,8 +150,8 @@ OPTIONS: dict[str, Option] = {
         "liger_kernel_config",
     ),
     **_only_default("training needs no key-value cache; leave this option out", "use_cache"),
-    **_only_default(
-        "tokens are rows times --model_max_length; leave this option out", "include_num_input_tokens_seen"
+    "include_num_input_tokens_seen": Option(
+        ("no", False), "tokens are rows times --model_max_length; leave this option out"
     ),
     **_only_default(
         "the stages run on DeepSpeed; give --deepspeed scripts/deepspeed/ds_config_zero3.json",
