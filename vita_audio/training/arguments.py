@@ -262,9 +262,12 @@ class StageArguments(TrainingArguments):
             )
         if self.loss_average not in ("global", "rank"):
             raise ArgumentError(f"--loss_average {self.loss_average}: give global or rank")
+        if self.loss_average == "rank":  # also in a copy of arguments that have been through here
+            self.average_tokens_across_devices = True
         unserved = find_unserved(self)
         if unserved is not None:
             raise ArgumentError(unserved)
+        self._read_scheduler()
         try:
             self._prepare_deepspeed_and_device()
         except DeepSpeedConfigError as error:
@@ -328,27 +331,36 @@ class StageArguments(TrainingArguments):
                 "use ds_config_zero2_no_optimizer.json to spare the norms, or give --decay_norms True"
             )
 
-    def _check_scheduler(self) -> None:
-        """Build the schedule for a dummy optimizer: a wrong argument would otherwise show after the model is loaded."""
+    def _read_scheduler(self) -> None:
         self.lr_scheduler_type = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         if self.lr_scheduler_type not in SCHEDULER_NAMES:
             raise ArgumentError(
-                f"--lr_scheduler_type {self.lr_scheduler_type}: give {', '.join(SCHEDULER_NAMES)}"
+                f"--lr_scheduler_type {self.lr_scheduler_type}: give one of {', '.join(SCHEDULER_NAMES)}"
             )
         if self.lr_scheduler_type in _NEED_EVALUATION:
             raise ArgumentError(
                 f"--lr_scheduler_type {self.lr_scheduler_type}: it needs an evaluation while training"
             )
+        if isinstance(self.lr_scheduler_kwargs, str):
+            try:
+                self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs)
+            except ValueError as error:
+                raise self._unfit_scheduler_arguments(error) from error
+
+    def _check_scheduler(self) -> None:
+        """Build the schedule for a dummy optimizer: a wrong argument would otherwise show after the model is loaded."""
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         try:
-            if isinstance(self.lr_scheduler_kwargs, str):
-                self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs)
             build_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)
         except (TypeError, ValueError) as error:
-            raise ArgumentError(
-                f"--lr_scheduler_kwargs {self.lr_scheduler_kwargs}: give JSON that fits --lr_scheduler_type "
-                f'{self.lr_scheduler_type}, such as {{"min_lr_rate": 0.1}}: {error}'
-            ) from error
+            raise self._unfit_scheduler_arguments(error) from error
+
+    def _unfit_scheduler_arguments(self, error: Exception) -> ArgumentError:
+        example = "cos_min_ratio" if self.lr_scheduler_type == WARMUP_COSINE else "min_lr_rate"
+        return ArgumentError(
+            f"--lr_scheduler_kwargs {self.lr_scheduler_kwargs}: give JSON that fits --lr_scheduler_type "
+            f'{self.lr_scheduler_type}, such as {{"{example}": 0.1}}: {error}'
+        )
 
     def _check_agreement_with_deepspeed(self) -> None:
         """transformers compares these too, but after the model is loaded and in eight lines."""

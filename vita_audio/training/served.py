@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,9 @@ OPTIONS: dict[str, Option] = {
         _OWN_LOADER,
         *"""dataloader_drop_last dataloader_persistent_workers dataloader_prefetch_factor
         dataloader_multiprocessing_context dataloader_in_order train_sampling_strategy length_column_name
-        label_names accelerator_config""".split(),
+        label_names""".split(),
     ),
+    "accelerator_config": Option((None, AcceleratorConfig()), _OWN_LOADER),
     **_only_default(
         _NO_UPLOAD,
         *"""push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""".split(),
