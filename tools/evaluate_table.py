@@ -45,11 +45,11 @@ from vita_audio.evaluation.table import (
     Row,
     Table,
     measure_speed,
-    modes_for,
     score_floor,
     score_row,
 )
-from vita_audio.inference import SpeechPipeline, resolve_mode
+from vita_audio.inference import Schedule, SpeechPipeline
+from vita_audio.models.schedule import schedules_for
 
 
 def main() -> None:
@@ -157,8 +157,8 @@ def read_checkpoint(text: str, modes: list[str]) -> tuple[str, Path, list[str]]:
     heads = getattr(AutoConfig.from_pretrained(folder), "num_nextn_predict_layers", 0)
     names = [mode.replace("-", " ") for mode in (chosen.split(",") if chosen else modes)]
     for name in names:
-        resolve_mode(name)
-    return stage, Path(folder), names if chosen else modes_for(heads, names)
+        Schedule.parse(name)
+    return stage, Path(folder), names if chosen else schedules_for(heads, names)
 
 
 def read_sets(

@@ -15,10 +15,10 @@ from rich.table import Table
 
 from vita_audio import distributed
 from vita_audio.audio import available_kinds
+from vita_audio.chat.prompts import SYSTEM_PROMPTS
 from vita_audio.evaluation.transcribers import TranscriberConfig, TranscriberPool
 from vita_audio.files import write_json
 from vita_audio.inference import GenerationOptions, SpeechPipeline
-from vita_audio.inference.prompts import SYSTEM_PROMPTS
 
 
 def add_codec_arguments(parser: argparse.ArgumentParser) -> None:

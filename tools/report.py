@@ -27,8 +27,9 @@ from matplotlib.figure import Figure
 
 from vita_audio import files
 from vita_audio.audio import load_audio
-from vita_audio.constants import AUDIO_TAG, INFERENCE_MODES
+from vita_audio.constants import AUDIO_TAG
 from vita_audio.evaluation.table import COLUMNS, LEGEND
+from vita_audio.models.schedule import SCHEDULES
 
 STAGES = {
     "stage1": "1 · alignment",
@@ -261,7 +262,7 @@ def speed_figure(scores: list[dict]) -> Figure | None:
     if not timed:
         return None
     rows = {row["mode"]: row for row in timed if row["stage"] == timed[-1]["stage"]}
-    known = list(INFERENCE_MODES)
+    known = list(SCHEDULES)
     modes = sorted(rows, key=lambda mode: known.index(mode) if mode in known else len(known))
     figure = Figure(figsize=(9.5, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2)

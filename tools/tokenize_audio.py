@@ -28,10 +28,11 @@ from tqdm import tqdm
 from vita_audio import distributed
 from vita_audio.audio import AudioError, available_kinds, is_continuous_kind
 from vita_audio.audio.io import audio_duration
+from vita_audio.chat import locate_audio
+from vita_audio.chat.sample import parse_sample
 from vita_audio.data import SampleError
-from vita_audio.data.loader import coded_audios, locate_audio
+from vita_audio.data.loader import coded_audios
 from vita_audio.data.mixing import SourceSpec, read_mix
-from vita_audio.data.schema import parse_sample
 from vita_audio.data.sources import Rows, SourceError
 from vita_audio.data.speech import CodecSpec
 from vita_audio.data.token_cache import (

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vita_audio.chat.sample import SampleError, parse_sample
 from vita_audio.data.mixing import Mix, MixError, permuted, read_mix
-from vita_audio.data.schema import SampleError, parse_sample
 from vita_audio.data.sources import Rows
 
 

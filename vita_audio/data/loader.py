@@ -28,14 +28,22 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from vita_audio.audio import is_continuous_kind
+from vita_audio.chat import (
+    ChatTokens,
+    Example,
+    Reason,
+    Sample,
+    SampleError,
+    build_example,
+    locate,
+    parse_sample,
+)
+from vita_audio.chat.interleave import check_ratio
 from vita_audio.constants import AUDIO_TAG, DEFAULT_TEXT_AUDIO_RATIO
-from vita_audio.data.chat import ChatTokens, Example, build_example
 from vita_audio.data.collator import collate_rows
-from vita_audio.data.interleave import check_ratio
 from vita_audio.data.mixing import Mix, Place, read_mix
 from vita_audio.data.packing import OPEN_ROWS, PATIENCE, OpenRow, RowPacker
 from vita_audio.data.report import ErrorFile, Report
-from vita_audio.data.schema import Reason, Sample, SampleError, parse_sample
 from vita_audio.data.sharding import ShardState, reshard
 from vita_audio.data.speech import CodecSpec, SpeechReader, check_codec_matches
 from vita_audio.data.token_cache import TokenCache
@@ -117,7 +125,7 @@ def build_train_loader(
 
     Args:
         config: what to read.
-        tokenizer: extended by :func:`vita_audio.data.chat.extend_tokenizer`.
+        tokenizer: extended by :func:`vita_audio.chat.extend_tokenizer`.
         codec: a spec, opened by each worker on first need; or an open, picklable codec; None for text.
         rank: of this process.
         world_size: number of processes that share the mix.
@@ -371,7 +379,7 @@ class PackedRows(IterableDataset):
         spec = self.mix.specs[place.source]
         report.position = max(report.position, place.position)
         try:
-            sample = self._locate(parse_sample(self.mix.raw(place)), spec.path.parent)
+            sample = locate(parse_sample(self.mix.raw(place)), self.config.data_root, spec.path.parent)
             example = build_example(
                 sample,
                 self.tokenizer,
@@ -418,7 +426,7 @@ class PackedRows(IterableDataset):
         rows, beside = self.mix.rows[source], self.mix.specs[source].path.parent
         for index in range(min(_SAMPLES_LOOKED_AT, len(rows))):
             try:
-                sample = self._locate(parse_sample(rows[index]), beside)
+                sample = locate(parse_sample(rows[index]), self.config.data_root, beside)
             except SampleError:
                 continue
             if not all(
@@ -426,14 +434,6 @@ class PackedRows(IterableDataset):
             ):
                 return True
         return False
-
-    def _locate(self, sample: Sample, beside: Path) -> Sample:
-        """Find the audio files: below the data root, or else beside the data file."""
-        if not sample.audios:
-            return sample
-        return replace(
-            sample, audios=tuple(locate_audio(path, self.config.data_root, beside) for path in sample.audios)
-        )
 
     def _collate(self, rows: list[list[Document]]) -> dict[str, Any]:
         examples = [[document.example for document in row] for row in rows]
@@ -447,14 +447,6 @@ def coded_audios(sample: Sample, assistant_only: bool) -> Iterator[str]:
         here = list(islice(audios, message.content.count(AUDIO_TAG)))
         if message.role == "assistant" or not assistant_only:
             yield from here
-
-
-def locate_audio(path: str, data_root: str | Path, beside: str | Path) -> str:
-    """Where a sample's audio lies: as it is if absolute, else below the data root or beside the data file."""
-    if os.path.isabs(path):
-        return path
-    below_root, beside_file = os.path.join(data_root, path), os.path.join(beside, path)
-    return beside_file if not os.path.exists(below_root) and os.path.exists(beside_file) else below_root
 
 
 @dataclass

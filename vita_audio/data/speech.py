@@ -18,9 +18,9 @@ from torch import Tensor
 
 from vita_audio.audio import get_audio_tokenizer, is_continuous_kind
 from vita_audio.audio.io import audio_duration
+from vita_audio.chat.sample import Reason, SampleError
 from vita_audio.constants import AUDIO_CODEBOOK_SIZE
 from vita_audio.data.feature_cache import FeatureCache
-from vita_audio.data.schema import Reason, SampleError
 from vita_audio.data.token_cache import TokenCache, audio_key, discrete_kind, identities
 
 
@@ -73,7 +73,7 @@ class CodecSpec:
 
 
 class SpeechReader:
-    """The codec that the loader renders with (:class:`vita_audio.data.chat.Codec`).
+    """The codec that the loader renders with (:class:`vita_audio.chat.Codec`).
 
     Args:
         codec: a spec, or an open codec.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vita_audio import distributed
 from vita_audio.audio import AudioTokenizer
-from vita_audio.constants import TTS_PROMPT
+from vita_audio.chat import prompts
 from vita_audio.evaluation.benchmark import (
     BenchmarkItem,
     Listener,
@@ -42,7 +42,8 @@ def run_tts(
 
 def requested_text(item: BenchmarkItem) -> str:
     """The text that the last message asks to be read."""
-    return item.conversation.messages[-1]["content"].replace(f"{TTS_PROMPT}\n", "").strip()
+    message = item.conversation.messages[-1]
+    return prompts.requested_text(message) or message.text.strip()
 
 
 def score_tts(

@@ -15,8 +15,8 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from vita_audio.audio import available_kinds, is_continuous_kind
+from vita_audio.chat.interleave import check_ratio
 from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
-from vita_audio.data.interleave import check_ratio
 from vita_audio.training.machine import check_devices
 
 
