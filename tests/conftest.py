@@ -1,22 +1,29 @@
-"""A tiny model that speaks: trained for seconds on three samples, with a codec fitted on noise and tones."""
+"""Shared pieces of all tests.
+
+* ``tiny_world``: a tiny model that speaks, trained for seconds on three samples, and a codec fitted on noise and tones.
+* ``goldens``: files, tokenizers and codec of the data specification.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from vita_audio.audio import AudioTokenizer, save_audio
+from vita_audio.audio import AudioError, AudioTokenizer, save_audio
 from vita_audio.audio.mel_vq import MelVQConfig, MelVQTokenizer
 from vita_audio.data import build_example
 from vita_audio.models import Qwen2MTPConfig, Qwen2MTPForCausalLM
 
-TOKENIZER = Path(__file__).parent / "goldens" / "data" / "tokenizer" / "glm4voice"
+_DATA_GOLDENS = Path(__file__).parent / "goldens" / "data"
+TOKENIZER = _DATA_GOLDENS / "tokenizer" / "glm4voice"
 CODES = 64  # speech tokens of that tokenizer
 HEADS = 10
 KNOWN_BY_HEART = 0.05  # loss of the backbone and of every head
@@ -112,3 +119,64 @@ def _learn_by_heart(examples: list) -> Qwen2MTPForCausalLM:
         optimizer.step()
         optimizer.zero_grad()
     raise AssertionError("the tiny model did not learn its three samples")
+
+
+class _GoldenCodec:
+    """Returns the codes and features that the golden files were made with."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.codes = json.loads((_DATA_GOLDENS / "preprocess" / "audio_tokens.json").read_text())
+        self.matrices = load_file(_DATA_GOLDENS / "preprocess" / "audio_features.safetensors")
+        self.encoded: list[str] = []
+
+    def encode(self, audio: str) -> list[int]:
+        self.encoded.append(audio)
+        if audio not in self.codes:
+            raise AudioError(f"{audio}: no such audio file", "missing")
+        return self.codes[audio]
+
+    def features(self, audio: str):
+        if audio not in self.matrices:
+            raise AudioError(f"{audio}: no such audio file", "missing")
+        return self.matrices[audio]
+
+
+class _Goldens:
+    """The golden files of the data specification."""
+
+    folder = _DATA_GOLDENS
+    codec = staticmethod(cache(_GoldenCodec))
+
+    @staticmethod
+    def lines(name: str) -> list[dict]:
+        return [json.loads(line) for line in (_DATA_GOLDENS / name).read_text(encoding="utf-8").splitlines()]
+
+    @staticmethod
+    @cache
+    def tokenizer(kind: str):
+        return AutoTokenizer.from_pretrained(_DATA_GOLDENS / "tokenizer" / kind)
+
+
+@pytest.fixture(scope="session")
+def goldens() -> type[_Goldens]:
+    return _Goldens
+
+
+@pytest.fixture(scope="session")
+def text_sample():
+    def make(text: str, reply: str = "ok") -> dict:
+        return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_lines():
+    def write(path: Path, samples: list) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = (sample if isinstance(sample, str) else json.dumps(sample) for sample in samples)
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write

@@ -33,11 +33,11 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import vita_audio.models  # noqa: F401  (registers the model types)
+from vita_audio import distributed
 from vita_audio.evaluation.benchmark import (
     SPOKEN_REPLY_TOKENS,
     BenchmarkItem,
     Listener,
-    rank_and_world_size,
     read_test_set,
 )
 from vita_audio.evaluation.table import (
@@ -45,11 +45,11 @@ from vita_audio.evaluation.table import (
     Row,
     Table,
     measure_speed,
-    modes_for,
     score_floor,
     score_row,
 )
-from vita_audio.inference import SpeechPipeline, resolve_mode
+from vita_audio.inference import Schedule, SpeechPipeline
+from vita_audio.models.schedule import schedules_for
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def main() -> None:
 def fill(table: Table, missing: list, sets: BenchmarkSets, pool, args: argparse.Namespace) -> None:
     """Score the rows that are not there yet; a checkpoint is loaded once for all its modes."""
     listener, floor = None, {}
-    with tqdm(total=len(missing), desc="rows", unit="row", disable=rank_and_world_size()[0] != 0) as progress:
+    with tqdm(total=len(missing), desc="rows", unit="row", disable=not distributed.is_first()) as progress:
         for (stage, folder), group in groupby(missing, key=itemgetter(0, 1)):
             rows = list(group)
             gc.collect()  # the old model leaves before the new one comes
@@ -115,7 +115,7 @@ def measure_speeds(
 ) -> dict[str, Row]:
     """Speed of each mode, measured by the process that writes the table."""
     spoken = sets.tts or sets.sqa
-    if not spoken or not args.speed_items or rank_and_world_size()[0] != 0:
+    if not spoken or not args.speed_items or not distributed.is_first():
         return {}
     return measure_speed(pipeline, spoken[: args.speed_items + 1], modes, max_new_tokens=args.max_new_tokens)
 
@@ -157,8 +157,8 @@ def read_checkpoint(text: str, modes: list[str]) -> tuple[str, Path, list[str]]:
     heads = getattr(AutoConfig.from_pretrained(folder), "num_nextn_predict_layers", 0)
     names = [mode.replace("-", " ") for mode in (chosen.split(",") if chosen else modes)]
     for name in names:
-        resolve_mode(name)
-    return stage, Path(folder), names if chosen else modes_for(heads, names)
+        Schedule.parse(name)
+    return stage, Path(folder), names if chosen else schedules_for(heads, names)
 
 
 def read_sets(

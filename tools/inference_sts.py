@@ -31,8 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 from vita_audio.audio import save_audio
-from vita_audio.constants import ASR_PROMPT, AUDIO_TAG, INFERENCE_MODES, TTS_PROMPT, VOICE_PROMPT
+from vita_audio.chat import read_samples as read_sample_file
 from vita_audio.inference import (
+    SCHEDULES,
     Conversation,
     GenerationOptions,
     Reply,
@@ -124,29 +125,13 @@ def read_requests(args: argparse.Namespace) -> Iterator[Request]:
 
 def read_samples(path: Path, data_root: Path) -> Iterator[Request]:
     """Samples are asked as they stand, without a system message of ours."""
-    lines = existing(path).read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            sample = json.loads(line)
-            audios = [str(existing(data_root / audio)) for audio in sample.get("audios") or ()]
-            conversation = prompts.from_sample({**sample, "audios": audios})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}:{number}: not a sample to answer: {error}") from error
-        task = task_of(conversation)
-        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in str(sample.get("id", number)))
+    for number, sample in read_sample_file(path, data_root, answer_lists=True):
+        for audio in sample.audios:
+            existing(audio)
+        conversation = prompts.from_sample(sample)
+        task = prompts.task_of(conversation)
+        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in sample.id or str(number))
         yield Request(f"{task.replace(' ', '_').lower()}_{name}", task, conversation)
-
-
-def task_of(conversation: Conversation) -> str:
-    question = conversation.messages[-1]["content"]
-    if TTS_PROMPT in question:
-        cloned = any(message["content"] == VOICE_PROMPT for message in conversation.messages)
-        return "voice clone" if cloned else "TTS"
-    if ASR_PROMPT in question:
-        return "ASR"
-    return "speech QA" if AUDIO_TAG in question else "text"
 
 
 def existing(path: str | Path) -> Path:
@@ -157,7 +142,7 @@ def existing(path: str | Path) -> Path:
 
 def mode_options(args: argparse.Namespace) -> list[GenerationOptions]:
     options = generation_options(args)
-    return [replace(options, mode=mode) for mode in INFERENCE_MODES] if args.all_modes else [options]
+    return [replace(options, mode=mode) for mode in SCHEDULES] if args.all_modes else [options]
 
 
 def streaming_choices(args: argparse.Namespace) -> list[bool]:
@@ -202,7 +187,9 @@ def write(
         "task": request.task,
         "mode": options.mode,
         "streaming": streaming,
-        "question": [dict(message) for message in request.conversation.messages],
+        "question": [
+            {"role": message.role, "content": message.content} for message in request.conversation.messages
+        ],
         "audios": [str(audio) for audio in request.conversation.audios],
         "text": reply.text,
         "codes": reply.codes,

@@ -27,6 +27,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vita_audio.audio import AudioError, available_kinds, is_continuous_kind
 from vita_audio.audio.io import audio_duration
+from vita_audio.chat import ChatTokens, locate_audio
+from vita_audio.chat.sample import parse_sample
 from vita_audio.constants import (
     AUDIO_CODEBOOK_SIZE,
     BEGIN_OF_AUDIO,
@@ -34,13 +36,10 @@ from vita_audio.constants import (
     IGNORE_INDEX,
 )
 from vita_audio.data import CodecSpec, DataConfig, Example, SampleError, extend_tokenizer
-from vita_audio.data.chat import ChatTokens
 from vita_audio.data.loader import PackedRows
 from vita_audio.data.mixing import Mix, Place, read_mix
 from vita_audio.data.packing import RowPacker
-from vita_audio.data.paths import locate
 from vita_audio.data.report import Report
-from vita_audio.data.schema import parse_sample
 from vita_audio.data.speech import SpeechReader
 from vita_audio.data.token_cache import TokenCache
 
@@ -188,7 +187,7 @@ def _audio_files(mix: Mix, place: Place, data_root: str | Path) -> list[str]:
         sample = parse_sample(mix.raw(place))
     except SampleError:
         return []
-    return [locate(path, data_root, mix.specs[place.source].path.parent) for path in sample.audios]
+    return [locate_audio(path, data_root, mix.specs[place.source].path.parent) for path in sample.audios]
 
 
 def _seconds(audios: list[str], example: Example, tokenizer: PreTrainedTokenizerBase) -> float:

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import random
 import sys
@@ -41,6 +40,7 @@ from espeak import SynthesiserError, Voice, open_synthesiser
 from tqdm import tqdm
 
 from vita_audio.constants import ASR_PROMPT, AUDIO_TAG, TTS_PROMPT, VOICE_PROMPT
+from vita_audio.files import whole_file, write_json_lines, write_text
 
 SAMPLE_RATE = 16_000
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -150,9 +150,9 @@ def make_corpus(out: Path, utterances: int, seed: int = 0, workers: int = 2) -> 
     out.mkdir(parents=True, exist_ok=True)
     record(list(clips), out, synthesiser, workers)
     for name, samples in rows.items():
-        write_jsonl(out / f"{name}.jsonl", samples)
-    write_jsonl(out / "examples.jsonl", [rows[f"{task}_test"][0] for task in TASKS])
-    write_atomically(out / "grammar.jsgf", grammar())
+        write_json_lines(out / f"{name}.jsonl", samples)
+    write_json_lines(out / "examples.jsonl", [rows[f"{task}_test"][0] for task in TASKS])
+    write_text(out / "grammar.jsgf", grammar())
     counts = ", ".join(f"{task} {sum(len(rows[f'{task}_{split}']) for split in SPLITS)}" for task in TASKS)
     print(f"{len(clips)} recordings in {out}; samples: {counts}")
 
@@ -308,10 +308,9 @@ def _record_group(clips: list[Clip]) -> int:
             _synthesiser.speak(clip.text, clip.voice), _synthesiser.sample_rate, SAMPLE_RATE
         )
         path = _out / clip.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        soundfile.write(temporary, in_a_room(waveform, clip.key), SAMPLE_RATE, format="WAV", subtype="PCM_16")
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            recording = in_a_room(waveform, clip.key)
+            soundfile.write(temporary, recording, SAMPLE_RATE, format="WAV", subtype="PCM_16")
     return len(clips)
 
 
@@ -321,19 +320,6 @@ def in_a_room(waveform: np.ndarray, key: str) -> np.ndarray:
     waveform = np.pad(waveform, round(MARGIN_SECONDS * SAMPLE_RATE))
     noise = np.random.default_rng(int(key, 16)).normal(scale=NOISE_LEVEL, size=len(waveform))
     return np.clip(waveform + noise, -1, 1).astype(np.float32)
-
-
-# -- files -----------------------------------------------------------------------------------------------
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

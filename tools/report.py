@@ -25,9 +25,11 @@ import numpy as np
 import soundfile
 from matplotlib.figure import Figure
 
+from vita_audio import files
 from vita_audio.audio import load_audio
-from vita_audio.constants import AUDIO_TAG, INFERENCE_MODES
+from vita_audio.constants import AUDIO_TAG
 from vita_audio.evaluation.table import COLUMNS, LEGEND
+from vita_audio.models.schedule import SCHEDULES
 
 STAGES = {
     "stage1": "1 · alignment",
@@ -140,12 +142,7 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON lines: {error}") from error
+    return list(files.read_json_lines(path)) if path.is_file() else []
 
 
 # -- words and sounds ------------------------------------------------------------------------------------
@@ -265,7 +262,7 @@ def speed_figure(scores: list[dict]) -> Figure | None:
     if not timed:
         return None
     rows = {row["mode"]: row for row in timed if row["stage"] == timed[-1]["stage"]}
-    known = list(INFERENCE_MODES)
+    known = list(SCHEDULES)
     modes = sorted(rows, key=lambda mode: known.index(mode) if mode in known else len(known))
     figure = Figure(figsize=(9.5, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -25,13 +25,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from vita_audio import distributed
 from vita_audio.audio import AudioError, available_kinds, is_continuous_kind
 from vita_audio.audio.io import audio_duration
-from vita_audio.constants import AUDIO_TAG
+from vita_audio.chat import default_data_root, locate_audio
+from vita_audio.chat.sample import parse_sample
 from vita_audio.data import SampleError
+from vita_audio.data.loader import coded_audios
 from vita_audio.data.mixing import SourceSpec, read_mix
-from vita_audio.data.paths import default_data_root, locate
-from vita_audio.data.schema import Sample, parse_sample
 from vita_audio.data.sources import Rows, SourceError
 from vita_audio.data.speech import CodecSpec
 from vita_audio.data.token_cache import (
@@ -52,8 +53,8 @@ logger = logging.getLogger("tokenize_audio")
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // distributed.local_world_size()))
+    rank, world_size = distributed.rank(), distributed.world_size()
     try:
         specs = [
             spec for spec in read_mix(options.dataset_name, options.data_root) if spec.ratio and spec.num
@@ -94,8 +95,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.data_root is None:
         options.data_root = default_data_root(options.dataset_name)
     if options.device == "auto":
-        local_rank = os.environ.get("LOCAL_RANK", 0)
-        options.device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        options.device = f"cuda:{distributed.local_rank()}" if torch.cuda.is_available() else "cpu"
     return options
 
 
@@ -184,19 +184,11 @@ def _audios(
             except SampleError as error:
                 summary.bad_samples[error.reason] += 1
                 continue
-            for audio in _coded_audios(sample, is_continuous_kind(options.audio_tokenizer_type)):
-                located = locate(audio, options.data_root, path.parent)
+            for audio in coded_audios(sample, is_continuous_kind(options.audio_tokenizer_type)):
+                located = locate_audio(audio, options.data_root, path.parent)
                 if int(path_hash(audio_key(located, options.data_root))) % world_size == rank:
                     mine.add(located)
     return mine
-
-
-def _coded_audios(sample: Sample, assistant_only: bool) -> Iterator[str]:
-    audios = iter(sample.audios)
-    for message in sample.messages:
-        here = list(islice(audios, message.content.count(AUDIO_TAG)))
-        if message.role == "assistant" or not assistant_only:
-            yield from here
 
 
 def _batches(paths: list[str], batch_seconds: float, summary: Summary) -> Iterator[list[tuple[str, float]]]:

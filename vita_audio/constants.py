@@ -52,15 +52,8 @@ def special_tokens(continuous_input: bool) -> list[str]:
     return [*visual, *speech, *grounding, "<|image|>", "<|video|>", AUDIO_TAG]
 
 
-# Text-audio interleaving and the generation schedules of the paper.
 DEFAULT_TEXT_AUDIO_RATIO = (1, 10, 4, 10)
-BALANCE_TEXT_AUDIO_RATIO = (1, 4, 3, 8, 4, 10)
-INFERENCE_MODES: dict[str, tuple[int, ...]] = {
-    "vanilla": (8192, 0),
-    "balance": (1, 4, 3, 8, 4, 10),
-    "boost": (1, 10, 4, 10),
-    "turbo": (1, 10),
-}
+"""Text-audio run lengths of interleaved replies in all published stages."""
 
 # Task prompts (section 5 of the data specification).
 ASR_PROMPT = "Convert the speech to text."

@@ -14,9 +14,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vita_audio.chat import locate_audio
+from vita_audio.chat.sample import SampleError, parse_sample
 from vita_audio.data.mixing import Mix, MixError, permuted, read_mix
-from vita_audio.data.paths import locate
-from vita_audio.data.schema import SampleError, parse_sample
 from vita_audio.data.sources import Rows
 
 
@@ -233,7 +233,7 @@ def test_datasets_below_the_root_also_means_its_data_folder(tmp_path):
         (tmp_path / folder).mkdir()
     (tmp_path / "data" / "a.jsonl").touch()
     (tmp_path / "beside" / "b.jsonl").touch()
-    place = partial(locate, data_root=tmp_path, beside=tmp_path / "beside")
+    place = partial(locate_audio, data_root=tmp_path, beside=tmp_path / "beside")
     assert place("datasets/a.jsonl") == str(tmp_path / "data" / "a.jsonl")
     assert place("b.jsonl") == str(tmp_path / "beside" / "b.jsonl")
     # What is nowhere was expected below the root, in the folder that is there.

@@ -11,10 +11,10 @@ import pytest
 from vita_audio.evaluation.asr import run_asr, score_asr
 from vita_audio.evaluation.benchmark import Listener, Utterance, read_test_set
 from vita_audio.evaluation.sqa import run_sqa, score_sqa
-from vita_audio.evaluation.table import BenchmarkSets, Table, markdown, measure_speed, modes_for, score_row
+from vita_audio.evaluation.table import BenchmarkSets, Table, markdown, measure_speed, score_row
 from vita_audio.evaluation.transcribers import TranscriberConfig, TranscriberPool
 from vita_audio.evaluation.tts import run_codec_floor, run_tts, score_codec_floor, score_seed_tts, score_tts
-from vita_audio.inference import GenerationOptions, Reply, SpeechPipeline
+from vita_audio.inference import GenerationOptions, SpeechPipeline
 
 OPTIONS = GenerationOptions(max_new_tokens=120)
 
@@ -48,13 +48,13 @@ def test_asr_compares_the_text_with_the_reference(pipeline, tiny_world):
 
 def test_the_length_limit_of_recognition_does_not_depend_on_the_reference(pipeline, tiny_world, monkeypatch):
     (item,) = read_test_set(tiny_world.data_dir / "asr.jsonl")
-    limits = []
+    limits, stream_many = [], pipeline.backend.stream_many
 
-    def note(prompts, options, *, decode):
-        limits.append(options.max_new_tokens)
-        return [Reply("", [], None, 16_000, [])] * len(prompts)
+    def note(requests):
+        limits.extend(request.options.max_new_tokens for request in requests)
+        return stream_many(requests)
 
-    monkeypatch.setattr(pipeline, "reply_to_prompts", note)
+    monkeypatch.setattr(pipeline.backend, "stream_many", note)
     for answer in ("a", "a very long reference " * 50):
         run_asr(pipeline, [replace(item, answer=answer)], OPTIONS)
     assert limits == [len(pipeline.prompt(item.conversation)) + 32] * 2
@@ -130,14 +130,6 @@ def test_speed_is_measured_mode_beside_mode_on_single_replies(pipeline, tiny_wor
         assert speed["first_sound_seconds"] > 0
 
 
-@pytest.mark.parametrize(
-    ("heads", "expected"),
-    [(0, ["vanilla"]), (1, ["vanilla", "1 1"]), (10, ["vanilla", "balance", "boost", "turbo"])],
-)
-def test_a_checkpoint_shows_the_modes_its_heads_suffice_for(heads, expected):
-    assert modes_for(heads, ["vanilla", "balance", "boost", "turbo"]) == expected
-
-
 def test_a_row_holds_every_column_and_the_table_shows_it(pipeline, tiny_world, listener, tmp_path):
     sets = BenchmarkSets(
         *(read_test_set(tiny_world.data_dir / f"{task}.jsonl") for task in ("asr", "tts", "sqa"))
@@ -184,9 +176,13 @@ def test_limits_spread_over_the_file(tmp_path):
     ("text", "message"),
     [
         ("", "holds no samples"),
-        ("{broken", r"set\.jsonl:1: not a test sample"),
-        ('{"messages": []}', r"set\.jsonl:1: not a test sample: the sample has no assistant message"),
-        ('{"id": 1}', r"set\.jsonl:1: not a test sample"),
+        ("{broken", r"set\.jsonl:1: not JSON"),
+        ('{"messages": []}', r"set\.jsonl:1: 'messages' is missing or empty"),
+        ('{"id": 1}', r"set\.jsonl:1: 'messages' is missing or empty"),
+        (
+            '{"messages": [{"role": "assistant", "content": "x"}]}',
+            r"set\.jsonl:1: not a test sample: no message before the assistant's",
+        ),
         (
             '{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}',
             r"set\.jsonl:1: .*the last message must be the assistant's",

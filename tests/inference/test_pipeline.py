@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import zip_longest
 
 import pytest
 import torch
 
+from vita_audio.chat import ReplyParser
 from vita_audio.inference import (
     AudioChunk,
-    Conversation,
     GenerationOptions,
     Reply,
+    Request,
     SpeechPipeline,
     TextDelta,
+    collect,
     prompts,
 )
 
@@ -95,9 +99,7 @@ def test_first_chunk_comes_out_of_the_prefill_in_boost_and_turbo(pipeline, mode,
 
 
 def _record_first_chunk(pipeline, on_chunk) -> pytest.MonkeyPatch:
-    from vita_audio.inference.streaming import ReplySplitter
-
-    patch, push = pytest.MonkeyPatch(), ReplySplitter.push
+    patch, push = pytest.MonkeyPatch(), ReplyParser.push
 
     def recording_push(self, token):
         piece = push(self, token)
@@ -105,7 +107,7 @@ def _record_first_chunk(pipeline, on_chunk) -> pytest.MonkeyPatch:
             on_chunk()
         return piece
 
-    patch.setattr(ReplySplitter, "push", recording_push)
+    patch.setattr(ReplyParser, "push", recording_push)
     return patch
 
 
@@ -121,10 +123,95 @@ def test_batched_replies_equal_single_ones(pipeline, tiny_world):
 
 
 def test_closing_a_stream_stops_generation(pipeline):
-    events = pipeline.stream(prompts.synthesis(READING), GenerationOptions(max_new_tokens=1000))
-    next(events)
-    events.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "generation"]
+    """A reply that would not end: closing it lets no further pass of the model happen, nor does waiting."""
+    passes = 0
+
+    def count(*_):
+        nonlocal passes
+        passes += 1
+
+    endless = GenerationOptions(mode="turbo", max_new_tokens=1500)
+    with pytest.MonkeyPatch.context() as patch, pipeline.model.model.layers[0].register_forward_hook(count):
+        patch.setattr(pipeline.backend, "_tokens", replace(pipeline.backend._tokens, stops=(0,)))
+        events = pipeline.stream(prompts.synthesis(READING), endless)
+        next(events)
+        before = passes
+        events.close()
+        assert passes == before < 20
+        assert list(events) == []
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_a_listener_between_two_events_is_not_in_inference_mode(pipeline):
+    for _ in pipeline.stream(prompts.synthesis(READING), options()):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_seeded_replies_are_the_same_alone_in_a_batch_in_threads_and_read_in_turn(pipeline, tiny_world):
+    conversations = [prompts.synthesis(READING), prompts.speech_to_speech(tiny_world.audio("question.wav"))]
+    sampled = options(do_sample=True, temperature=3.0, seed=7)
+    alone = [pipeline.reply(conversation, sampled).token_ids for conversation in conversations]
+
+    assert [reply.token_ids for reply in pipeline.reply_batch(conversations, sampled)] == alone
+
+    with ThreadPoolExecutor(4) as threads:
+        replies = list(
+            threads.map(lambda conversation: pipeline.reply(conversation, sampled), conversations * 4)
+        )
+    assert [reply.token_ids for reply in replies] == alone * 4
+
+    streams = [pipeline.stream(conversation, sampled) for conversation in conversations]
+    read_in_turn = [[], []]
+    for events in zip_longest(*streams):
+        for events_read, event in zip(read_in_turn, events, strict=True):
+            events_read.append(event)
+    ends = [next(event for event in events if isinstance(event, Reply)) for events in read_in_turn]
+    assert [reply.token_ids for reply in ends] == alone
+
+
+def test_rows_of_a_batch_with_other_seeds_draw_other_tokens(pipeline):
+    prompt = pipeline.prompt(prompts.synthesis(READING))
+    seeded = [Request(prompt, options(do_sample=True, temperature=5.0, seed=seed)) for seed in (1, 2, 1)]
+    first, second, third = collect(pipeline.backend.stream_many(seeded), 3)
+    assert first.token_ids == third.token_ids != second.token_ids
+
+
+def test_requests_with_other_options_do_not_share_a_batch(pipeline):
+    prompt = pipeline.prompt(prompts.synthesis(READING))
+    with pytest.raises(ValueError, match="share their options"):
+        list(
+            pipeline.backend.stream_many(
+                [Request(prompt, options("boost")), Request(prompt, options("turbo"))]
+            )
+        )
+
+
+def test_what_a_call_leaves_open_the_checkpoint_decides_and_the_reply_says_what_was_used(pipeline):
+    stored = pipeline.model.generation_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored, "mtp_inference_mode", [1, 4, 3, 8, 4, 10], raising=False)
+        patch.setattr(stored, "repetition_penalty", 1.05)
+        used = pipeline.synthesize(READING, options=GenerationOptions(max_new_tokens=20)).options
+        assert (used.mode, used.repetition_penalty, used.do_sample) == ("balance", 1.05, False)
+        used = pipeline.synthesize(
+            READING, options=GenerationOptions.greedy("turbo", max_new_tokens=9)
+        ).options
+        assert (used.mode, used.repetition_penalty, used.max_new_tokens) == ("turbo", 1.0, 9)
+
+
+def test_a_repetition_penalty_reaches_the_model(pipeline):
+    strong = options(repetition_penalty=50.0)
+    assert (
+        pipeline.synthesize(READING, options=strong).codes
+        != pipeline.synthesize(READING, options=options()).codes
+    )
+
+
+def test_the_reply_says_which_system_message_was_used(pipeline):
+    assert pipeline.chat("hi", "Speak.", options()).system == "Speak."
+    assert pipeline.chat("hi", options=options()).system is None
 
 
 def test_an_error_inside_generation_reaches_the_listener(pipeline):
@@ -153,10 +240,5 @@ def test_a_codec_of_another_size_is_refused(tiny_world, tmp_path):
 
     clips = [(torch.randn(16_000 * 8) * 0.1, 16_000)]
     MelVQTokenizer.fit(clips, MelVQConfig(codebook_size=65), epochs=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"audio_64.*model was trained with"):
+    with pytest.raises(ValueError, match=r"64 speech tokens.*65 codes.*model was trained with"):
         SpeechPipeline.from_pretrained(tiny_world.model_dir, "mel_vq", tmp_path)
-
-
-def test_tags_and_audios_must_agree():
-    with pytest.raises(ValueError, match=r"1 <\|audio\|> tags but 0 audios"):
-        Conversation([{"role": "user", "content": "<|audio|>"}])

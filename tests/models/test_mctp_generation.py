@@ -6,13 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import vita_audio  # noqa: F401
 from vita_audio.models import MCTPCache, Qwen2MTPConfig, Qwen2MTPForCausalLM
-from vita_audio.models.generation import BACKBONE, check_mode, schedule_steps
+from vita_audio.models.schedule import BACKBONE, Schedule
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "mctp"
 CASES = json.loads((GOLDENS / "generation_expected.json").read_text())
@@ -82,7 +80,7 @@ def test_tokens_equal_the_definition_free_of_caches(model):
     """SPEC "Generation": every step over the whole sequence so far, ids only."""
     sequence = PROMPT.clone()
     since_backbone = 0
-    for step in [step for step, _ in zip(schedule_steps(MODE, 3), range(15), strict=False)]:
+    for step in [step for step, _ in zip(Schedule.parse(MODE).steps(3), range(15), strict=False)]:
         since_backbone = 0 if step == BACKBONE else since_backbone + 1
         n = sequence.shape[1]
         hidden = model.model(input_ids=sequence, use_cache=False).last_hidden_state
@@ -295,19 +293,3 @@ def test_a_model_without_heads_runs_every_schedule_on_its_backbone():
         new_tokens(plain, prompt, mtp_inference_mode=[1, 10]),
         new_tokens(plain, prompt, mtp_inference_mode=[9, 0]),
     )
-
-
-@given(
-    pairs=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 9)), min_size=1, max_size=3),
-    num_heads=st.integers(1, 4),
-)
-def test_a_schedule_emits_what_it_says(pairs, num_heads):
-    mode = check_mode([count for pair in pairs for count in pair])
-    length = sum(mode) + 3 * sum(mode[-2:])
-    steps = [step for step, _ in zip(schedule_steps(mode, num_heads), range(length), strict=False)]
-    for backbone_steps, head_steps in [*pairs, pairs[-1], pairs[-1], pairs[-1]]:
-        run, steps = steps[: backbone_steps + head_steps], steps[backbone_steps + head_steps :]
-        assert set(run[:backbone_steps]) == {BACKBONE}
-        cycle = [*range(num_heads), BACKBONE]
-        assert run[backbone_steps:] == [cycle[i % len(cycle)] for i in range(head_steps)]
-    assert not steps

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from vita_audio.chat import extend_tokenizer
 from vita_audio.constants import TTS_PROMPT, audio_token
-from vita_audio.data.chat import extend_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 TOOL = REPOSITORY / "tools" / "make_base_llm.py"

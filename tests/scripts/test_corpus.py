@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from vita_audio.data.schema import parse_sample
+from vita_audio.chat.sample import parse_sample
 
 REPOSITORY = Path(__file__).parents[2]
 TOOL = REPOSITORY / "tools" / "make_spoken_arithmetic.py"

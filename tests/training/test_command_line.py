@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -21,6 +22,7 @@ DEEPSPEED = REPOSITORY / "scripts/deepspeed"
 def forget_deepspeed(monkeypatch):
     """transformers remembers a process's last DeepSpeed config while it lives."""
     monkeypatch.delenv("ROOT_PATH", raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     yield
     unset_hf_deepspeed_config()
 
@@ -383,23 +385,25 @@ def test_weight_decay_that_would_reach_the_norms_must_be_wanted(needed, tmp_path
     assert parse_arguments([*words, "--decay_norms", "True"])[2].decay_norms
 
 
-def test_on_a_machine_without_gpu_what_works_is_taken_and_said(needed, caplog, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    model, _, stage = parse_arguments(
-        [
-            *published(needed),
-            "--mtp_model_lr_mult",
-            "1",
-            "--weight_decay",
-            "0",
-            "--deepspeed",
-            str(DEEPSPEED / "ds_config_zero2.json"),
-        ]
-    )
+def test_where_cpus_are_chosen_what_works_there_is_taken_and_said(needed, caplog):
+    flags = "--mtp_model_lr_mult 1 --weight_decay 0".split()
+    config = str(DEEPSPEED / "ds_config_zero2.json")
+    model, _, stage = parse_arguments([*published(needed), *flags, "--deepspeed", config])
     assert stage.use_cpu
     assert stage.ddp_backend is None
     assert stage.tf32 is None
     assert stage.deepspeed["optimizer"]["params"]["torch_adam"] is True
     assert model.attn_implementation == "sdpa"
-    said = "PyTorch's Adam instead of DeepSpeed's, gloo instead of nccl, no tf32"
-    assert f"training on the CPU: {said}" in caplog.text
+    for replaced in (
+        "PyTorch's Adam instead of DeepSpeed's, gloo instead of nccl, no tf32",
+        "sdpa instead of",
+    ):
+        assert f"training on CPUs: {replaced}" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without GPU")
+def test_gpus_that_are_missing_are_not_replaced_by_cpus_in_silence(needed, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert "--ddp_backend nccl: this machine shows no NVIDIA GPU" in refusal(
+        [*needed, "--ddp_backend", "nccl"]
+    )

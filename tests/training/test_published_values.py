@@ -35,8 +35,9 @@ SCRIPTS = [f"finetune_{family}_{stage}" for family in FAMILIES for stage in STAG
 
 
 @pytest.fixture(autouse=True)
-def forget_deepspeed():
+def forget_deepspeed(monkeypatch):
     """transformers remembers a process's last DeepSpeed config while it lives."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     yield
     unset_hf_deepspeed_config()
 

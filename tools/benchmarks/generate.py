@@ -27,8 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vita_audio.constants import INFERENCE_MODES
-from vita_audio.models.generation import BACKBONE, schedule_steps
+from vita_audio.models.schedule import BACKBONE, SCHEDULES, Schedule
 
 FIRST_CHUNK_TOKENS = 10
 
@@ -41,7 +40,7 @@ def main(argv: list[str]) -> None:
     for column in ("schedule", "tokens/s", "limit, tokens/s", "of the limit", "x vanilla", "first chunk, ms"):
         table.add_column(column, justify="left" if column == "schedule" else "right")
     summary: dict[str, dict[str, float]] = {}
-    for name, mode in INFERENCE_MODES.items():
+    for name, mode in SCHEDULES.items():
         times = measure(model, list(mode), arguments)
         speed = arguments.tokens / times[-1]
         limit = bandwidth * arguments.tokens / bytes_read(model, list(mode), arguments.tokens)
@@ -137,7 +136,7 @@ def bytes_read(model, mode: list[int], tokens: int) -> float:
         size(head.embed_norm, head.hidden_norm, head.proj, head.layer, head.final_norm)
         for head in model.heads
     ]
-    steps = islice(schedule_steps(mode, len(heads)), tokens)
+    steps = islice(Schedule.parse(mode).steps(len(heads)), tokens)
     passes = sum(backbone if step == BACKBONE else heads[step] for step in steps)
     return passes + tokens * size(model.lm_head)
 

@@ -27,8 +27,8 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from vita_audio.chat import ChatTokens
 from vita_audio.data import CodecSpec, DataConfig, TrainLoader, build_train_loader
-from vita_audio.data.chat import ChatTokens
 from vita_audio.data.packing import RowPacker
 from vita_audio.data.token_cache import CachedClip, CodecIdentity, write_identity, write_shard
 

@@ -1,11 +1,17 @@
-"""JSON lines to packed rows: schema, chat, interleaving, mixing, packing, loading."""
+"""JSON lines to packed rows: mixing, sharding, packing, loading. Rendering is re-exported from ``chat``."""
 
-from vita_audio.data.chat import Example, build_example, build_prompt, extend_tokenizer, split_reply
-from vita_audio.data.interleave import interleave_text_audio
+from vita_audio.chat import (
+    Example,
+    SampleError,
+    build_example,
+    build_prompt,
+    extend_tokenizer,
+    interleave_text_audio,
+    split_reply,
+)
 from vita_audio.data.loader import DataConfig, ResumeError, TrainLoader, build_train_loader
 from vita_audio.data.packing import pack_lengths
 from vita_audio.data.report import TooManyBadSamples
-from vita_audio.data.schema import SampleError
 from vita_audio.data.speech import CodecSpec
 
 __all__ = [

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from vita_audio.chat import Example
 from vita_audio.constants import IGNORE_INDEX
-from vita_audio.data.chat import Example
 
 
 def collate_rows(rows: Sequence[Sequence[Example]], seq_length: int, pad_token_id: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,24 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
-from vita_audio.data.chat import ChatTokens, Example, build_example
+from vita_audio.audio import is_continuous_kind
+from vita_audio.chat import (
+    ChatTokens,
+    Example,
+    Reason,
+    Sample,
+    SampleError,
+    build_example,
+    default_data_root,
+    locate,
+    parse_sample,
+)
+from vita_audio.chat.interleave import check_ratio
+from vita_audio.constants import AUDIO_TAG, DEFAULT_TEXT_AUDIO_RATIO
 from vita_audio.data.collator import collate_rows
-from vita_audio.data.interleave import check_ratio
 from vita_audio.data.mixing import Mix, Place, read_mix
 from vita_audio.data.packing import OPEN_ROWS, PATIENCE, OpenRow, RowPacker
-from vita_audio.data.paths import default_data_root, locate
 from vita_audio.data.report import ErrorFile, Report
-from vita_audio.data.schema import Reason, Sample, SampleError, parse_sample
 from vita_audio.data.sharding import ShardState, reshard
 from vita_audio.data.speech import CodecSpec, SpeechReader, check_codec_matches
 from vita_audio.data.token_cache import TokenCache
@@ -44,6 +54,8 @@ logger = logging.getLogger(__name__)
 _STATE_VERSION = 1
 _LOWEST_FRAME_RATE = 12.5
 """Speech codes per second of all codecs here; sets the longest clip that a row could hold."""
+_SAMPLES_LOOKED_AT = 20
+"""Of each source, to see whether it needs the codec."""
 _ERRORS_BEFORE_NOTICE = 64
 """A worker that finds this many bad samples reports them even without a full batch."""
 
@@ -114,7 +126,7 @@ def build_train_loader(
 
     Args:
         config: what to read.
-        tokenizer: extended by :func:`vita_audio.data.chat.extend_tokenizer`.
+        tokenizer: extended by :func:`vita_audio.chat.extend_tokenizer`.
         codec: a spec, opened by each worker on first need; or an open, picklable codec; None for text.
         rank: of this process.
         world_size: number of processes that share the mix.
@@ -164,6 +176,15 @@ class TrainLoader:
             self._report.check(self._config.max_error_share, len(self._rows.mix))
             if batch is not None:
                 yield batch
+
+    @property
+    def mix(self) -> Mix:
+        """What the rows are made of."""
+        return self._rows.mix
+
+    def needs_codec(self) -> bool:
+        """Whether one of the first samples of any source holds speech whose codes were not made ahead."""
+        return any(self._rows.lacks_codes(source) for source in range(len(self.mix.specs)))
 
     @property
     def report(self) -> Report:
@@ -359,7 +380,7 @@ class PackedRows(IterableDataset):
         spec = self.mix.specs[place.source]
         report.position = max(report.position, place.position)
         try:
-            sample = self._locate(parse_sample(self.mix.raw(place)), spec.path.parent)
+            sample = locate(parse_sample(self.mix.raw(place)), self.config.data_root, spec.path.parent)
             example = build_example(
                 sample,
                 self.tokenizer,
@@ -399,17 +420,34 @@ class PackedRows(IterableDataset):
             }
         )
 
-    def _locate(self, sample: Sample, beside: Path) -> Sample:
-        """Find the audio files: below the data root, or else beside the data file."""
-        if not sample.audios:
-            return sample
-        return replace(
-            sample, audios=tuple(locate(path, self.config.data_root, beside) for path in sample.audios)
-        )
+    def lacks_codes(self, source: int) -> bool:
+        """Whether one of a source's first samples holds a clip that the codec must encode."""
+        if self.reader is None:
+            return False
+        rows, beside = self.mix.rows[source], self.mix.specs[source].path.parent
+        for index in range(min(_SAMPLES_LOOKED_AT, len(rows))):
+            try:
+                sample = locate(parse_sample(rows[index]), self.config.data_root, beside)
+            except SampleError:
+                continue
+            if not all(
+                map(self.reader.has_codes, coded_audios(sample, is_continuous_kind(self.reader.kind)))
+            ):
+                return True
+        return False
 
     def _collate(self, rows: list[list[Document]]) -> dict[str, Any]:
         examples = [[document.example for document in row] for row in rows]
         return collate_rows(examples, self.config.seq_length, self.tokenizer.pad_token_id)
+
+
+def coded_audios(sample: Sample, assistant_only: bool) -> Iterator[str]:
+    """The clips of a sample that become codes: those of the assistant alone where users are heard as features."""
+    audios = iter(sample.audios)
+    for message in sample.messages:
+        here = list(islice(audios, message.content.count(AUDIO_TAG)))
+        if message.role == "assistant" or not assistant_only:
+            yield from here
 
 
 @dataclass

@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from vita_audio.data.paths import default_data_root, locate
+from vita_audio.chat import default_data_root, locate_audio
 from vita_audio.data.sources import Rows, SourceError
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,8 @@ class Place:
 def read_mix(path: str | Path, data_root: str | Path | None = None) -> list[SourceSpec]:
     """Read a mix's YAML.
 
-    ``${NAME}`` in paths comes from the environment; relative paths are found as :mod:`vita_audio.data.paths` says.
+    ``${NAME}`` in paths comes from the environment; see :func:`~vita_audio.chat.locate_audio` for
+    relative ones.
 
     Args:
         path: the YAML file.
@@ -136,7 +137,7 @@ def _expand(where: str, path: str, root: Path, file: Path) -> Path:
         return os.environ[name]
 
     expanded = os.path.expanduser(re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, path))
-    return Path(locate(expanded, root, file.parent))
+    return Path(locate_audio(expanded, root, file.parent))
 
 
 class Mix:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vita_audio.data.schema import Reason
+from vita_audio.chat.sample import Reason
 
 logger = logging.getLogger(__name__)
 

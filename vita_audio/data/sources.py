@@ -8,7 +8,6 @@ that. Parquet files keep their columns.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import datasets
 
-from vita_audio.data.schema import Reason, SampleError
+from vita_audio.chat import Reason, SampleError, sample_lines
 
 _LINE = "line"
 _SAMPLE_COLUMNS = ("messages", "conversations", "audios")
@@ -81,10 +80,9 @@ def _open(path: Path, cache_dir: str | None) -> datasets.Dataset:
         if not {"messages", "conversations"} & set(columns):
             raise SourceError(f"{path}: no column 'messages'; it has {', '.join(table.column_names)}")
         return table.select_columns(columns)
-    lines = _array_elements if _starts_array(path) else _nonblank_lines
     try:
         return datasets.Dataset.from_generator(
-            lines,
+            _lines,
             features=datasets.Features({_LINE: datasets.Value("large_string")}),
             cache_dir=cache_dir,
             # Size and time are part of the cache's key: a file that changed is read again.
@@ -94,28 +92,9 @@ def _open(path: Path, cache_dir: str | None) -> datasets.Dataset:
         raise (error.__cause__ or error) from None
 
 
-def _nonblank_lines(path: str, size: int, mtime_ns: int) -> Iterator[dict[str, str]]:
-    with open(path, "rb") as file:
-        for index, line in enumerate(file):
-            if index == 0:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                # Bytes that are not UTF-8 become escapes unknown to JSON, so the line is refused as broken.
-                yield {_LINE: line.strip().decode("utf-8", errors="backslashreplace")}
-
-
-def _array_elements(path: str, size: int, mtime_ns: int) -> Iterator[dict[str, str]]:
-    with open(path, encoding="utf-8-sig") as file:
-        for element in json.load(file):
-            # Lone surrogates stay escapes: Arrow cannot hold them, and they must cost their sample only.
-            line = json.dumps(element, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
-            yield {_LINE: line}
-
-
-def _starts_array(path: Path) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return head.startswith(b"[")
+def _lines(path: str, size: int, mtime_ns: int) -> Iterator[dict[str, str]]:
+    for _, line in sample_lines(path):
+        yield {_LINE: line}
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from vita_audio.audio import get_audio_tokenizer, is_continuous_kind
 from vita_audio.audio.io import audio_duration
+from vita_audio.chat.sample import Reason, SampleError
 from vita_audio.constants import AUDIO_CODEBOOK_SIZE
 from vita_audio.data.feature_cache import FeatureCache
-from vita_audio.data.schema import Reason, SampleError
 from vita_audio.data.token_cache import TokenCache, audio_key, discrete_kind, identities
 
 
@@ -73,7 +73,7 @@ class CodecSpec:
 
 
 class SpeechReader:
-    """The codec that the loader renders with (:class:`vita_audio.data.chat.Codec`).
+    """The codec that the loader renders with (:class:`vita_audio.chat.Codec`).
 
     Args:
         codec: a spec, or an open codec.
@@ -123,6 +123,12 @@ class SpeechReader:
             )
         self.sources["codec"] += 1
         return self._discrete.encode(audio)
+
+    def has_codes(self, audio: str) -> bool:
+        """Whether a file's codes were made ahead; nothing is counted."""
+        found = self._from_cache(audio) is not None or self._from_file(audio) is not None
+        self.sources.clear()
+        return found
 
     def features(self, audio: str) -> Tensor:
         """Continuous features of a file, shape (frames, feature_dim).

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
 from tqdm import tqdm
 
+from vita_audio import distributed
 from vita_audio.audio import AudioTokenizer, save_audio
-from vita_audio.constants import AUDIO_TAG
+from vita_audio.chat import Sample, read_samples
+from vita_audio.chat.prompts import from_sample
 from vita_audio.evaluation.transcribers import TranscriberPool
-from vita_audio.inference import Conversation, GenerationOptions, Reply, SpeechPipeline
-from vita_audio.inference.prompts import from_sample
+from vita_audio.files import write_json_lines
+from vita_audio.inference import Conversation, GenerationOptions, Reply, Request, SpeechPipeline, collect
 
 SPOKEN_REPLY_TOKENS = 1024
 """Longest reply of the TTS and speech-QA benchmarks (section 5 of the data specification)."""
@@ -87,20 +86,17 @@ def read_test_set(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such test set")
-    root = Path(data_root) if data_root else path.parent
-    lines = [(n, line) for n, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{path}: holds no samples")
+    samples = list(read_samples(path, data_root, answer_lists=True))
     if limit is not None and limit < 1:
         raise ValueError(f"a limit of {limit} items leaves nothing of {path}; give 1 or more")
-    if limit is not None and limit < len(lines):
-        lines = [lines[index * len(lines) // limit] for index in range(limit)]
+    if limit is not None and limit < len(samples):
+        samples = [samples[index * len(samples) // limit] for index in range(limit)]
     items: list[BenchmarkItem] = []
     seen: set[str] = set()
-    for number, line in lines:
+    for number, sample in samples:
         try:
-            items.append(_read_item(json.loads(line), number, root, default_system))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            items.append(_read_item(sample, number, default_system))
+        except ValueError as error:
             raise ValueError(f"{path}:{number}: not a test sample: {error}") from error
         if items[-1].id in seen:
             raise ValueError(f"{path}:{number}: id {items[-1].id!r} occurs twice")
@@ -108,24 +104,19 @@ def read_test_set(
     return items
 
 
-def _read_item(
-    sample: Mapping[str, Any], number: int, root: Path, default_system: str | None
-) -> BenchmarkItem:
-    audios = [str(root / audio) for audio in sample.get("audios") or ()]
-    conversation = from_sample({**sample, "audios": audios}, default_system)
-    if sample["messages"][-1]["role"] not in ("assistant", "gpt"):
+def _read_item(sample: Sample, number: int, default_system: str | None) -> BenchmarkItem:
+    reply = sample.messages[-1]
+    if reply.role != "assistant":
         raise ValueError("the last message must be the assistant's, which is the reference")
-    answer = str(sample["messages"][-1]["content"]).replace(AUDIO_TAG, "").strip()
-    answers = sample.get("answers") or [answer]
-    if not isinstance(answers, list) or not all(isinstance(one, str) for one in answers):
-        raise ValueError(f"'answers' must be a list of texts, it is {answers!r:.80}")
-    later = audios[len(conversation.audios) :]
+    conversation = from_sample(sample, default_system)
+    answer = reply.text.strip()
+    recordings = sample.audios[len(sample.audios) - reply.num_audios :]
     return BenchmarkItem(
-        id=str(sample.get("id", number)),
+        id=sample.id or str(number),
         conversation=conversation,
         answer=answer,
-        answers=tuple(answers),
-        reference_audio=later[-1] if later else None,
+        answers=sample.answers or (answer,),
+        reference_audio=str(recordings[-1]) if recordings else None,
     )
 
 
@@ -143,21 +134,23 @@ def batched_replies(
     Args:
         options: the options, or a function of a batch's longest prompt that gives them.
     """
-    rank, world_size = rank_and_world_size()
-    mine = list(items[rank::world_size])
+    mine = list(items[distributed.rank() :: distributed.world_size()])
     prompts = {item.id: pipeline.prompt(item.conversation) for item in mine}
     mine.sort(key=lambda item: len(prompts[item.id]))
     # One bar, in a terminal only: logs get the rows instead.
     progress = tqdm(
-        total=len(mine), desc=label, unit="reply", leave=False, disable=None if rank == 0 else True
+        total=len(mine),
+        desc=label,
+        unit="reply",
+        leave=False,
+        disable=None if distributed.is_first() else True,
     )
     for start in range(0, len(mine), batch_size):
         batch = mine[start : start + batch_size]
         batch_prompts = [prompts[item.id] for item in batch]
         batch_options = options(max(map(len, batch_prompts))) if callable(options) else options
-        yield from zip(
-            batch, pipeline.reply_to_prompts(batch_prompts, batch_options, decode=False), strict=True
-        )
+        requests = [Request(prompt, batch_options, sound="none") for prompt in batch_prompts]
+        yield from zip(batch, collect(pipeline.backend.stream_many(requests), len(requests)), strict=True)
         progress.update(len(batch))
     progress.close()
 
@@ -214,26 +207,14 @@ def spoken_utterances(
 
 def write_utterances(path: Path, utterances: Iterable[Utterance]) -> None:
     """One JSON object per line; only the first process writes."""
-    if rank_and_world_size()[0] == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(asdict(utterance), ensure_ascii=False) for utterance in utterances)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """This process's place among those of the launch; (0, 1) without ``torchrun``."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if distributed.is_first():
+        write_json_lines(path, map(asdict, utterances))
 
 
 def gather(mine: list[Utterance]) -> list[Utterance]:
     """Every process's utterances, in every process, in order of id."""
-    _, world_size = rank_and_world_size()
-    shares: list[list[Utterance]] = [mine] * world_size
-    if world_size > 1:
-        if not dist.is_initialized():
-            dist.init_process_group("gloo")
-        dist.all_gather_object(shares, mine)
-    return sorted((utterance for share in shares for utterance in share), key=lambda utterance: utterance.id)
+    everybodys = (utterance for share in distributed.gather_objects(mine) for utterance in share)
+    return sorted(everybodys, key=lambda utterance: utterance.id)
 
 
 def wav_name(identifier: str) -> str:

@@ -11,15 +11,15 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vita_audio import distributed
 from vita_audio.audio import AudioTokenizer
-from vita_audio.constants import TTS_PROMPT
+from vita_audio.chat import prompts
 from vita_audio.evaluation.benchmark import (
     BenchmarkItem,
     Listener,
     Utterance,
     batched_replies,
     gather,
-    rank_and_world_size,
     spoken_utterances,
     wav_name,
 )
@@ -42,7 +42,8 @@ def run_tts(
 
 def requested_text(item: BenchmarkItem) -> str:
     """The text that the last message asks to be read."""
-    return item.conversation.messages[-1]["content"].replace(f"{TTS_PROMPT}\n", "").strip()
+    message = item.conversation.messages[-1]
+    return prompts.requested_text(message) or message.text.strip()
 
 
 def score_tts(
@@ -87,8 +88,9 @@ def run_codec_floor(
     Returns:
         Utterances of the resynthesised and of the natural speech; empty without recordings.
     """
-    rank, world_size = rank_and_world_size()
-    recorded = [item for item in items if item.reference_audio][rank::world_size]
+    recorded = [item for item in items if item.reference_audio][
+        distributed.rank() :: distributed.world_size()
+    ]
     resynthesised, natural = [], []
     for item in recorded:
         wav = Path("wav") / "floor" / wav_name(item.id)

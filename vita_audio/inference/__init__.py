@@ -1,17 +1,35 @@
-"""From a question to a spoken answer: prompts, generation in rounds, streaming."""
+"""From a question to a spoken answer: prompts, generation, streaming."""
 
-from vita_audio.inference.engine import GenerationOptions, resolve_mode
-from vita_audio.inference.pipeline import Reply, SpeechPipeline
-from vita_audio.inference.prompts import Conversation
-from vita_audio.inference.streaming import AudioChunk, TextDelta, Timings
+from vita_audio.chat import Conversation, prompts
+from vita_audio.inference.backend import (
+    AudioChunk,
+    Backend,
+    Event,
+    ReferenceBackend,
+    Reply,
+    Request,
+    TextDelta,
+    Timings,
+    collect,
+)
+from vita_audio.inference.options import GenerationOptions
+from vita_audio.inference.pipeline import SpeechPipeline
+from vita_audio.models.schedule import SCHEDULES, Schedule
 
 __all__ = [
+    "SCHEDULES",
     "AudioChunk",
+    "Backend",
     "Conversation",
+    "Event",
     "GenerationOptions",
+    "ReferenceBackend",
     "Reply",
+    "Request",
+    "Schedule",
     "SpeechPipeline",
     "TextDelta",
     "Timings",
-    "resolve_mode",
+    "collect",
+    "prompts",
 ]

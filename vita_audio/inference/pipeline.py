@@ -14,11 +14,11 @@ again in the answer (bug 5 of the data specification).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -27,49 +27,12 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteriaList,
 )
 
 from vita_audio.audio import AudioLike, AudioTokenizer, get_audio_tokenizer
-from vita_audio.constants import BEGIN_OF_AUDIO, END_OF_AUDIO, END_OF_TEXT, IM_END, audio_token
-from vita_audio.data.chat import build_prompt, split_reply
-from vita_audio.inference import prompts
-from vita_audio.inference.engine import GenerationOptions, TokenTap, generate_batch
-from vita_audio.inference.prompts import Conversation
-from vita_audio.inference.streaming import (
-    AudioChunk,
-    ReplySplitter,
-    TextDelta,
-    Timings,
-    Transcript,
-    stream_reply,
-)
-
-if TYPE_CHECKING:
-    from vita_audio.data.chat import Example
-
-GREEDY_BOOST = GenerationOptions()
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the model answered.
-
-    Attributes:
-        text: without special tokens.
-        codes: the speech, in ``[0, codebook_size)``.
-        waveform: (samples,) float32; None where there are no codes or decoding was not asked for.
-        sample_rate: of ``waveform``, in Hz.
-        token_ids: as generated, without the token that ended the reply.
-        timings: when what came out; None in batches, whose rows share their time.
-    """
-
-    text: str
-    codes: list[int]
-    waveform: torch.Tensor | None
-    sample_rate: int
-    token_ids: list[int]
-    timings: Timings | None = None
+from vita_audio.chat import ChatTokens, Conversation, Example, build_prompt, prompts
+from vita_audio.inference.backend import Event, ReferenceBackend, Reply, Request, Sound, collect
+from vita_audio.inference.options import CHECKPOINT_OPTIONS, GenerationOptions
 
 
 class SpeechPipeline:
@@ -89,8 +52,7 @@ class SpeechPipeline:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.codec = codec
-        self._pad_id = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-        self._stop_ids = [tokenizer.convert_tokens_to_ids(token) for token in (IM_END, END_OF_TEXT)]
+        self.backend = ReferenceBackend(self.model, tokenizer, codec)
 
     @classmethod
     def from_pretrained(
@@ -111,7 +73,7 @@ class SpeechPipeline:
             model_dir: folder (or hub name) of a ``qwen2_mtp`` or ``qwen2_mtp_sensevoice`` checkpoint.
             audio_tokenizer_type: codec kind, see ``vita_audio.audio.available_kinds()``.
             audio_tokenizer_path, flow_path, frontend_path: see ``get_audio_tokenizer``.
-            device: CUDA where there is one, unless said otherwise.
+            device: defaults to CUDA where there is one.
             dtype: of the model; ``"auto"`` is the checkpoint's own.
 
         Raises:
@@ -136,7 +98,9 @@ class SpeechPipeline:
         )
         return cls(model.to(device), tokenizer, codec)
 
-    def chat(self, text: str, system: str | None = None, options: GenerationOptions = GREEDY_BOOST) -> Reply:
+    def chat(
+        self, text: str, system: str | None = None, options: GenerationOptions = CHECKPOINT_OPTIONS
+    ) -> Reply:
         """Answer a typed question."""
         return self.reply(prompts.chat(text, system), options)
 
@@ -146,17 +110,17 @@ class SpeechPipeline:
         text: str = "",
         system: str | None = None,
         voice: AudioLike | None = None,
-        options: GenerationOptions = GREEDY_BOOST,
+        options: GenerationOptions = CHECKPOINT_OPTIONS,
     ) -> Reply:
         """Answer a spoken question, in the voice of ``voice`` if given."""
         return self.reply(prompts.speech_to_speech(audio, text, system, voice), options)
 
-    def transcribe(self, audio: AudioLike, options: GenerationOptions = GREEDY_BOOST) -> Reply:
+    def transcribe(self, audio: AudioLike, options: GenerationOptions = CHECKPOINT_OPTIONS) -> Reply:
         """Write speech down (ASR)."""
         return self.reply(prompts.transcription(audio), options)
 
     def synthesize(
-        self, text: str, voice: AudioLike | None = None, options: GenerationOptions = GREEDY_BOOST
+        self, text: str, voice: AudioLike | None = None, options: GenerationOptions = CHECKPOINT_OPTIONS
     ) -> Reply:
         """Read text aloud (TTS), in the voice of ``voice`` if given (voice cloning)."""
         return self.reply(prompts.synthesis(text, voice), options)
@@ -165,120 +129,59 @@ class SpeechPipeline:
         """Token ids (and features) of a conversation, ending where the reply begins."""
         return build_prompt(conversation.messages, conversation.audios, self.tokenizer, self.codec)
 
+    def request(
+        self,
+        conversation: Conversation,
+        options: GenerationOptions = CHECKPOINT_OPTIONS,
+        sound: Sound = "streamed",
+    ) -> Request:
+        """A conversation made ready for the backend; its clock starts now."""
+        asked = time.perf_counter()
+        return Request(self.prompt(conversation), options, sound, asked)
+
+    def stream(
+        self, conversation: Conversation, options: GenerationOptions = CHECKPOINT_OPTIONS
+    ) -> Generator[Event, None, None]:
+        """Answer one conversation while it is generated: text and sound as they exist, then the reply.
+
+        Closing the iterator ends generation at once.
+        """
+        with closing(self.backend.stream(self.request(conversation, options))) as events:
+            for event in events:
+                if isinstance(event, Reply):
+                    event = replace(event, system=_system_of(conversation))
+                yield event
+
     def reply(
         self,
         conversation: Conversation,
-        options: GenerationOptions = GREEDY_BOOST,
+        options: GenerationOptions = CHECKPOINT_OPTIONS,
         *,
         decode: bool = True,
     ) -> Reply:
         """Answer one conversation; ``decode=False`` leaves the speech as codes."""
-        started = time.perf_counter()
-        prompt = self.prompt(conversation)
-        prompt_seconds = time.perf_counter() - started
-        times: list[float] = []
-        splitter, first_chunk = ReplySplitter(self.tokenizer, self.codec.codebook_size), None
-
-        def on_token(token: int) -> None:
-            nonlocal first_chunk
-            times.append(time.perf_counter() - started)
-            if (
-                first_chunk is None
-                and token not in self._stop_ids
-                and isinstance(splitter.push(token), tuple)
-            ):
-                first_chunk = times[-1]
-
-        (ids,) = generate_batch(
-            self.model,
-            [prompt],
-            options,
-            pad_id=self._pad_id,
-            stop_ids=self._stop_ids,
-            streamer=TokenTap(on_token),
-        )
-        generated = time.perf_counter() - started
-        text, codes, waveform = self._read(ids, decode)
-        timings = Timings(
-            prompt=prompt_seconds,
-            first_token=times[0] if times else None,
-            first_chunk=first_chunk,
-            first_sound=None,
-            generated=generated,
-            total=time.perf_counter() - started,
-            new_tokens=len(times),
-        )
-        return Reply(text, codes, waveform, self.codec.sample_rate, ids, timings)
+        return self.reply_batch([conversation], options, decode=decode)[0]
 
     def reply_batch(
         self,
         conversations: Sequence[Conversation],
-        options: GenerationOptions = GREEDY_BOOST,
+        options: GenerationOptions = CHECKPOINT_OPTIONS,
         *,
         decode: bool = True,
     ) -> list[Reply]:
         """Answer several conversations in one batch; greedy replies equal those given one by one."""
-        prepared = [self.prompt(conversation) for conversation in conversations]
-        return self.reply_to_prompts(prepared, options, decode=decode)
+        sound: Sound = "whole" if decode else "none"
+        requests = [self.request(conversation, options, sound) for conversation in conversations]
+        replies = collect(self.backend.stream_many(requests), len(requests))
+        return [
+            replace(reply, system=_system_of(conversation))
+            for conversation, reply in zip(conversations, replies, strict=True)
+        ]
 
-    def reply_to_prompts(
-        self, prepared: Sequence[Example], options: GenerationOptions = GREEDY_BOOST, *, decode: bool = True
-    ) -> list[Reply]:
-        """As :meth:`reply_batch`, for prompts that :meth:`prompt` has made."""
-        rows = generate_batch(self.model, prepared, options, pad_id=self._pad_id, stop_ids=self._stop_ids)
-        return [Reply(*self._read(ids, decode), self.codec.sample_rate, ids) for ids in rows]
 
-    def stream(
-        self, conversation: Conversation, options: GenerationOptions = GREEDY_BOOST
-    ) -> Iterator[TextDelta | AudioChunk | Reply]:
-        """Answer while generating: text and sound as they come, then the whole reply.
-
-        Closing the iterator stops generation. All seconds count from this call's first step.
-        """
-        started = time.perf_counter()
-        prompt = self.prompt(conversation)
-        prompt_seconds = time.perf_counter() - started
-        transcript = Transcript()
-        rows: list[list[int]] = []
-
-        def generate(tap: TokenTap, stop) -> None:
-            rows.extend(
-                generate_batch(
-                    self.model,
-                    [prompt],
-                    options,
-                    pad_id=self._pad_id,
-                    stop_ids=self._stop_ids,
-                    streamer=tap,
-                    stopping_criteria=StoppingCriteriaList([stop]),
-                )
-            )
-
-        yield from stream_reply(
-            generate,
-            ReplySplitter(self.tokenizer, self.codec.codebook_size),
-            self.codec,
-            transcript,
-            started,
-            frozenset(self._stop_ids),
-        )
-        times = transcript.token_times
-        timings = Timings(
-            prompt=prompt_seconds,
-            first_token=times[0] if times else None,
-            first_chunk=transcript.first_chunk,
-            first_sound=transcript.first_sound,
-            generated=times[-1] if times else prompt_seconds,
-            total=time.perf_counter() - started,
-            new_tokens=len(times),
-        )
-        waveform = torch.cat(transcript.samples) if transcript.samples else None
-        yield Reply(transcript.text, transcript.codes, waveform, self.codec.sample_rate, rows[0], timings)
-
-    def _read(self, ids: Sequence[int], decode: bool) -> tuple[str, list[int], torch.Tensor | None]:
-        text, codes = split_reply(ids, self.tokenizer)
-        waveform = self.codec.decode(codes) if decode and codes else None
-        return text, codes, waveform
+def _system_of(conversation: Conversation) -> str | None:
+    first = conversation.messages[0]
+    return first.content if first.role == "system" else None
 
 
 def _check_folder(model_dir: str | PathLike[str]) -> None:
@@ -290,13 +193,11 @@ def _check_folder(model_dir: str | PathLike[str]) -> None:
 
 
 def _check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
-    vocabulary = tokenizer.get_vocab()
-    needed = [IM_END, BEGIN_OF_AUDIO, END_OF_AUDIO, audio_token(0), audio_token(codec.codebook_size - 1)]
-    lacking = [token for token in needed if token not in vocabulary]
-    if lacking:
+    tokens = ChatTokens.of(tokenizer)
+    if tokens.codebook_size != codec.codebook_size:
         raise ValueError(
-            f"the tokenizer lacks {lacking[0]}, which the {codec.kind} codec needs; "
-            "give the codec the model was trained with"
+            f"the tokenizer has {tokens.codebook_size} speech tokens, the {codec.kind} codec {codec.codebook_size} "
+            "codes; give the codec the model was trained with"
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:

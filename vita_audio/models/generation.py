@@ -1,8 +1,9 @@
 """Generation in rounds: one backbone pass over what it has not seen, then the heads.
 
-A schedule such as [1, 10, 4, 10] says how many tokens the backbone and then the heads emit, in
-turn; the last pair repeats for ever (paper section 3.4; SPEC "Generation"). Every emitted token
-passes the logits processors, the streamer and the stopping criteria one by one, whoever made it.
+A :class:`~vita_audio.models.schedule.Schedule` says who makes each token (paper section 3.4; SPEC "Generation").
+Every token passes the logits processors, the streamer and the stopping criteria one by one, whether it comes
+from the backbone or from a head. :func:`decode_in_rounds` is the loop, written as a generator: ``generate()`` runs
+it to its end, :meth:`MTPGenerationMixin.iterate` hands out each token when it exists.
 
 Caches belong to the caller: :class:`~vita_audio.models.cache.MCTPCache` holds the backbone's keys and values
 and what each head has seen, so that a conversation can go on from it. The module itself keeps nothing.
@@ -10,8 +11,8 @@ and what each head has seen, so that a conversation can go on from it. The modul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import chain, cycle
+from collections.abc import Generator, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,12 +20,11 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from vita_audio.constants import INFERENCE_MODES
 from vita_audio.models.attention import attention_masks
 from vita_audio.models.cache import CACHE, HeadCache, MCTPCache, cache_length
+from vita_audio.models.schedule import BACKBONE, Schedule
 
-BACKBONE = -1
-"""In a sequence of steps: the token comes from the backbone, not from a head 0, 1, …"""
+Result = TypeVar("Result")
 
 
 class MTPGenerationMixin:
@@ -54,13 +54,43 @@ class MTPGenerationMixin:
             kwargs["mtp_inference_mode"] = mtp_inference_mode
         return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def set_default_mode(self, mode: Sequence[int] | str) -> None:
+    def iterate(
+        self, inputs: Tensor, *, generators: Sequence[torch.Generator | None] | None = None, **arguments
+    ) -> Iterator[Tensor]:
+        """``generate()``, one token at a time: yields the new token ids, (batch,), when they exist.
+
+        Closing the iterator ends generation at once. A row that has ended goes on with ``pad_token_id`` until
+        all have.
+
+        Args:
+            inputs: (batch, time) prompt ids, padded on the left.
+            generators: the source of each row's draws; None: torch's global generator.
+            arguments: of :meth:`generate`, but for ``num_return_sequences`` and beams.
+
+        Raises:
+            ValueError: see :meth:`generate`.
+        """
+
+        def start(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+            return decode_in_rounds(
+                model,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                generators=generators,
+                **model_kwargs,
+            )
+
+        return self.generate(inputs, custom_generate=start, **arguments)
+
+    def set_default_mode(self, mode: Schedule | Sequence[int] | str) -> None:
         """The schedule of ``generate()`` where none is given; saved with the model.
 
         Raises:
             ValueError: the schedule is malformed.
         """
-        self.generation_config.mtp_inference_mode = check_mode(mode)
+        self.generation_config.mtp_inference_mode = Schedule.parse(mode).numbers
         # Of a config that says it was made from the model's, transformers loads no field of ours.
         self.generation_config._from_model_config = False
 
@@ -69,7 +99,7 @@ class MTPGenerationMixin:
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if mode is None:
             mode = getattr(generation_config, "mtp_inference_mode", None)
-        generation_config.mtp_inference_mode = check_mode("vanilla" if mode is None else mode)
+        generation_config.mtp_inference_mode = Schedule.parse("vanilla" if mode is None else mode).numbers
         return generation_config, model_kwargs
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
@@ -113,7 +143,7 @@ class MTPGenerationMixin:
         streamer=None,
         **model_kwargs,
     ):
-        """transformers calls this for greedy search and sampling; schedules without heads are its own business."""
+        """Called for greedy search and sampling. Without heads, transformers' own loop does it."""
         keeps_heads = isinstance(model_kwargs.get(CACHE), MCTPCache)
         if not self._uses_heads(generation_config) and not keeps_heads:
             return super()._sample(
@@ -125,50 +155,18 @@ class MTPGenerationMixin:
                 streamer=streamer,
                 **model_kwargs,
             )
-        return decode_in_rounds(
-            self,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            synced_gpus,
-            streamer,
-            **model_kwargs,
+        return last_value(
+            decode_in_rounds(
+                self,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
         )
-
-
-def check_mode(mode: Sequence[int] | str) -> list[int]:
-    """The schedule as a list.
-
-    Raises:
-        ValueError: not pairs of M >= 1 and m >= 0.
-    """
-    if isinstance(mode, str):
-        if mode.lower() not in INFERENCE_MODES:
-            raise ValueError(f"mtp_inference_mode={mode!r}: the known names are {', '.join(INFERENCE_MODES)}")
-        mode = INFERENCE_MODES[mode.lower()]
-    mode = list(mode)
-    whole = all(isinstance(count, int) and not isinstance(count, bool) for count in mode)
-    if not mode or len(mode) % 2 or not whole or min(mode[0::2]) < 1 or min(mode[1::2]) < 0:
-        raise ValueError(
-            f"mtp_inference_mode={mode}: give pairs M, m of whole numbers, M >= 1 tokens from the backbone and then "
-            "m >= 0 from the heads, for example [1, 10, 4, 10]"
-        )
-    return mode
-
-
-def schedule_steps(mode: Sequence[int], num_heads: int) -> Iterator[int]:
-    """Who emits each token: BACKBONE or the index of a head, for ever.
-
-    A run of head steps that outlasts the heads falls back to the backbone for one token and goes on
-    with head 0.
-    """
-    pairs = list(zip(mode[0::2], mode[1::2], strict=True))
-    for backbone_steps, head_steps in chain(pairs, cycle(pairs[-1:])):
-        yield from [BACKBONE] * backbone_steps
-        for step in range(head_steps):
-            head = step % (num_heads + 1)
-            yield BACKBONE if head == num_heads else head
 
 
 class Rounds:
@@ -276,28 +274,35 @@ class Rounds:
         self.rotary = self.model.model.rotary_emb(hidden, positions)
 
 
+@torch.no_grad()
 def decode_in_rounds(
     model,
     input_ids: Tensor,
     logits_processor,
     stopping_criteria,
     generation_config,
-    synced_gpus: bool,
-    streamer,
+    *,
+    synced_gpus: bool = False,
+    streamer=None,
+    generators: Sequence[torch.Generator | None] | None = None,
     **model_kwargs,
-) -> GenerateDecoderOnlyOutput | Tensor:
+) -> Generator[Tensor, None, GenerateDecoderOnlyOutput | Tensor]:
     """The decoding loop: as transformers' ``_sample``, but the schedule says who makes each token.
 
     Args:
         input_ids: (batch, time), left-padded; the whole sequence also when a cache holds part of it.
+        generators: the source of each row's draws; None: torch's global generator.
+
+    Yields:
+        (batch,) token ids, made by one step.
 
     Returns:
         (batch, time + new) token ids, or GenerateDecoderOnlyOutput.
     """
     config = generation_config
-    mode = config.mtp_inference_mode
+    schedule = Schedule.parse(config.mtp_inference_mode)
     num_heads = model.config.num_nextn_predict_layers
-    rounds = prepare_rounds(model, input_ids, min(max(mode[1::2]), num_heads) - 1, model_kwargs)
+    rounds = prepare_rounds(model, input_ids, min(schedule.longest_head_run, num_heads), model_kwargs)
     attention_mask = model_kwargs.get("attention_mask")
     if attention_mask is not None and attention_mask.all():
         attention_mask = None  # nothing is padded: causal kernels need no mask
@@ -311,7 +316,7 @@ def decode_in_rounds(
     stops_at_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     final_length = None
-    for step in schedule_steps(mode, num_heads):
+    for step in schedule.steps(num_heads):
         if step == BACKBONE:
             hidden, outputs = rounds.backbone(input_ids, attention_mask, **captured)
         else:
@@ -328,10 +333,7 @@ def decode_in_rounds(
             }
             record = {name: (*record[name], made[name]) for name in wanted}
 
-        if config.do_sample:
-            next_tokens = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
-        else:
-            next_tokens = scores.argmax(dim=-1)
+        next_tokens = draw(scores, generators) if config.do_sample else scores.argmax(dim=-1)
         if stops_at_eos:
             next_tokens = next_tokens.where(unfinished.bool(), pad_token_id)
         input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=1)
@@ -340,10 +342,11 @@ def decode_in_rounds(
         if final_length is None:
             if streamer is not None:
                 streamer.put(next_tokens.cpu())
+            yield next_tokens
             unfinished = unfinished & ~stopping_criteria(input_ids, record.get("scores"))
             if not unfinished.any():
                 final_length = input_ids.shape[1]
-        # With ZeRO-3 on several ranks, those that are done keep the others' collectives company.
+        # With ZeRO-3, a rank that is done runs on until all are: the others gather its part of the weights.
         if not model._has_unfinished_sequences(
             final_length is not None, synced_gpus, device=input_ids.device
         ):
@@ -357,8 +360,29 @@ def decode_in_rounds(
     return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE: rounds.backbone_cache}, **record)
 
 
-def prepare_rounds(model, input_ids: Tensor, last_head: int, model_kwargs: dict) -> Rounds:
+def draw(scores: Tensor, generators: Sequence[torch.Generator | None] | None) -> Tensor:
+    """One token of each row, (batch,), drawn from scores (batch, vocabulary), each row with its own generator."""
+    probs = scores.softmax(dim=-1)
+    if generators is None:
+        return torch.multinomial(probs, num_samples=1).squeeze(1)
+    rows = zip(probs, generators, strict=True)
+    return torch.cat([torch.multinomial(row, num_samples=1, generator=generator) for row, generator in rows])
+
+
+def last_value(steps: Generator[Tensor, None, Result]) -> Result:
+    """Run a generator to its end; what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def prepare_rounds(model, input_ids: Tensor, num_heads: int, model_kwargs: dict) -> Rounds:
     """Caches and prompt embeddings for :func:`decode_in_rounds`.
+
+    Args:
+        num_heads: heads that the schedule uses.
 
     Raises:
         ValueError: the prompt came as embeddings without its token ids, or the given cache does not know
@@ -373,7 +397,7 @@ def prepare_rounds(model, input_ids: Tensor, last_head: int, model_kwargs: dict)
                 f"{CACHE}: a {type(cache).__name__} knows nothing of the heads; pass an "
                 "MCTPCache(model.config) that an earlier generate() call filled, or mtp_inference_mode=[8192, 0]"
             )
-        head_caches = [HeadCache() for _ in range(last_head + 1)]
+        head_caches = [HeadCache() for _ in range(num_heads)]
     prompt_embeds = model_kwargs.get("inputs_embeds")
     if prompt_embeds is not None and prompt_embeds.shape[1] != input_ids.shape[1]:
         raise ValueError(

@@ -19,8 +19,8 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 
 from vita_audio.audio import available_kinds, is_continuous_kind
+from vita_audio.chat.interleave import check_ratio
 from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
-from vita_audio.data.interleave import check_ratio
 from vita_audio.training.deepspeed_config import (
     DeepSpeedConfigError,
     builds_optimizer,
@@ -29,6 +29,7 @@ from vita_audio.training.deepspeed_config import (
     read_deepspeed_config,
     use_pytorch_adam,
 )
+from vita_audio.training.machine import check_devices
 from vita_audio.training.published import check_architecture, heads_in_config
 from vita_audio.training.scheduler import SCHEDULER_NAMES, WARMUP_COSINE, build_scheduler
 from vita_audio.training.served import find_unserved
@@ -110,9 +111,6 @@ class ModelArguments:
                 "--language_model_freeze with no heads leaves nothing to train: "
                 "set --num_nextn_predict_layers to 1 or more"
             )
-        if self.attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
-            say_once("--attn_implementation flash_attention_2: there is no GPU here, so sdpa is used")
-            self.attn_implementation = "sdpa"
 
     def _count_heads(self) -> None:
         """Settle ``num_nextn_predict_layers`` between the flag, ``--config_name`` and the model's folder."""
@@ -206,9 +204,7 @@ class StageArguments(TrainingArguments):
     do_train: bool = field(default=True, metadata={"help": "Always true: this tool trains."})
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={
-            "help": "Start the stage again: what --output_dir holds of an earlier run is deleted first."
-        },
+        metadata={"help": "Delete what an earlier run left in the output folder and start over."},
     )
     lr_scheduler_type: str = field(
         default=WARMUP_COSINE,
@@ -273,6 +269,7 @@ class StageArguments(TrainingArguments):
         except DeepSpeedConfigError as error:
             raise ArgumentError(str(error)) from error
         self._check_scheduler()
+        check_devices(self.ddp_backend, self.use_cpu)
         self.average_tokens_across_devices = self.loss_average == "global"
         # transformers knows only its own schedules by name.
         name, self.lr_scheduler_type = self.lr_scheduler_type, SchedulerType.COSINE
@@ -283,9 +280,9 @@ class StageArguments(TrainingArguments):
         self._check_agreement_with_deepspeed()
 
     def _prepare_deepspeed_and_device(self) -> None:
-        """Check the DeepSpeed config, take its schedule, and settle for what a machine without GPU has."""
+        """Check the DeepSpeed config, take its schedule, and settle for what CPUs have where they are chosen."""
         replaced = []
-        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        self.use_cpu = self.use_cpu or os.environ.get("DS_ACCELERATOR") == "cpu"
         if self.deepspeed:
             name = self.deepspeed if isinstance(self.deepspeed, str) else "(a dict)"
             config = read_deepspeed_config(self.deepspeed)
@@ -303,7 +300,7 @@ class StageArguments(TrainingArguments):
                     self.lr_scheduler_type = WARMUP_COSINE
                 # The schedule is ours, whoever builds the optimizer.
                 del config["scheduler"]
-            if self.use_cpu and use_pytorch_adam(config):
+            if (self.use_cpu or not torch.cuda.is_available()) and use_pytorch_adam(config):
                 replaced.append("PyTorch's Adam instead of DeepSpeed's")
             self.deepspeed = config
         if self.use_cpu:
@@ -315,7 +312,7 @@ class StageArguments(TrainingArguments):
                 replaced.append("no tf32")
                 self.tf32 = None
         if replaced:
-            say_once(f"training on the CPU: {', '.join(replaced)}")
+            say_once(f"training on CPUs: {', '.join(replaced)}")
 
     def _check_groups(self, config: dict[str, Any], name: str) -> None:
         if not builds_optimizer(config):

@@ -16,7 +16,13 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
-from vita_audio.training.arguments import ArgumentError, DataArguments, ModelArguments, StageArguments
+from vita_audio.training.arguments import (
+    ArgumentError,
+    DataArguments,
+    ModelArguments,
+    StageArguments,
+    say_once,
+)
 from vita_audio.training.published import built_in, check_built_in
 
 _SENSEVOICE_FOLDER = "models/FunAudioLLM/SenseVoiceSmall"
@@ -36,7 +42,9 @@ def parse_arguments(
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("--") and words[0].endswith(".json"):
         words = [*_words_of_json(words[0]), *words[1:]]
-    parser = _Parser((ModelArguments, DataArguments, StageArguments), allow_abbrev=False)
+    parser = _Parser(
+        (ModelArguments, DataArguments, StageArguments), prog="finetune_sts.py", allow_abbrev=False
+    )
     try:
         rest = [word for flag, values in _flags(words) for word in _without_built_in(flag, values)]
         model, data, stage = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
@@ -44,6 +52,9 @@ def parse_arguments(
         raise
     except (TypeError, ValueError) as error:
         raise ArgumentError(" ".join(str(error).split())) from error
+    if stage.use_cpu and model.attn_implementation == "flash_attention_2":
+        say_once("training on CPUs: sdpa instead of flash_attention_2")
+        model.attn_implementation = "sdpa"
     _find_sensevoice(model, data)
     return model, data, stage
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vita_audio.chat.interleave import check_ratio
 from vita_audio.data import interleave_text_audio
-from vita_audio.data.interleave import check_ratio
 
 BEGIN, END = 9001, 9002
 

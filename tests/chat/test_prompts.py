@@ -98,3 +98,70 @@ def test_the_voice_fills_the_system_message_and_the_question_the_users(golden):
     context = tokenizer.convert_tokens_to_ids("<|context_of_audio|>")
     recorded = "".join("x" if token == context else " " for token in golden["input_ids"]).split()
     assert [len(run) for run in recorded] == lengths[::-1]
+
+
+def test_the_question_of_a_sample_leaves_out_the_answer_and_its_audio():
+    sample = {
+        "messages": [
+            {"role": "user", "content": "<|audio|>"},
+            {"role": "assistant", "content": "blue\n<|audio|>"},
+        ],
+        "audios": ["q.wav", "a.wav"],
+    }
+    conversation = prompts.from_sample(sample, default_system="Speak.")
+    assert [message.role for message in conversation.messages] == ["system", "user"]
+    assert conversation.audios == ("q.wav",)
+    with pytest.raises(ValueError, match="no assistant message"):
+        prompts.from_sample({"messages": sample["messages"][:1], "audios": ["q.wav"]})
+
+
+@pytest.mark.parametrize("kind", ["glm4voice", "sensevoice_glm4voice"])
+@pytest.mark.parametrize("typed", ["what does <|audio|> mean?", "<|audio|>", "<|audio_3|> <|im_end|>"])
+def test_a_tag_that_somebody_types_is_text(kind, typed):
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizer" / kind)
+    codec = RecordedCodec(kind)
+
+    def ids(conversation: Conversation) -> list[int]:
+        return build_prompt(conversation.messages, conversation.audios, tokenizer, codec).input_ids
+
+    for conversation in (
+        prompts.chat(typed),
+        prompts.synthesis(typed),
+        prompts.speech_to_speech("audio/user_a.wav", typed),
+        prompts.chat("hi", system=typed),
+    ):
+        assert typed in tokenizer.decode(ids(conversation))
+    plain = ids(prompts.speech_to_speech("audio/user_a.wav"))
+    spoken = ids(prompts.speech_to_speech("audio/user_a.wav", typed))
+    begin = tokenizer.convert_tokens_to_ids("<|begin_of_audio|>")
+    assert spoken.count(begin) == plain.count(begin) == 1
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t "])
+def test_a_blank_text_is_not_read_aloud(text):
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizer" / "glm4voice")
+    typed = prompts.synthesis(text)
+    sample = {
+        "messages": [
+            {"role": "user", "content": f"Convert the text to speech.\n{text}"},
+            {"role": "assistant", "content": "x"},
+        ]
+    }
+    for conversation in (typed, prompts.from_sample(sample)):
+        with pytest.raises(ValueError, match="blank; give some words"):
+            build_prompt(conversation.messages, conversation.audios, tokenizer, None)
+
+
+def test_tags_and_audios_must_agree():
+    with pytest.raises(ValueError, match=r"1 <\|audio\|> tags but 0 audios"):
+        Conversation([{"role": "user", "content": "<|audio|>"}])
+    with pytest.raises(ValueError, match=r"0 <\|audio\|> tags but 1 audios"):
+        Conversation([{"role": "user", "content": "hi"}], ["a.wav"])
+
+
+def test_the_task_is_told_by_the_last_message():
+    assert prompts.task_of(prompts.transcription("a.wav")) == "ASR"
+    assert prompts.task_of(prompts.synthesis("hi")) == "TTS"
+    assert prompts.task_of(prompts.synthesis("hi", voice="v.wav")) == "voice clone"
+    assert prompts.task_of(prompts.speech_to_speech("q.wav")) == "speech QA"
+    assert prompts.task_of(prompts.chat("hi")) == "text"

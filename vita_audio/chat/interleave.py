@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain, repeat
 
+from vita_audio.chat.sample import Reason, SampleError
 from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
-from vita_audio.data.schema import Reason, SampleError
 
 MARKERS_PER_SPAN = 2
 """``<|begin_of_audio|>`` and ``<|end_of_audio|>``, counted in the ratio's audio entries."""
@@ -39,7 +39,7 @@ def interleave_text_audio(
         ids: token ids of the reply.
         begin_id: id of ``<|begin_of_audio|>``.
         end_id: id of ``<|end_of_audio|>``.
-        ratio: run lengths; ``[1, 10, 4, 10]`` when absent.
+        ratio: run lengths; None: ``[1, 10, 4, 10]``.
 
     Returns:
         The same text and speech ids in their order, with markers around each speech run. Replies

@@ -1,0 +1,353 @@
+"""How a reply is made: a request goes in, and its text and sound come out as soon as they exist.
+
+:meth:`Backend.stream_many` is the only way. One reply is a stream, a batch is many streams, and a whole reply is the
+sum of its stream (:func:`collect`). The model emits one row of ids in which text and speech codes alternate;
+:class:`~vita_audio.chat.reply.ReplyParser` sorts them. In Boost and Turbo the first chunk of speech comes out of
+the prefill round.
+
+:class:`ReferenceBackend` runs the decoding loop of ``model.generate``.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vita_audio.audio import AudioStream, AudioTokenizer
+from vita_audio.chat import ChatTokens, Example, ReplyParser
+from vita_audio.inference.options import CHECKPOINT_OPTIONS, GenerationOptions
+
+Sound = Literal["streamed", "whole", "none"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt that awaits its reply.
+
+    Attributes:
+        prompt: token ids, and features with their positions for continuous input.
+        options: how the reply is generated.
+        sound: decode speech in step with generation, in one piece at the end, or not at all.
+        asked: ``time.perf_counter()`` when the question was asked; None: when the stream starts.
+    """
+
+    prompt: Example
+    options: GenerationOptions = CHECKPOINT_OPTIONS
+    sound: Sound = "streamed"
+    asked: float | None = None
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """Text that follows what came before; ``seconds`` since the question was asked."""
+
+    text: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class AudioChunk:
+    """Speech that follows what came before.
+
+    Attributes:
+        samples: (samples,) float32; empty while the decoder holds its first codes back, and always
+            when speech is not decoded in step with generation.
+        codes: the codes this chunk was decoded from.
+        seconds: since the question was asked, decoding included.
+    """
+
+    samples: Tensor
+    codes: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds since the question was asked; None for what never came.
+
+    Attributes:
+        prompt: the prompt was ready, its audio encoded.
+        first_token: the first token left the model.
+        first_chunk: the codes of the first audio chunk were complete.
+        first_sound: the first samples left the decoder.
+        generated: the last token left the model.
+        total: the reply was complete.
+        new_tokens: tokens generated, markers and the stop token included.
+    """
+
+    prompt: float
+    first_token: float | None
+    first_chunk: float | None
+    first_sound: float | None
+    generated: float
+    total: float
+    new_tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of generation: from the finished prompt to the last token."""
+        return self.new_tokens / max(self.generated - self.prompt, 1e-9)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model answered; the last event of a stream.
+
+    Attributes:
+        text: without special tokens.
+        codes: the speech, in ``[0, codebook_size)``.
+        waveform: (samples,) float32; None where there are no codes or decoding was not asked for.
+        sample_rate: of ``waveform``, in Hz.
+        token_ids: as generated, without the token that ended the reply.
+        timings: when what came out.
+        options: how the reply was generated, with every choice that was left open made.
+        system: the system message of the prompt; None if it had none.
+    """
+
+    text: str
+    codes: list[int]
+    waveform: Tensor | None
+    sample_rate: int
+    token_ids: list[int]
+    timings: Timings
+    options: GenerationOptions
+    system: str | None = None
+
+
+Event = TextDelta | AudioChunk | Reply
+
+
+class Backend(ABC):
+    """Makes replies."""
+
+    @abstractmethod
+    def stream_many(self, requests: Sequence[Request]) -> Generator[tuple[int, Event], None, None]:
+        """Events of several replies as they exist, each with the index of its request.
+
+        The last event of each reply is a :class:`Reply`. Closing the iterator ends generation at once.
+
+        Raises:
+            ValueError: the options of a request cannot be served.
+        """
+
+    def stream(self, request: Request) -> Generator[Event, None, None]:
+        """Events of one reply; see :meth:`stream_many`."""
+        with closing(self.stream_many([request])) as events:
+            for _, event in events:
+                yield event
+
+
+def collect(events: Iterator[tuple[int, Event]], count: int) -> list[Reply]:
+    """The whole replies of a stream of ``count`` requests, in the order of the requests."""
+    replies = {index: event for index, event in events if isinstance(event, Reply)}
+    return [replies[index] for index in range(count)]
+
+
+class ReferenceBackend(Backend):
+    """The decoding loop of ``model.generate``, one padded batch at a time.
+
+    Args:
+        model: any causal LM of the family, on its device.
+        tokenizer: the text tokenizer saved with it.
+        codec: turns codes into sound.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer):
+        self._model = model
+        self._tokenizer = tokenizer
+        self._codec = codec
+        self._tokens = ChatTokens.of(tokenizer)
+
+    def stream_many(self, requests: Sequence[Request]) -> Generator[tuple[int, Event], None, None]:
+        """See :meth:`Backend.stream_many`. All requests of a call share their options, but for the seed."""
+        options = self._shared_options(requests)
+        rows = [
+            _Row(request, replace(options, seed=request.options.seed), self._tokenizer, self._codec)
+            for request in requests
+        ]
+        with closing(self._steps(requests, options)) as steps:
+            for step in steps:
+                now = time.perf_counter()
+                for index, (row, token) in enumerate(zip(rows, step, strict=True)):
+                    if row.ended:
+                        continue
+                    ends = token in self._tokens.stops
+                    for event in row.push(token, now, ends):
+                        yield index, event
+                    if ends:
+                        for event in row.end():
+                            yield index, event
+        for index, row in enumerate(rows):
+            if not row.ended:  # the longest reply allowed
+                for event in row.end():
+                    yield index, event
+
+    def _shared_options(self, requests: Sequence[Request]) -> GenerationOptions:
+        num_heads = self._model.config.num_nextn_predict_layers
+        resolved = {
+            repr(options): options
+            for options in (
+                replace(request.options.resolved(self._model.generation_config, num_heads), seed=None)
+                for request in requests
+            )
+        }
+        if len(resolved) != 1:
+            raise ValueError(f"requests of one batch must share their options, got {', '.join(resolved)}")
+        return next(iter(resolved.values()))
+
+    # A decorated generator is in inference mode only while it runs, not while it waits for its caller.
+    @torch.inference_mode()
+    def _steps(
+        self, requests: Sequence[Request], options: GenerationOptions
+    ) -> Generator[list[int], None, None]:
+        """The token of each row, step by step."""
+        seeds = [request.options.seed for request in requests]
+        generators = None
+        if options.do_sample and any(seed is not None for seed in seeds):
+            generators = [self._generator(seed) for seed in seeds]
+        tokens = self._model.iterate(
+            **collate_prompts([request.prompt for request in requests], self._tokens.pad, self._model.device),
+            generators=generators,
+            pad_token_id=self._tokens.pad,
+            eos_token_id=list(self._tokens.stops),
+            **options.arguments(),
+        )
+        for step in tokens:
+            yield step.tolist()
+
+    def _generator(self, seed: int | None) -> torch.Generator | None:
+        return None if seed is None else torch.Generator(self._model.device).manual_seed(seed)
+
+
+class _Row:
+    """One reply while it is generated."""
+
+    def __init__(
+        self,
+        request: Request,
+        options: GenerationOptions,
+        tokenizer: PreTrainedTokenizerBase,
+        codec: AudioTokenizer,
+    ) -> None:
+        ready = time.perf_counter()
+        self.ended = False
+        self._request = request
+        self._options = options
+        self._codec = codec
+        self._parser = ReplyParser(tokenizer)
+        self._sound: AudioStream | None = codec.stream() if request.sound == "streamed" else None
+        self._asked = ready if request.asked is None else request.asked
+        self._prompt_seconds = ready - self._asked
+        self._record = _Record()
+
+    def push(self, token: int, now: float, ends: bool) -> Iterator[Event]:
+        """Take one token, made at ``now``; the events that it completes."""
+        seconds = now - self._asked
+        self._record.times.append(seconds)
+        if ends:
+            return
+        self._record.ids.append(token)
+        piece = self._parser.push(token)
+        if isinstance(piece, str):
+            yield self._text(piece, seconds)
+        elif piece:
+            yield self._speech(piece, seconds)
+
+    def end(self) -> Iterator[Event]:
+        """The events that are still due, the reply last."""
+        self.ended = True
+        record = self._record
+        seconds = time.perf_counter() - self._asked
+        text, codes = self._parser.flush()
+        if text:
+            yield self._text(text, seconds)
+        if codes or (self._sound is not None and record.codes):
+            yield self._speech(codes, seconds, last=True)
+        yield self._reply()
+
+    def _text(self, text: str, seconds: float) -> TextDelta:
+        self._record.text += text
+        return TextDelta(text, seconds)
+
+    def _speech(self, codes: tuple[int, ...], seconds: float, last: bool = False) -> AudioChunk:
+        record = self._record
+        if record.first_chunk is None:
+            record.first_chunk = seconds
+        record.codes += codes
+        samples = torch.empty(0) if self._sound is None else self._sound.push(codes, last=last)
+        return AudioChunk(samples, codes, self._hear(samples))
+
+    def _hear(self, samples: Tensor) -> float:
+        """Note decoded samples; seconds since the question was asked."""
+        seconds = time.perf_counter() - self._asked
+        self._record.samples.append(samples)
+        if len(samples) and self._record.first_sound is None:
+            self._record.first_sound = seconds
+        return seconds
+
+    def _reply(self) -> Reply:
+        record = self._record
+        waveform = None
+        if record.codes and self._request.sound == "whole":
+            waveform = self._codec.decode(record.codes)
+            self._hear(waveform)
+        elif record.codes and self._sound is not None:
+            waveform = torch.cat(record.samples)
+        return Reply(
+            text=record.text,
+            codes=record.codes,
+            waveform=waveform,
+            sample_rate=self._codec.sample_rate,
+            token_ids=record.ids,
+            timings=Timings(
+                prompt=self._prompt_seconds,
+                first_token=record.times[0] if record.times else None,
+                first_chunk=record.first_chunk,
+                first_sound=record.first_sound,
+                generated=record.times[-1] if record.times else self._prompt_seconds,
+                total=time.perf_counter() - self._asked,
+                new_tokens=len(record.times),
+            ),
+            options=self._options,
+        )
+
+
+@dataclass
+class _Record:
+    """What one reply has produced so far; times in seconds since the question was asked."""
+
+    ids: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    text: str = ""
+    codes: list[int] = field(default_factory=list)
+    samples: list[Tensor] = field(default_factory=list)
+    first_chunk: float | None = None
+    first_sound: float | None = None
+
+
+def collate_prompts(prompts: Sequence[Example], pad_id: int, device: torch.device) -> dict[str, Any]:
+    """Left-padded batch: ``inputs`` (token ids) and ``attention_mask``, (rows, time); with continuous
+    input also ``audios``, a list of (frames, features), and ``audio_indices``, a list of
+    (2, 1, places): batch row and time of each place that the audio fills."""
+    length = max(len(prompt.input_ids) for prompt in prompts)
+    input_ids = torch.full((len(prompts), length), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    audios, audio_indices = [], []
+    for row, prompt in enumerate(prompts):
+        start = length - len(prompt.input_ids)
+        input_ids[row, start:] = torch.as_tensor(prompt.input_ids, dtype=torch.long)
+        attention_mask[row, start:] = 1
+        audios += [features.to(device) for features in prompt.features]
+        audio_indices += [places.to(device) for places in prompt.audio_indices(row, offset=start)]
+    batch: dict[str, Any] = {"inputs": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+    if audios:
+        batch |= {"audios": audios, "audio_indices": audio_indices}
+    return batch

@@ -1,0 +1,95 @@
+"""How a reply is generated, and where the choices that a caller leaves open come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from transformers import GenerationConfig
+
+from vita_audio.models.schedule import Schedule
+
+_NEUTRAL = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How a reply is generated. None: as the checkpoint's generation_config.json says.
+
+    Attributes:
+        mode: name of a schedule (``vanilla``, ``balance``, ``boost``, ``turbo``) or the schedule
+            ``[M1, m1, M2, m2, ...]`` itself: tokens by the backbone, then by the heads, in turn. A
+            checkpoint that names none gets ``boost``, or ``vanilla`` if it has no heads.
+        max_new_tokens: longest reply, text and audio tokens together.
+        do_sample: draw tokens instead of taking the likeliest.
+        temperature, top_k, top_p: shape of the distribution drawn from; ``top_k=0`` keeps all tokens.
+        repetition_penalty: above 1 discourages tokens already said.
+        seed: of the draws, each reply with its own generator; None draws from torch's global generator.
+    """
+
+    mode: str | Sequence[int] | Schedule | None = None
+    max_new_tokens: int = 1024
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    @classmethod
+    def greedy(cls, mode: str | Sequence[int] | Schedule | None = None, **changes: Any) -> GenerationOptions:
+        """The likeliest token at every step and no repetition penalty, regardless of the checkpoint."""
+        return replace(cls(mode=mode, **_NEUTRAL), **changes)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule that ``mode`` names.
+
+        Raises:
+            ValueError: there is no such schedule, or the mode is left to the checkpoint.
+        """
+        if self.mode is None:
+            raise ValueError("the mode is left to the checkpoint; resolve the options first")
+        return Schedule.parse(self.mode)
+
+    def resolved(self, config: GenerationConfig, num_heads: int) -> GenerationOptions:
+        """The same options with every choice made: the caller's, else the checkpoint's, else the neutral one.
+
+        Args:
+            config: the checkpoint's.
+            num_heads: heads that the model has.
+
+        Raises:
+            ValueError: the mode is no schedule.
+        """
+        mode = self.mode
+        if mode is None:
+            mode = getattr(config, "mtp_inference_mode", None) or ("boost" if num_heads else "vanilla")
+        choices: dict[str, Any] = {"mode": Schedule.parse(mode).name}
+        for name, neutral in _NEUTRAL.items():
+            chosen, stored = getattr(self, name), getattr(config, name, None)
+            choices[name] = next((value for value in (chosen, stored) if value is not None), neutral)
+        return replace(self, **choices)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``model.generate`` for resolved options. Every choice is stated, so that no
+        default of the checkpoint slips in."""
+        arguments: dict[str, Any] = {
+            "mtp_inference_mode": self.schedule.numbers,
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.do_sample,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        if self.do_sample:
+            arguments |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return arguments
+
+    def to_dict(self) -> dict[str, Any]:
+        """For reports."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"mode": None if self.mode is None else self.schedule.name}
+
+
+CHECKPOINT_OPTIONS = GenerationOptions()
+"""Every choice as the checkpoint's generation_config.json says."""
