@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 from dataclasses import dataclass
@@ -146,8 +147,11 @@ class World:
             (root / f"mix_{stage}.yaml").write_text(f"{mix}xlsx_sample_num: 5\n")
         (root / "models/FunAudioLLM").mkdir(parents=True)
         (root / "models/FunAudioLLM/SenseVoiceSmall").symlink_to(GOLDENS / "sensevoice")
-        (root / "models/Qwen").mkdir()
-        (root / "models/Qwen/base").symlink_to(base)
+        for family in FAMILIES:
+            shutil.copytree(base, root / "models/Qwen" / family)
+            shutil.copytree(
+                GOLDENS / "data/tokenizer" / family, root / "models/Qwen" / family, dirs_exist_ok=True
+            )
         config = json.loads((base / "config.json").read_text())
         for heads in (0, 1, 10):
             more = {
@@ -175,7 +179,7 @@ class World:
     def run(self, family: str, stage: Stage) -> str:
         """Run a script, then what it called; everything that was printed, or an error."""
         script = f"scripts/deepspeed/sts_qwen25/finetune_{family}_{stage.name}.sh"
-        start = self.folder(family, stage.before) if stage.before else self.root / "models/Qwen/base"
+        start = self.folder(family, stage.before) if stage.before else self.root / "models/Qwen" / family
         workers = 2 if family.startswith("sensevoice") and stage.name == "mtp10_stage2" else 8
         text = SCRIPT.format(
             root=self.root,
