@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from vita_audio.audio import is_continuous_kind
@@ -58,6 +58,7 @@ from vita_audio.training import (
     fit_to_processes,
 )
 from vita_audio.training.checkpoints import load_loader_states, steps_done
+from vita_audio.training.command_line import parse_arguments
 from vita_audio.training.quiet import hush_libraries
 from vita_audio.training.result import check_result
 
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     hush_libraries()
     # 1. Options, and whether this machine can serve them.
     with told_in_one_line(*AT_THE_DOOR):
-        model_args, data_args, stage_args = parse(argv)
+        model_args, data_args, stage_args = parse_arguments(argv)
         check_input_folder(model_args.model_name_or_path)
         dtype, attention = choose_numerics(model_args, stage_args)
         check_launch(stage_args)
@@ -142,27 +143,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             with told_in_one_line(*AT_THE_DOOR):
                 check_result(folder.path)
             folder.finish()
-
-
-def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, StageArguments]:
-    """The three groups of options.
-
-    Raises:
-        ValueError: an unknown option, or a value that cannot be served.
-    """
-    groups: Any = (ModelArguments, DataArguments, StageArguments)
-    parser = _Parser(groups, prog="finetune_sts.py", description=__doc__)
-    model, data, stage = parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
-    assert isinstance(model, ModelArguments)
-    assert isinstance(data, DataArguments)
-    assert isinstance(stage, StageArguments)
-    return model, data, stage
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong, without the names of all two hundred options."""
-        raise ArgumentError(message)
 
 
 def choose_numerics(model_args: ModelArguments, stage_args: StageArguments) -> tuple[torch.dtype, str]:
