@@ -22,7 +22,7 @@ from vita_audio.audio.base import AudioError, AudioLike
 MOST_CHANNELS = 32
 """With more columns than this, a 2-D waveform is not (samples, channels)."""
 
-_LOUDEST = 16.0  # 24 dB over full scale; floats beyond are integers that nobody scaled
+_LOUDEST = 100.0  # 40 dB over full scale; floats beyond are integers that nobody scaled
 # Types whose range says their scale: (zero level, full scale). Wider integers usually hold narrower samples.
 _INTEGERS = {
     "int8": (0.0, 2.0**7),

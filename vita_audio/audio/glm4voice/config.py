@@ -1,11 +1,11 @@
 """The decoder's ``config.yaml``, read as data.
 
-The released file is written for a loader that imports and calls whatever classes the file names. Here
-the same file is a tree of plain values: the object tags are compared with the few that describe this
-decoder, nothing is imported, and any other tag, key or value is refused in one line. The plain layout
-(``config_plain.yaml`` or ``config.json``: the same values without tags) is read as well.
+The released file is written for a loader that imports and calls the classes that the file names. Here it is
+a tree of plain values: object tags are compared with the few that describe this decoder, nothing is imported,
+and any other tag, key or value is refused in one line. The plain layout (``config_plain.yaml`` or
+``config.json``: the same values without tags) is read as well.
 
-Every size read here is checked once more when the weights are loaded, key by key and shape by shape.
+Every size read here is checked again when the weights are loaded, key by key and shape by shape.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ class _TreeReader:
     def _section(
         self, name: str, section: type[_Section], values: Mapping[str, Any], **parts: object
     ) -> _Section:
-        """Fill a dataclass from ``values``; whatever is not one of its fields must be known."""
+        """Fill a dataclass from ``values``; a key that is not one of its fields must be known."""
         known = {item.name: item.default for item in fields(section) if item.name not in parts}
         self._check_rest(name, {key: value for key, value in values.items() if key not in known})
         given = {

@@ -2,7 +2,7 @@
 
 Rows of different lengths share a batch: ``mask`` marks the frames that exist. Everything that mixes
 frames respects it (convolutions read zeros outside, group norms average inside, attention looks inside),
-so a row's result does not depend on its company. With equal lengths there is no mask and no cost.
+so a row's result does not depend on the other rows. With equal lengths there is no mask and no cost.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Estimator(nn.Module):
             t: solver time in [0, 1], scalar.
             speaker: (rows, 80).
             cond: mel already known (the prompt), zero elsewhere; same shape as ``x``.
-            mask: (rows, 1, frames), 1 at frames that exist; absent when all do.
+            mask: (rows, 1, frames), 1 at frames that exist; None if all do.
 
         Returns:
             Velocity, same shape as ``x``.

@@ -12,7 +12,7 @@ from vita_audio.audio.glm4voice.config import TokenEncoderConfig
 
 
 class TokenEncoder(nn.Module):
-    """Embedded codes to states that know their past and the rest of their block."""
+    """Embedded codes to states that attend to the past and to their whole block."""
 
     def __init__(self, config: TokenEncoderConfig):
         super().__init__()
@@ -30,7 +30,7 @@ class TokenEncoder(nn.Module):
         """
         Args:
             x: embedded codes, (rows, codes, input_size).
-            key_mask: (rows, codes), True at codes that exist; absent when all do.
+            key_mask: (rows, codes), True at codes that exist; None if all do.
 
         Returns:
             (rows, codes, output_size).

@@ -1,9 +1,9 @@
 """Mel to waveform: a HiFT generator (section 6 of the GLM-4-Voice specification).
 
-Pitch is read off the mel, harmonics are synthesised at that pitch, and a convolutional trunk shapes their
-spectrum into the spectrum of speech, which a small inverse STFT turns into samples. What is random, the
-harmonics' phases and the breath noise, can be given; and the start of the source can be overwritten with
-the end of the previous chunk's, so that a stream stays continuous.
+Pitch is predicted from the mel, harmonics are synthesised at that pitch, and a convolutional trunk shapes
+their spectrum into that of speech, which a small inverse STFT turns into samples. The random parts, the
+harmonics' phases and the breath noise, can be passed in. The start of the source can be overwritten with the
+end of the previous chunk's, so that a stream stays continuous.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +110,7 @@ class Vocoder(nn.Module):
             cached_source: end of the previous chunk's source, (rows, 1, samples); overwrites the start.
             phase: first phase of each harmonic, (harmonics + 1,) or (rows, harmonics + 1, 1), radians.
             noise: standard normal, (rows, harmonics + 1, 256 * frames).
-            generator: draws ``phase`` and ``noise`` where absent; seeded with 42 when absent too.
+            generator: draws ``phase`` and ``noise`` where they are None; defaults to one seeded with 42.
 
         Returns:
             waveform (rows, 256 * frames) in [-0.99, 0.99], and the source (rows, 1, 256 * frames).
@@ -175,7 +176,7 @@ class Vocoder(nn.Module):
                 x = F.pad(x, (1, 0), mode="reflect")
             x = x + shape_source(down(spectrum))
             x = sum(block(x) for block in self.resblocks[stage * kinds : (stage + 1) * kinds]) / kinds
-        # PyTorch's default slope here, unlike above: so the released model was trained.
+        # PyTorch's default slope here, unlike above: the released model was trained with it.
         magnitude, phase = self.conv_post(F.leaky_relu(x)).chunk(2, dim=1)
         waveform = self._waveform(magnitude.exp().clamp(max=_MAX_MAGNITUDE), torch.sin(phase))
         return waveform.clamp(-config.audio_limit, config.audio_limit)
@@ -252,7 +253,7 @@ class _Snake(nn.Module):
 class WeightNormConv1d(nn.Conv1d):
     """A convolution stored as gain ``weight_g`` and direction ``weight_v`` until it is folded."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _split(self)
 
@@ -263,7 +264,7 @@ class WeightNormConv1d(nn.Conv1d):
 class WeightNormConvTranspose1d(nn.ConvTranspose1d):
     """The transposed counterpart; its norm also keeps dimension 0, here the input channels."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _split(self)
 

@@ -1,7 +1,7 @@
 """Speech to the 560-wide frames that the SenseVoice encoder reads.
 
 Kaldi filter banks every 10 ms, seven neighbours stacked into one frame every 60 ms, then
-the per-feature shift and scale that the released ``am.mvn`` file lists. All of it is fixed
+the per-feature shift and scale that the released ``am.mvn`` file lists. This is fixed
 arithmetic without weights, so it runs in the data loader's workers and the model receives
 frames, not samples.
 
