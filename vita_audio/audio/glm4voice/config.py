@@ -15,13 +15,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 CONFIG_FILES = ("config.yaml", "config_plain.yaml", "config.json")
 
-_Section = TypeVar("_Section")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Section = TypeVar("_Section", bound="DataclassInstance")
 
 
 class ConfigError(ValueError):
@@ -139,7 +142,7 @@ def load_decoder_config(folder: str | Path) -> DecoderConfig:
 
 
 # Values that other variants of these networks set differently; ours implements exactly these.
-_FIXED = {
+_FIXED: dict[str, dict[str, Any]] = {
     "flow": {"output_type": "mel"},
     "encoder": {
         "input_layer": "linear",
@@ -212,7 +215,8 @@ def _construct_apply(loader: _TreeLoader, suffix: str, node: yaml.Node) -> None:
 
 
 def _construct_reference(loader: _TreeLoader, node: yaml.Node) -> _Reference:
-    name = re.fullmatch(r"<(\w+)>", loader.construct_scalar(node))
+    text = loader.construct_scalar(node) if isinstance(node, yaml.ScalarNode) else ""
+    name = re.fullmatch(r"<(\w+)>", text)
     if name is None:
         raise yaml.constructor.ConstructorError(problem=f"computes a reference, {node.value!r}")
     return _Reference(name.group(1))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ class Vocoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.conv_pre.bias.device
+        return next(self.parameters()).device
 
     @torch.no_grad()
     def forward(
@@ -252,7 +253,7 @@ class _Snake(nn.Module):
 class WeightNormConv1d(nn.Conv1d):
     """A convolution stored as gain ``weight_g`` and direction ``weight_v`` until it is folded."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _split(self)
 
@@ -263,28 +264,29 @@ class WeightNormConv1d(nn.Conv1d):
 class WeightNormConvTranspose1d(nn.ConvTranspose1d):
     """The transposed counterpart; its norm also keeps dimension 0, here the input channels."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _split(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv_transpose1d(x, _weight(self), self.bias, self.stride, self.padding)
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        padding: Any = self.padding
+        return F.conv_transpose1d(x, _weight(self), self.bias, self.stride, padding)
 
 
-def _split(conv: nn.Module) -> None:
+def _split(conv: Any) -> None:
     direction = conv.weight
     del conv.weight
     conv.weight_g = nn.Parameter(direction.detach().norm(dim=(1, 2), keepdim=True))
     conv.weight_v = direction
 
 
-def _weight(conv: nn.Module) -> Tensor:
+def _weight(conv: Any) -> Tensor:
     if hasattr(conv, "weight"):
         return conv.weight
     return conv.weight_g * conv.weight_v / conv.weight_v.norm(dim=(1, 2), keepdim=True)
 
 
-def _fold(conv: nn.Module) -> None:
+def _fold(conv: Any) -> None:
     if not hasattr(conv, "weight"):
         weight = _weight(conv).detach()
         del conv.weight_g, conv.weight_v
