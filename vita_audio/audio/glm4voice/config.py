@@ -15,16 +15,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
 CONFIG_FILES = ("config.yaml", "config_plain.yaml", "config.json")
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-_Section = TypeVar("_Section", bound="DataclassInstance")
+_Section = TypeVar("_Section")
 
 
 class ConfigError(ValueError):
@@ -314,7 +311,8 @@ class _TreeReader:
         self, name: str, section: type[_Section], values: Mapping[str, Any], **parts: object
     ) -> _Section:
         """Fill a dataclass from ``values``; whatever is not one of its fields must be known."""
-        known = {item.name: item.default for item in fields(section) if item.name not in parts}
+        dataclass_type: Any = section
+        known = {item.name: item.default for item in fields(dataclass_type) if item.name not in parts}
         self._check_rest(name, {key: value for key, value in values.items() if key not in known})
         given = {
             key: self._convert(f"{name}.{key}", self._resolve(values[key]), default)
