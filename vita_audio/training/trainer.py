@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import (
     PreTrainedModel,
     ProgressCallback,
@@ -44,6 +45,7 @@ from vita_audio.training.checkpoints import (
 )
 from vita_audio.training.continuation import PlannedRates
 from vita_audio.training.model_card import write_model_card
+from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
 
 
@@ -115,6 +117,7 @@ class SpeechTrainer(Trainer):
                 self.args.learning_rate,
                 self.args.weight_decay,
                 self.args.mtp_learning_rate_multiplier,
+                decay_norms=self.args.decay_norms,
             )
             self.optimizer = torch.optim.AdamW(
                 groups,
@@ -126,13 +129,22 @@ class SpeechTrainer(Trainer):
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The schedule of ``--lr_scheduler_type``; what it plans is noted, since a checkpoint would replace it."""
-        is_new = self.lr_scheduler is None
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if is_new:
-            self._planned_rates[:] = [PlannedRates(scheduler)]
-        return scheduler
+    ) -> LRScheduler:
+        """The schedule of ``--lr_scheduler_type``; DeepSpeed calls this too when it builds the optimizer.
+
+        What it plans is noted, since a checkpoint would replace it.
+        """
+        if self.lr_scheduler is None:
+            self.lr_scheduler = build_scheduler(
+                self.args.lr_scheduler_type,
+                self.optimizer if optimizer is None else optimizer,
+                self.args.get_warmup_steps(num_training_steps),
+                num_training_steps,
+                self.args.lr_scheduler_kwargs,
+            )
+            self._created_lr_scheduler = True
+            self._planned_rates[:] = [PlannedRates(self.lr_scheduler)]
+        return self.lr_scheduler
 
     # -- loss ---------------------------------------------------------------------------------------------
 
@@ -175,9 +187,11 @@ class SpeechTrainer(Trainer):
         """Add the losses of main model and heads, and the data's counters, to a training log line."""
         if "loss" in logs:
             steps = max(1, self._micro_batches // self.args.gradient_accumulation_steps)
+            # Under --loss_average global each rank's part is a share of the global mean: its sum was divided by the
+            # items of all ranks. Under rank it is that rank's own mean.
+            reduction = "sum" if self.args.loss_average == "global" else "mean"
             for name, total in sorted(self._part_losses.items()):
-                # Each rank's part is a share of the global mean (the sum is divided by all ranks' items).
-                logs[name] = self.accelerator.reduce(total, reduction="sum").item() / steps
+                logs[name] = self.accelerator.reduce(total, reduction=reduction).item() / steps
             self._part_losses.clear()
             self._micro_batches = 0
             logs.update({f"data/{name}": value for name, value in self._loader.counts().items()})
