@@ -67,7 +67,8 @@ def identify(audio: AudioLike) -> Clip:
     if isinstance(audio, Mapping):
         return _identify_mapping(audio)
     if hasattr(audio, "get_all_samples"):
-        samples = audio.get_all_samples()
+        decoder: Any = audio
+        samples = decoder.get_all_samples()
         return _samples(samples.data, samples.sample_rate)
     if callable(getattr(audio, "read", None)):
         return _identify_file_object(audio)

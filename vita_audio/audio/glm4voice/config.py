@@ -139,7 +139,7 @@ def load_decoder_config(folder: str | Path) -> DecoderConfig:
 
 
 # Values that other variants of these networks set differently; ours implements exactly these.
-_FIXED = {
+_FIXED: dict[str, dict[str, Any]] = {
     "flow": {"output_type": "mel"},
     "encoder": {
         "input_layer": "linear",
@@ -212,7 +212,8 @@ def _construct_apply(loader: _TreeLoader, suffix: str, node: yaml.Node) -> None:
 
 
 def _construct_reference(loader: _TreeLoader, node: yaml.Node) -> _Reference:
-    name = re.fullmatch(r"<(\w+)>", loader.construct_scalar(node))
+    text = loader.construct_scalar(node) if isinstance(node, yaml.ScalarNode) else ""
+    name = re.fullmatch(r"<(\w+)>", text)
     if name is None:
         raise yaml.constructor.ConstructorError(problem=f"computes a reference, {node.value!r}")
     return _Reference(name.group(1))
@@ -310,7 +311,8 @@ class _TreeReader:
         self, name: str, section: type[_Section], values: Mapping[str, Any], **parts: object
     ) -> _Section:
         """Fill a dataclass from ``values``; a key that is not one of its fields must be known."""
-        known = {item.name: item.default for item in fields(section) if item.name not in parts}
+        dataclass_type: Any = section
+        known = {item.name: item.default for item in fields(dataclass_type) if item.name not in parts}
         self._check_rest(name, {key: value for key, value in values.items() if key not in known})
         given = {
             key: self._convert(f"{name}.{key}", self._resolve(values[key]), default)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class Estimator(nn.Module):
             zip((config.in_channels, *widths[:-1]), widths, strict=True)
         ):
             last = level == len(widths) - 1
-            resize = nn.Conv1d(outputs, outputs, 3, padding=1) if last else _Downsample(outputs)
+            resize: nn.Module = nn.Conv1d(outputs, outputs, 3, padding=1) if last else _Downsample(outputs)
             self.down_blocks.append(nn.ModuleList([*stage(inputs, outputs), resize]))
         self.mid_blocks = nn.ModuleList(
             nn.ModuleList(stage(widths[-1], widths[-1])) for _ in range(config.num_mid_blocks)
@@ -73,16 +74,18 @@ class Estimator(nn.Module):
         """
         time = self.time_mlp(_sinusoid(t, self.in_channels))
         x = torch.cat([x, mu, speaker[:, :, None].expand_as(x), cond], dim=1)
+        # A ModuleList does not know the types of its modules.
+        down, middle, up = cast(tuple[Any, Any, Any], (self.down_blocks, self.mid_blocks, self.up_blocks))
         skips = []
-        for resnet, transformers, resize in self.down_blocks:
+        for resnet, transformers, resize in down:
             x = _run_stage(resnet, transformers, x, time, mask)
             skips.append((x, mask))
             x = resize(_inside(x, mask))
             if isinstance(resize, _Downsample) and mask is not None:
                 mask = mask[:, :, ::2]
-        for resnet, transformers in self.mid_blocks:
+        for resnet, transformers in middle:
             x = _run_stage(resnet, transformers, x, time, mask)
-        for resnet, transformers, resize in self.up_blocks:
+        for resnet, transformers, resize in up:
             skip, mask = skips.pop()
             x = torch.cat([x[:, :, : skip.shape[2]], skip], dim=1)
             x = _run_stage(resnet, transformers, x, time, mask)

@@ -87,7 +87,9 @@ class FlowDecoder(nn.Module):
     @property
     def estimator(self) -> Estimator:
         """The velocity network."""
-        return self.decoder["estimator"]
+        estimator = self.decoder["estimator"]
+        assert isinstance(estimator, Estimator)
+        return estimator
 
     def frames(self, tokens: int) -> int:
         """Mel frames of a number of codes, in the reference's float32 order of operations (section 4.5)."""
@@ -245,7 +247,7 @@ def solver_times(steps: int) -> Tensor:
 
 def nearest_indices(tokens: int, frames: int, start: int = 0) -> Tensor:
     """Code that each mel frame from ``start`` on repeats, in the reference's float32 arithmetic."""
-    scale = np.float32(tokens) / np.float32(frames)
+    scale = float(np.float32(tokens) / np.float32(frames))
     position = torch.arange(start, frames, dtype=torch.float32)
     return (position * scale).floor().long().clamp(max=tokens - 1)
 

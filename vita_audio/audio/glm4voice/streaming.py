@@ -229,9 +229,10 @@ class StreamingDecoder:
                 continue
             samples = frames * self.vocoder.samples_per_frame
             draws = [states[index].noise.source(harmonics, samples) for index in members]
+            kept = [one for index in members if (one := states[index].cached_source) is not None]
             waves, sources = self.vocoder(
                 torch.stack([mels[index] for index in members]),
-                torch.stack([states[index].cached_source for index in members])[:, None] if cached else None,
+                torch.stack(kept)[:, None] if cached else None,
                 phase=torch.stack([phase for phase, _ in draws]),
                 noise=torch.stack([noise for _, noise in draws]),
             )
@@ -328,13 +329,13 @@ def push_many(
         for index, stream in enumerate(streams):
             chunk = stream._next_chunk()
             if chunk is not None:
-                codes, final, steps = chunk
-                due[steps, stream.decoder.prompt_tokens].append((index, codes, final))
+                ready, final, steps = chunk
+                due[steps, stream.decoder.prompt_tokens].append((index, ready, final))
         if not due:
             return [torch.cat([torch.empty(0), *parts]) for parts in waves]
         for (steps, _), members in due.items():
-            indices, codes, finals = zip(*members, strict=True)
+            indices, ready_codes, finals = zip(*members, strict=True)
             decoder = streams[indices[0]].decoder
-            outputs = decoder.decode([streams[i].state for i in indices], codes, finals, steps)
+            outputs = decoder.decode([streams[i].state for i in indices], ready_codes, finals, steps)
             for index, output in zip(indices, outputs, strict=True):
                 waves[index].append(output.wave.float())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,8 @@ class TokenEncoder(nn.Module):
 
     def hidden_states(self, x: Tensor, key_mask: Tensor | None = None) -> list[Tensor]:
         """The scaled embedding, then the output of each block; arguments as ``forward``."""
-        linear, norm = self.embed["out"]
+        layers: Any = self.embed["out"]
+        linear, norm = layers
         x = norm(linear(x)) * math.sqrt(norm.normalized_shape[0])
         positions = relative_positions(x.shape[1], x.shape[2]).to(x)
         allowed = self._allowed(x.shape[1], x.device)

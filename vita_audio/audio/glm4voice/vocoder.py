@@ -91,7 +91,7 @@ class Vocoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.conv_pre.bias.device
+        return next(self.parameters()).device
 
     @torch.no_grad()
     def forward(
@@ -268,24 +268,25 @@ class WeightNormConvTranspose1d(nn.ConvTranspose1d):
         super().__init__(*args, **kwargs)
         _split(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv_transpose1d(x, _weight(self), self.bias, self.stride, self.padding)
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        padding: Any = self.padding
+        return F.conv_transpose1d(x, _weight(self), self.bias, self.stride, padding)
 
 
-def _split(conv: nn.Module) -> None:
+def _split(conv: Any) -> None:
     direction = conv.weight
     del conv.weight
     conv.weight_g = nn.Parameter(direction.detach().norm(dim=(1, 2), keepdim=True))
     conv.weight_v = direction
 
 
-def _weight(conv: nn.Module) -> Tensor:
+def _weight(conv: Any) -> Tensor:
     if hasattr(conv, "weight"):
         return conv.weight
     return conv.weight_g * conv.weight_v / conv.weight_v.norm(dim=(1, 2), keepdim=True)
 
 
-def _fold(conv: nn.Module) -> None:
+def _fold(conv: Any) -> None:
     if not hasattr(conv, "weight"):
         weight = _weight(conv).detach()
         del conv.weight_g, conv.weight_v

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -303,24 +304,25 @@ class EncoderStream(EncodeStream):
 
 def released_config() -> WhisperConfig:
     """Sizes of the released tokenizer (section 8), for building it without its weights."""
-    return WhisperConfig(
-        d_model=1280,
-        encoder_attention_heads=20,
-        encoder_ffn_dim=5120,
-        encoder_layers=32,
-        num_mel_bins=128,
-        max_source_positions=1500,
-        encoder_causal_convolution=True,
-        encoder_causal_attention=False,
-        pooling_kernel_size=4,
-        pooling_type="avg",
-        pooling_position=16,
-        quantize_position=16,
-        quantize_vocab_size=16384,
-        quantize_causal_block_size=200,
-        quantize_causal_encoder=False,
-        quantize_encoder_only=True,
-    )
+    settings: dict[str, Any] = {  # some of them are this tokenizer's own
+        "d_model": 1280,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
+        "encoder_layers": 32,
+        "num_mel_bins": 128,
+        "max_source_positions": 1500,
+        "encoder_causal_convolution": True,
+        "encoder_causal_attention": False,
+        "pooling_kernel_size": 4,
+        "pooling_type": "avg",
+        "pooling_position": 16,
+        "quantize_position": 16,
+        "quantize_vocab_size": 16384,
+        "quantize_causal_block_size": 200,
+        "quantize_causal_encoder": False,
+        "quantize_encoder_only": True,
+    }
+    return WhisperConfig(**settings)
 
 
 def _check_config(config: WhisperConfig) -> None:

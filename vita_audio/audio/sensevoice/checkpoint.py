@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -58,7 +59,7 @@ class SenseVoiceEncoderConfig:
             )
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, object]) -> SenseVoiceEncoderConfig:
+    def from_dict(cls, settings: Mapping[str, Any]) -> SenseVoiceEncoderConfig:
         """From FunASR's names; settings that are no sizes of this network are ignored.
 
         Raises:

@@ -115,7 +115,8 @@ class SenseVoiceEncoder(nn.Module):
 
     def ctc_log_probs(self, encoded: torch.Tensor) -> torch.Tensor:
         """Log probabilities of SenseVoice's own vocabulary, (batch, frames + 4, vocabulary)."""
-        return self.ctc.ctc_lo(encoded).log_softmax(dim=-1)
+        ctc: Any = self.ctc
+        return ctc.ctc_lo(encoded).log_softmax(dim=-1)
 
 
 def query_rows(language: str = "auto", inverse_text_norm: bool = False) -> list[int]:
@@ -135,6 +136,8 @@ class SANMStack(nn.Module):
     and says how, with its own ``gradient_checkpointing_enable``.
     """
 
+    _gradient_checkpointing_func: Any
+
     def __init__(self, config: SenseVoiceEncoderConfig) -> None:
         super().__init__()
         width = config.output_size
@@ -151,14 +154,14 @@ class SANMStack(nn.Module):
         """(batch, time, input_size) to (batch, time, output_size); mask (batch, time) marks valid frames."""
         positions = sinusoidal_positions(inputs.shape[1], inputs.shape[2], inputs.dtype, inputs.device)
         hidden = self.dropout(inputs * self.scale + positions)
-        for block in [*self.encoders0, *self.encoders]:
+        for block in (*self.encoders0, *self.encoders):
             hidden = self.run_block(block, hidden, mask)
         hidden = self.after_norm(hidden)
         for block in self.tp_encoders:
             hidden = self.run_block(block, hidden, mask)
         return self.tp_norm(hidden)
 
-    def run_block(self, block: SANMBlock, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def run_block(self, block: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """One block, recomputed in the backward pass if gradient checkpointing is on."""
         if self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(block.__call__, hidden, mask)

@@ -106,6 +106,8 @@ class FrontendStream(FeatureStream):
         sample_rate: of the pieces in Hz.
     """
 
+    _heard: torch.Tensor
+
     def __init__(self, frontend: Frontend, sample_rate: int = SAMPLE_RATE) -> None:
         self._frontend = frontend
         self._resampler = StreamResampler(sample_rate, SAMPLE_RATE)
