@@ -42,6 +42,7 @@ from vita_audio.data.token_cache import TokenCacheError
 from vita_audio.distributed import agreed, barrier, is_first, local_rank, rank, world_size
 from vita_audio.files import write_json
 from vita_audio.models import load_with_heads, resize_vocabulary
+from vita_audio.models.compat import disable_shared_memory_allreduce
 from vita_audio.provenance import RUN_FILE, describe_run
 from vita_audio.training import (
     ArgumentError,
@@ -186,8 +187,7 @@ def connect(stage_args: StageArguments) -> None:
     if stage_args.deepspeed:
         import deepspeed
 
-        # On CPUs DeepSpeed would compile a shared-memory all-reduce that only its inference uses.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        disable_shared_memory_allreduce()
         deepspeed.init_distributed(dist_backend=stage_args.ddp_backend)
     _ = stage_args.device  # connects otherwise
 

@@ -40,7 +40,7 @@ from vita_audio.chat import (
     parse_sample,
 )
 from vita_audio.chat.interleave import check_ratio
-from vita_audio.constants import AUDIO_TAG, DEFAULT_TEXT_AUDIO_RATIO
+from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
 from vita_audio.data.collator import collate_rows
 from vita_audio.data.mixing import Mix, Place, read_mix
 from vita_audio.data.packing import OPEN_ROWS, PATIENCE, OpenRow, RowPacker
@@ -445,7 +445,7 @@ def coded_audios(sample: Sample, assistant_only: bool) -> Iterator[str]:
     """The clips of a sample that become codes: those of the assistant alone where users are heard as features."""
     audios = iter(sample.audios)
     for message in sample.messages:
-        here = list(islice(audios, message.content.count(AUDIO_TAG)))
+        here = list(islice(audios, message.num_audios))
         if message.role == "assistant" or not assistant_only:
             yield from here
 
