@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
-
-from transformers import GenerationConfig
+from typing import TYPE_CHECKING, Any
 
 from vita_audio.models.schedule import Schedule
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 _NEUTRAL: dict[str, Any] = {
     "do_sample": False,

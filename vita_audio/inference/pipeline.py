@@ -18,16 +18,21 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
+from vita_audio import models
 from vita_audio.audio import AudioLike, AudioTokenizer, get_audio_tokenizer
 from vita_audio.chat import ChatTokens, Conversation, Example, build_prompt, prompts
 from vita_audio.inference.backend import Event, ReferenceBackend, Reply, Request, Sound, collect
 from vita_audio.inference.options import CHECKPOINT_OPTIONS, GenerationOptions
-from vita_audio.models import Qwen2MTPConfig, check_device, open_config, open_model, open_tokenizer
+from vita_audio.models.configuration import Qwen2MTPConfig
+
+if TYPE_CHECKING:
+    from vita_audio.models import Qwen2MTPForCausalLM
 
 
 class SpeechPipeline:
@@ -42,7 +47,7 @@ class SpeechPipeline:
         ValueError: model, tokenizer and codec do not belong together.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer):
+    def __init__(self, model: Qwen2MTPForCausalLM, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer):
         check_fit(model.config, tokenizer, codec)
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -76,9 +81,9 @@ class SpeechPipeline:
             ValueError: a folder or file is missing or damaged, the three do not belong together, or there is no
                 such device.
         """
-        device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        config = open_config(model_dir)
-        tokenizer = open_tokenizer(model_dir)
+        device = models.check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        config = models.open_config(model_dir)
+        tokenizer = models.open_tokenizer(model_dir)
         codec = get_audio_tokenizer(
             audio_tokenizer_type,
             audio_tokenizer_path,
@@ -88,7 +93,9 @@ class SpeechPipeline:
         )
         # Before gigabytes are read.
         check_fit(config, tokenizer, codec)
-        model = open_model(model_dir, dtype=dtype, attn_implementation=attn_implementation, device=device)
+        model = models.open_model(
+            model_dir, dtype=dtype, attn_implementation=attn_implementation, device=device
+        )
         return cls(model, tokenizer, codec)
 
     def chat(
