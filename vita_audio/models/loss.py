@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,7 @@ class LanguageModelHead(nn.Linear):
     any other call.
     """
 
-    def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, scales: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, scales: Tensor | None = None) -> Any:
         """Logits, or losses when targets are given.
 
         Args:
@@ -56,7 +55,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     """``(scales * cross_entropy(hidden @ weight.T, targets)).sum()``, a chunk of rows at a time."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor
+    ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -73,14 +74,16 @@ class LinearCrossEntropy(torch.autograd.Function):
                 needs_weight,
             )
         ctx.save_for_backward(
-            grad_hidden.to(hidden.dtype) if needs_hidden else None,
-            grad_weight.to(weight.dtype) if needs_weight else None,
+            None if grad_hidden is None or not needs_hidden else grad_hidden.to(hidden.dtype),
+            None if grad_weight is None or not needs_weight else grad_weight.to(weight.dtype),
         )
         ctx.mark_non_differentiable(losses)
         return (scales * losses).sum(), losses
 
     @staticmethod
-    def backward(ctx, grad_total: Tensor, _grad_losses: Tensor):
+    def backward(
+        ctx: Any, grad_total: Tensor, _grad_losses: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = (
             None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
         )
@@ -107,7 +110,7 @@ def chunked_losses(
         logits = torch.mm(hidden[chunk], weight.T, out=logits_buffer[:count])
         log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=probs_buffer[:count])
         losses[chunk] = -log_probs.gather(1, target).squeeze(1)
-        if not needs_grad:
+        if grad_hidden is None:
             continue
         # d loss / d logits = softmax - one_hot; the row's scale is applied to the small products instead.
         grad_logits = log_probs.exp_().scatter_add_(
@@ -116,7 +119,7 @@ def chunked_losses(
         grad_logits = grad_logits.to(weight.dtype)
         scale = scales[chunk, None]
         torch.mul(grad_logits @ weight, scale, out=grad_hidden[chunk])
-        if needs_weight:
+        if grad_weight is not None:
             grad_weight += grad_logits.T @ (hidden[chunk] * scale).to(weight.dtype)
     return losses, grad_hidden, grad_weight
 
@@ -139,7 +142,7 @@ def liger_losses(
 
 
 @lru_cache(maxsize=1)
-def liger_forward():
+def liger_forward() -> Any:
     """Liger's forward function, or None when it is absent or too old to scale each row."""
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class MCTPHead:
         hidden: Tensor,
         ahead: int = 0,
         checkpoint: Callable | None = None,
-        **attention,
+        **attention: Any,
     ) -> Tensor:
         """One pass of the head.
 
@@ -51,7 +52,8 @@ class MCTPHead:
         Returns:
             (batch, time, d), h^{k+1}_t.
         """
-        fuse, norm = self.fuse, self.final_norm
+        fuse: Callable[..., Tensor] = self.fuse
+        norm: Callable[..., Tensor] = self.final_norm
         if checkpoint is not None:
             # With the layer's own, a head keeps three tensors (batch, time, d): its layer's input and
             # output, and what it returns.
@@ -72,7 +74,7 @@ def run_cascade(
     hidden: Tensor,
     position_ids: Tensor,
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    **attention,
+    **attention: Any,
 ) -> Iterator[Tensor]:
     """Run every head over whole rows, as training does; yields h^1, h^2, … each (batch, time, d).
 
