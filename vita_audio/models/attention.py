@@ -12,7 +12,6 @@ on each batch. Rows without packing, and generation, go through transformers' ow
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +49,7 @@ def attention_masks(
             masks["full_attention"] = documents
     makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
     for layer_type in layer_types - set(masks):
-        make: Any = makers[layer_type]
-        masks[layer_type] = make(
+        masks[layer_type] = makers[layer_type](
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -116,7 +114,7 @@ def group_documents(position_ids: Tensor) -> PackedDocuments | None:
 
 
 def packed_sdpa_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **kwargs
 ) -> tuple[Tensor, None]:
     """Attention in transformers' interface: (batch, heads, time, d) in, (batch, time, heads, d) out."""
     if not isinstance(attention_mask, PackedDocuments):
@@ -125,10 +123,8 @@ def packed_sdpa_attention(
     flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
     outputs = []
     for positions in attention_mask.groups:
-        grouped_query, grouped_key, grouped_value = (states[positions].transpose(1, 2) for states in flat)
-        output, _ = sdpa_attention_forward(
-            module, grouped_query, grouped_key, grouped_value, None, is_causal=True, **kwargs
-        )
+        grouped = (states[positions].transpose(1, 2) for states in flat)
+        output, _ = sdpa_attention_forward(module, *grouped, None, is_causal=True, **kwargs)
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs)[attention_mask.restore].unflatten(0, (batch, time)), None
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,9 @@ class LanguageModelHead(nn.Linear):
     any other call.
     """
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, scales: Tensor | None = None) -> Any:
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, scales: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or losses when targets are given.
 
         Args:
@@ -55,9 +56,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """``(scales * cross_entropy(hidden @ weight.T, targets)).sum()``, a chunk of rows at a time."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -74,16 +73,14 @@ class LinearCrossEntropy(torch.autograd.Function):
                 needs_weight,
             )
         ctx.save_for_backward(
-            None if grad_hidden is None or not needs_hidden else grad_hidden.to(hidden.dtype),
-            None if grad_weight is None or not needs_weight else grad_weight.to(weight.dtype),
+            grad_hidden.to(hidden.dtype) if needs_hidden else None,
+            grad_weight.to(weight.dtype) if needs_weight else None,
         )
         ctx.mark_non_differentiable(losses)
         return (scales * losses).sum(), losses
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_total: Tensor, _grad_losses: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx, grad_total: Tensor, _grad_losses: Tensor):
         grad_hidden, grad_weight = (
             None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
         )
@@ -110,7 +107,7 @@ def chunked_losses(
         logits = torch.mm(hidden[chunk], weight.T, out=logits_buffer[:count])
         log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=probs_buffer[:count])
         losses[chunk] = -log_probs.gather(1, target).squeeze(1)
-        if grad_hidden is None:
+        if not needs_grad:
             continue
         # d loss / d logits = softmax - one_hot; the row's scale is applied to the small products instead.
         grad_logits = log_probs.exp_().scatter_add_(
@@ -119,7 +116,7 @@ def chunked_losses(
         grad_logits = grad_logits.to(weight.dtype)
         scale = scales[chunk, None]
         torch.mul(grad_logits @ weight, scale, out=grad_hidden[chunk])
-        if grad_weight is not None:
+        if needs_weight:
             grad_weight += grad_logits.T @ (hidden[chunk] * scale).to(weight.dtype)
     return losses, grad_hidden, grad_weight
 
@@ -142,7 +139,7 @@ def liger_losses(
 
 
 @lru_cache(maxsize=1)
-def liger_forward() -> Any:
+def liger_forward():
     """Liger's forward function, or None when it is absent or too old to scale each row."""
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward

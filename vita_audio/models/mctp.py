@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ class MCTPHead:
         hidden: Tensor,
         ahead: int = 0,
         checkpoint: Callable | None = None,
-        **attention: Any,
+        **attention,
     ) -> Tensor:
         """One pass of the head.
 
@@ -52,8 +51,7 @@ class MCTPHead:
         Returns:
             (batch, time, d), h^{k+1}_t.
         """
-        fuse: Callable[..., Tensor] = self.fuse
-        norm: Callable[..., Tensor] = self.final_norm
+        fuse, norm = self.fuse, self.final_norm
         if checkpoint is not None:
             # With the layer's own, a head keeps three tensors (batch, time, d): its layer's input and
             # output, and what it returns.
@@ -74,7 +72,7 @@ def run_cascade(
     hidden: Tensor,
     position_ids: Tensor,
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    **attention: Any,
+    **attention,
 ) -> Iterator[Tensor]:
     """Run every head over whole rows, as training does; yields h^1, h^2, … each (batch, time, d).
 
