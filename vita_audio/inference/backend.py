@@ -216,7 +216,8 @@ class ReferenceBackend(Backend):
         generators = None
         if options.do_sample and any(seed is not None for seed in seeds):
             generators = [self._generator(seed) for seed in seeds]
-        tokens = self._model.iterate(
+        iterate: Any = self._model.iterate  # MTPGenerationMixin's; PreTrainedModel does not declare it
+        tokens = iterate(
             **collate_prompts([request.prompt for request in requests], self._tokens.pad, self._model.device),
             generators=generators,
             pad_token_id=self._tokens.pad,

@@ -44,7 +44,7 @@ def _plain(value: Any) -> Any:
 
 def _defaults() -> dict[str, Any]:
     return {
-        field.name: _plain(field.default if field.default is not MISSING else field.default_factory())
+        field.name: _plain(field.default_factory() if callable(field.default_factory) else field.default)
         for field in fields(TrainingArguments)
         if field.default is not MISSING or field.default_factory is not MISSING
     }

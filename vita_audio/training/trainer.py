@@ -68,6 +68,7 @@ class SpeechTrainer(Trainer):
 
     args: StageArguments
     model: PreTrainedModel
+    lr_scheduler: Any  # any scheduler; the Trainer's annotation knows one kind
 
     def __init__(
         self, *, loader: ResumableLoader, run: Mapping[str, Any] | None = None, **kwargs: Any
@@ -112,8 +113,9 @@ class SpeechTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the heads' own rate; used when the DeepSpeed config builds none."""
         if self.optimizer is None:
+            trained: Any = self.model if model is None else model
             groups = parameter_groups(
-                self.model if model is None else model,
+                trained,
                 self.args.learning_rate,
                 self.args.weight_decay,
                 self.args.mtp_learning_rate_multiplier,
@@ -135,9 +137,11 @@ class SpeechTrainer(Trainer):
         What it plans is noted, since a checkpoint would replace it.
         """
         if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            assert optimizer is not None  # the Trainer makes the optimizer first
             self.lr_scheduler = build_scheduler(
                 self.args.lr_scheduler_type,
-                self.optimizer if optimizer is None else optimizer,
+                optimizer,
                 self.args.get_warmup_steps(num_training_steps),
                 num_training_steps,
                 self.args.lr_scheduler_kwargs,
