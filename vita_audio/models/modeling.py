@@ -88,8 +88,8 @@ class Qwen2MTPModel(Qwen2Model):
             inputs_embeds = self.embed_tokens(input_ids)
         if inputs_embeds.shape[1] == 0:
             raise ValueError(
-                f"no new positions: the cache holds {cache_length(cache)} already; pass a longer prompt, or go back with "
-                "cache.crop(-n)"
+                f"no new positions: the cache holds {cache_length(cache)} already; pass a longer prompt, or go back "
+                "with cache.crop(-n)"
             )
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)

@@ -305,7 +305,8 @@ def refuse_other_tensors(
     Raises:
         CheckpointError: the weights are not those of config.json.
     """
-    expected = (*(prefix for k in grown for prefix in head_prefixes(model.config, k)), *started)
+    heads = tuple(prefix for k in grown for prefix in head_prefixes(model.config, k))
+    expected = (*heads, *started)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     missing = sorted(
         name for name in report["missing_keys"] if not name.startswith(expected) and name not in tied
@@ -320,7 +321,11 @@ def refuse_other_tensors(
             f"{folder}: {name} has shape {tuple(stored)} where config.json asks for {tuple(wanted)}; "
             "use the config.json that belongs to these weights"
         )
-    extra = sorted(set(report.get("unexpected_keys", ())) - tied)
+    # A head that is to be grown must not be in the file: growing would overwrite it.
+    unclaimed = {name for name, _ in model.named_parameters() if name.startswith(heads)} if heads else set()
+    extra = sorted(
+        (unclaimed - set(report["missing_keys"])) | (set(report.get("unexpected_keys", ())) - tied)
+    )
     if extra:
         raise CheckpointError(
             f"{folder}: {len(extra)} tensors have no place in a model of config.json, the first is {extra[0]}; use "
