@@ -284,6 +284,21 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(open_folder, p
 
 
 @pytest.mark.parametrize("open_folder", BOTH)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zero_to_fp32.py", "a DeepSpeed checkpoint without model.safetensors"),
+        ("weights-q4.gguf", "no model.safetensors, but weights-q4.gguf"),
+        ("consolidated.safetensors", "no model.safetensors, but consolidated.safetensors"),
+        ("README.md", "1 of 1 weight files are missing"),
+    ],
+)
+def test_a_folder_without_weights_is_refused_by_what_it_holds_instead(open_folder, plain, name, message):
+    (plain / "model.safetensors").rename(plain / name)
+    assert message in refusal(open_folder, plain)
+
+
+@pytest.mark.parametrize("open_folder", BOTH)
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_lora_adapter_is_refused_naming_its_base(open_folder, plain, whole):
     if not whole:

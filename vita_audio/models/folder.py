@@ -137,15 +137,29 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _refuse_other_formats(folder: Path, shards: Sequence[str]) -> None:
+    """Refuse a folder without safetensors of a name we know, by what it holds instead."""
     if shards:
         raise CheckpointError(
             f"{folder}: {len(shards)} weight files without {INDEX}; copy that file from where they came"
         )
-    pickled = sorted(file.name for file in folder.glob("*.bin"))
-    if pickled:
+    if any(folder.glob("*.bin")):
         raise CheckpointError(
-            f"{folder}: weights as {pickled[0]}, which are not read here; convert them with AutoModelForCausalLM"
-            ".from_pretrained(folder).save_pretrained(folder), which writes safetensors"
+            f"{folder}: weights as {min(folder.glob('*.bin')).name}, which are not read here; convert them with "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder), which writes safetensors"
+        )
+    if (folder / "zero_to_fp32.py").is_file() or any(folder.glob("global_step*")):
+        raise CheckpointError(
+            f"{folder}: a DeepSpeed checkpoint without {WEIGHTS}; in it, "
+            "python zero_to_fp32.py --safe_serialization . . makes the weights"
+        )
+    others = sorted(
+        file.name
+        for file in folder.iterdir()
+        if file.suffix in (".safetensors", ".gguf", ".pth", ".pt", ".h5")
+    )
+    if others:
+        raise CheckpointError(
+            f"{folder}: no {WEIGHTS}, but {others[0]}, which is not read here; fetch the model in transformers' format"
         )
 
 

@@ -15,10 +15,11 @@ import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -70,7 +71,9 @@ def open_model(
     config = read_config(folder)
     heads = getattr(config, "num_nextn_predict_layers", 0)
     model = _open(folder, config, heads, dtype=dtype, attn_implementation=attn_implementation)
-    return model.eval() if target is None else model.to(target).eval()
+    if target is not None:
+        cast(nn.Module, model).to(target)
+    return model.eval()
 
 
 def open_config(path: str | PathLike[str]) -> PreTrainedConfig:
@@ -250,13 +253,15 @@ def _from_pretrained(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        return model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             folder,
             config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused in our own words by refuse_other_tensors
             **kwargs,
         )
+        model, report = loaded
+        return model, report
     except (ImportError, ValueError) as error:
         attention = kwargs.get("attn_implementation")
         if attention is None or not re.search(r"attn_implementation|attention", str(error), re.IGNORECASE):
@@ -267,7 +272,7 @@ def _from_pretrained(
 
 
 def start_audio_parts(
-    model: Qwen2MTPSenseVoiceForCausalLM, missing: set[str], audio_model_path: str | PathLike[str] | None
+    model: Qwen2MTPForCausalLM, missing: set[str], audio_model_path: str | PathLike[str] | None
 ) -> list[str]:
     """Start what a folder without audio lacks: the encoder from its own weights, the adapter fresh.
 
@@ -293,7 +298,8 @@ def start_audio_parts(
                 "the model folder holds no SenseVoice encoder: pass audio_model_path "
                 "(--audio_model_name_or_path), the folder of SenseVoiceSmall"
             )
-        copy_parameters(SenseVoiceEncoder.from_pretrained(audio_model_path), model.model.audio_model.model)
+        encoder = model.get_submodule(f"{_ENCODER_PREFIX}model")
+        copy_parameters(SenseVoiceEncoder.from_pretrained(audio_model_path), encoder)
     return started
 
 
