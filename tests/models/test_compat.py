@@ -121,8 +121,8 @@ def test_a_cache_made_by_transformers_has_no_room_for_the_heads_layers(model):
         model(IDS, use_cache=True, **{compat.CACHE: cache})
         assert cache.get_seq_length() == 10
         assert cache.is_initialized, (
-            "caches are sized by num_hidden_layers again, and the heads' layers stay empty: see num_kv_shared_layers and "
-            "kv_sharing_modes of the config"
+            "caches are sized by num_hidden_layers again, and the heads' layers stay empty: see num_kv_shared_layers "
+            "and kv_sharing_modes of the config"
         )
 
 
