@@ -355,11 +355,14 @@ def test_a_configuration_that_is_no_object_is_refused(plain, content):
 # -- generation config, tokenizer, machine ----------------------------------------------------------------
 
 
-def test_sampling_fields_of_a_greedy_configuration_are_dropped_with_a_word_and_the_model_saves(
-    plain, tmp_path, caplog
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_sampling_fields_beside_greedy_search_are_dropped_with_a_word_and_the_model_saves(
+    plain, tmp_path, caplog, name
 ):
-    file = plain / "generation_config.json"
-    file.write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 7}))
+    (plain / "generation_config.json").write_text("{}")
+    edit(plain / name, do_sample=False, temperature=0.6, top_p=0.9, max_new_tokens=7)
+    if name == "config.json":  # where older folders keep them
+        (plain / "generation_config.json").unlink()
     model = load_with_heads(plain, 1)
     assert "temperature, top_p have no effect without do_sample and are dropped" in caplog.text
     model.set_default_mode([1, 1])

@@ -261,28 +261,31 @@ def check_vocabulary(folder: Path, vocab_size: int) -> None:
         )
 
 
-def useless_sampling_fields(folder: Path) -> list[str]:
-    """Fields of generation_config.json that say how to sample although it asks for greedy search.
+def useless_sampling_fields(folder: Path) -> tuple[Path, list[str]]:
+    """Fields that say how to sample although the same file asks for greedy search, and that file.
 
-    They change nothing, but transformers does not save a configuration that has them.
+    It is generation_config.json, or config.json in older folders. The fields change nothing, but transformers does
+    not save a generation config that has them.
 
     Raises:
-        CheckpointError: the configuration cannot be saved for another reason.
+        CheckpointError: the generation config cannot be saved for another reason.
     """
     file = folder / "generation_config.json"
     if not file.is_file():
-        return []
+        file = folder / "config.json"
     read_object(file)
     try:
-        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        useless = [name for name in SAMPLING_FIELDS if getattr(config, name, None) is not None]
-        useless = [] if config.do_sample else useless
+        generation_config = GenerationConfig.from_pretrained(
+            folder, config_file_name=file.name, local_files_only=True
+        )
+        useless = [name for name in SAMPLING_FIELDS if getattr(generation_config, name, None) is not None]
+        useless = [] if generation_config.do_sample else useless
         for name in useless:
-            setattr(config, name, None)
-        config.validate(strict=True)
+            setattr(generation_config, name, None)
+        generation_config.validate(strict=True)
     except (ValueError, TypeError, OSError) as error:
-        raise CheckpointError(f"{file}: {one_line(error)}; correct this field or delete the file") from error
-    return useless
+        raise CheckpointError(f"{file}: {one_line(error)}; correct this field") from error
+    return file, useless
 
 
 def one_line(error: Exception) -> str:

@@ -194,7 +194,7 @@ def _open(
     """Check a folder, load it, and start what it lacks."""
     check_weights(folder, config)
     check_vocabulary(folder, config.vocab_size)
-    useless = useless_sampling_fields(folder)
+    generation_file, useless = useless_sampling_fields(folder)
 
     continuous = sensevoice or getattr(config, "continuous_input", False)
     model_class = Qwen2MTPSenseVoiceForCausalLM if continuous else Qwen2MTPForCausalLM
@@ -211,7 +211,7 @@ def _open(
     if useless:
         logger.warning(
             "%s: %s have no effect without do_sample and are dropped",
-            folder / "generation_config.json",
+            generation_file,
             ", ".join(useless),
         )
     started: list[str] = []
