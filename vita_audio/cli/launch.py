@@ -82,8 +82,9 @@ def _launch(arguments: list[str]) -> None:
     options.training_script_args = [_WORKER_FLAG, *script, *options.training_script_args]
     options.training_script = os.path.abspath(__file__)
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
-    # It announces every process that it stops and reports the failure that is told below.
+    # They announce every process that they stop and report the failure that is told below.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
     try:
         run.run(options)
     except ChildFailedError as error:
