@@ -74,7 +74,9 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--audio_model_name_or_path", default=None, help="SenseVoice's folder, for its kinds")
     parser.add_argument("--audio_token_cache", default=None)
     parser.add_argument(
-        "--data_root", default=None, help="where relative paths start; the mix's folder when absent"
+        "--data_root",
+        default=None,
+        help="where relative paths start (default: $ROOT_PATH, else the mix's folder)",
     )
     parser.add_argument("--model_max_length", type=int, default=8192, help="tokens in a row")
     parser.add_argument(

@@ -35,11 +35,12 @@ from vita_audio.chat import (
     Sample,
     SampleError,
     build_example,
+    default_data_root,
     locate,
     parse_sample,
 )
 from vita_audio.chat.interleave import check_ratio
-from vita_audio.constants import AUDIO_TAG, DEFAULT_TEXT_AUDIO_RATIO
+from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
 from vita_audio.data.collator import collate_rows
 from vita_audio.data.mixing import Mix, Place, read_mix
 from vita_audio.data.packing import OPEN_ROWS, PATIENCE, OpenRow, RowPacker
@@ -76,7 +77,7 @@ class DataConfig:
         max_error_share: the run stops when more samples than this are unusable.
         strict: refuse to start when a file of the mix cannot be opened.
         token_cache: folder that tools/tokenize_audio.py wrote.
-        data_root: where relative paths start; the YAML's folder when absent.
+        data_root: where relative paths start. None: $ROOT_PATH, else the YAML's folder.
         default_system_message: for samples without a system message.
         max_audio_seconds: longer clips are refused unread; by default what a row could hold.
         open_rows: the packer's look-ahead.
@@ -106,7 +107,7 @@ class DataConfig:
         if not 0 <= self.max_error_share <= 1:
             raise ValueError(f"max_error_share must lie between 0 and 1, it is {self.max_error_share}")
         if self.data_root is None:
-            self.data_root = Path(self.dataset_path).parent
+            self.data_root = default_data_root(self.dataset_path)
         if self.max_audio_seconds is None:
             self.max_audio_seconds = self.seq_length / _LOWEST_FRAME_RATE
 
@@ -444,7 +445,7 @@ def coded_audios(sample: Sample, assistant_only: bool) -> Iterator[str]:
     """The clips of a sample that become codes: those of the assistant alone where users are heard as features."""
     audios = iter(sample.audios)
     for message in sample.messages:
-        here = list(islice(audios, message.content.count(AUDIO_TAG)))
+        here = list(islice(audios, message.num_audios))
         if message.role == "assistant" or not assistant_only:
             yield from here
 
