@@ -3,11 +3,12 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,18 @@ TOKENIZER = REPOSITORY / "tests/goldens/data/tokenizer/glm4voice"
 STAGES = REPOSITORY / "scripts/deepspeed/sts_qwen25"
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @dataclass
 class TinyWorld:
     """Folders of a run, and a way to start its stages."""
 
     root: Path
-    port: int = 29630
+    port: int = field(default_factory=_free_port)
 
     def environment(self, **settings: str) -> dict[str, str]:
         return {

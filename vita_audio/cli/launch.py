@@ -72,7 +72,7 @@ def _is_launcher(process: int) -> bool:
 
 
 def _launch(arguments: list[str]) -> None:
-    from torch.distributed import run
+    from torch.distributed import DistNetworkError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -95,6 +95,10 @@ def _launch(arguments: list[str]) -> None:
             how = f"status {failure.exitcode}" if failure.exitcode >= 0 else failure.signal_name()
             print(f"launch: process {rank} ended with {how}; what it said stands above", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+    except DistNetworkError as error:
+        reason = str(error).splitlines()[0]
+        print(f"launch: {reason}\nlaunch: give a free port with --master_port (MASTER_PORT)", file=sys.stderr)
+        sys.exit(REFUSED)
     except SignalException as error:
         print(f"launch: stopped by {error.sigval.name}", file=sys.stderr)
         sys.exit(128 + error.sigval)

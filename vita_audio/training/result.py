@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from transformers import AutoConfig
 
 from vita_audio import models
-from vita_audio.models.checkpoint import check_shards
+from vita_audio.models.folder import check_weights, read_config, read_header, weight_files
 
 
 class ResultError(ValueError):
@@ -20,21 +17,26 @@ class ResultError(ValueError):
 def check_result(folder: str | Path) -> None:
     """Every weight that the config asks for must be there, whole and of its shape.
 
+    Only headers are read; a model of that shape is built without memory. (Loading the weights would, under ZeRO-3,
+    wait for the other processes.)
+
     Raises:
-        ValueError: it is not.
+        ResultError: weights are missing or have another shape.
+        CheckpointError: the folder's files cannot be read.
     """
     folder = Path(folder)
-    check_shards(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
+    check_weights(folder, config)
     with torch.device("meta"):
         model = getattr(models, config.architectures[0])(config)
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    stored: dict[str, list[int]] = {}
-    for file in _weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            stored |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
+    stored = {
+        name: tuple(tensor.shape)
+        for file in weight_files(folder)
+        for name, tensor in read_header(file).items()
+    }
     bad = sorted(name for name, shape in wanted.items() if stored.get(name) != shape)
     if bad:
         raise ResultError(
@@ -42,11 +44,3 @@ def check_result(folder: str | Path) -> None:
             f"({stored.get(bad[0], 'missing')}, not {wanted[bad[0]]}); the last checkpoint holds the training state. "
             "With ZeRO-3 set stage3_gather_16bit_weights_on_model_save"
         )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(names))]
