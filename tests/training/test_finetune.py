@@ -76,6 +76,7 @@ def test_a_run_leaves_a_model_folder_that_says_where_it_comes_from(finetune):
     assert config["use_cache"] is True
     card = (folder / "README.md").read_text()
     assert "backbone of 2 layers with 1 MCTP heads" in card
+    assert "| Trained | language model and 1 heads |" in card
     assert run["data"]["fingerprint"] in card
     assert "| Default schedule | 1 6 2 6 |" in card
     assert 'AutoModelForCausalLM.from_pretrained("PATH")' in card
