@@ -282,7 +282,8 @@ def describe(
         **asdict(data_args),
         **stage_args.to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
-        "deepspeed_builds_optimizer": builds_optimizer(stage_args.deepspeed or {}),
+        "deepspeed_builds_optimizer": isinstance(stage_args.deepspeed, dict)
+        and builds_optimizer(stage_args.deepspeed),
     }
     data = {"fingerprint": loader.mix.fingerprint, "samples_per_epoch": len(loader.mix)}
     resumed = None if checkpoint is None else checkpoint.name

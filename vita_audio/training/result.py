@@ -27,8 +27,9 @@ def check_result(folder: str | Path) -> None:
     folder = Path(folder)
     config = read_config(folder)
     check_weights(folder, config)
+    (architecture,) = config.architectures or ("Qwen2MTPForCausalLM",)
     with torch.device("meta"):
-        model = getattr(models, config.architectures[0])(config)
+        model = getattr(models, architecture)(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
