@@ -68,6 +68,7 @@ setup(
             "hypothesis",
             "import-linter",
             "mypy",
+            "parameterized",
             "psutil",
             "pytest",
             "pytest-timeout",

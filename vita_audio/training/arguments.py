@@ -21,6 +21,7 @@ from transformers import SchedulerType, TrainingArguments
 from vita_audio.audio import available_kinds, is_continuous_kind
 from vita_audio.chat.interleave import check_ratio
 from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
+from vita_audio.distributed import is_first
 from vita_audio.training.deepspeed_config import (
     DeepSpeedConfigError,
     builds_optimizer,
@@ -388,6 +389,6 @@ _NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
 def say_once(message: str) -> None:
-    """Log a line on the first of torchrun's processes, which all read the same flags."""
-    if os.environ.get("RANK", "0") == "0":
+    """Log a line on the first process; all of them read the same flags."""
+    if is_first():
         logger.warning(message)

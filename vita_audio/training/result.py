@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from vita_audio import models
-from vita_audio.models.folder import check_weights, read_config, read_header, weight_files
+from vita_audio.models.folder import StoredTensor, read_config, read_header, weight_files
 
 
 class ResultError(ValueError):
@@ -17,31 +17,26 @@ class ResultError(ValueError):
 def check_result(folder: str | Path) -> None:
     """Every weight that the config asks for must be there, whole and of its shape.
 
-    Only headers are read; a model of that shape is built without memory. (Loading the weights would, under ZeRO-3,
-    wait for the other processes.)
-
     Raises:
-        ResultError: weights are missing or have another shape.
-        CheckpointError: the folder's files cannot be read.
+        ValueError: it is not.
     """
     folder = Path(folder)
     config = read_config(folder)
-    check_weights(folder, config)
-    (architecture,) = config.architectures or ("Qwen2MTPForCausalLM",)
+    stored: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        stored |= read_header(file)
     with torch.device("meta"):
-        model = getattr(models, architecture)(config)
+        model = getattr(models, (config.architectures or ["Qwen2MTPForCausalLM"])[0])(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
-    stored = {
-        name: tuple(tensor.shape)
-        for file in weight_files(folder)
-        for name, tensor in read_header(file).items()
-    }
-    bad = sorted(name for name, shape in wanted.items() if stored.get(name) != shape)
+    bad = sorted(name for name, shape in wanted.items() if name not in stored or stored[name].shape != shape)
     if bad:
+        found = (
+            f"has shape {stored[bad[0]].shape}, not {wanted[bad[0]]}" if bad[0] in stored else "is missing"
+        )
         raise ResultError(
-            f"{folder}: {len(bad)} of {len(wanted)} weights were not saved whole, the first is {bad[0]} "
-            f"({stored.get(bad[0], 'missing')}, not {wanted[bad[0]]}); the last checkpoint holds the training state. "
-            "With ZeRO-3 set stage3_gather_16bit_weights_on_model_save"
+            f"{folder}: {len(bad)} of {len(wanted)} weights were not saved whole, the first is {bad[0]}, which "
+            f"{found}; the last checkpoint holds the training state. With ZeRO-3 set "
+            "stage3_gather_16bit_weights_on_model_save"
         )
