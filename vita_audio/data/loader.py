@@ -424,6 +424,7 @@ class PackedRows(IterableDataset):
         """Whether one of a source's first samples holds a clip that the codec must encode."""
         if self.reader is None:
             return False
+        assert self.config.data_root is not None  # __post_init__ sees to that
         rows, beside = self.mix.rows[source], self.mix.specs[source].path.parent
         for index in range(min(_SAMPLES_LOOKED_AT, len(rows))):
             try:
@@ -441,7 +442,7 @@ class PackedRows(IterableDataset):
         return collate_rows(examples, self.config.seq_length, self.tokenizer.pad_token_id)
 
 
-def coded_audios(sample: Sample, assistant_only: bool) -> Iterator[str]:
+def coded_audios(sample: Sample, assistant_only: bool) -> Iterator[Any]:
     """The clips of a sample that become codes: those of the assistant alone where users are heard as features."""
     audios = iter(sample.audios)
     for message in sample.messages:

@@ -26,7 +26,7 @@ from vita_audio.models import freeze_audio_encoder, freeze_backbone, is_head_par
 def apply_stage(
     model: PreTrainedModel, *, language_model_freeze: bool = False, audio_model_freeze: bool = True
 ) -> None:
-    """Set ``requires_grad`` for one stage; whatever is not frozen here trains."""
+    """Set ``requires_grad`` for one stage; what is not frozen here trains."""
     model.requires_grad_(True)
     if language_model_freeze:
         freeze_backbone(model)

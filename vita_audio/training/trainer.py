@@ -136,19 +136,24 @@ class SpeechTrainer(Trainer):
 
         What it plans is noted, since a checkpoint would replace it.
         """
-        if self.lr_scheduler is None:
-            optimizer = self.optimizer if optimizer is None else optimizer
-            assert optimizer is not None  # the Trainer makes the optimizer first
-            self.lr_scheduler = build_scheduler(
-                self.args.lr_scheduler_type,
-                optimizer,
-                self.args.get_warmup_steps(num_training_steps),
-                num_training_steps,
-                self.args.lr_scheduler_kwargs,
-            )
-            self._created_lr_scheduler = True
-            self._planned_rates[:] = [PlannedRates(self.lr_scheduler)]
-        return self.lr_scheduler
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler
+        optimizer = self.optimizer if optimizer is None else optimizer
+        arguments = self.args.lr_scheduler_kwargs
+        # The Trainer has made the optimizer by now, and the options have read the arguments' JSON.
+        assert optimizer is not None
+        assert not isinstance(arguments, str)
+        scheduler = build_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer,
+            self.args.get_warmup_steps(num_training_steps),
+            num_training_steps,
+            arguments,
+        )
+        self.lr_scheduler = scheduler  # type: ignore[assignment]  # the Trainer names its most frequent kind
+        self._created_lr_scheduler = True
+        self._planned_rates[:] = [PlannedRates(scheduler)]
+        return scheduler
 
     # -- loss ---------------------------------------------------------------------------------------------
 
