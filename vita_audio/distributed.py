@@ -1,0 +1,95 @@
+"""This process among those of its launch.
+
+torchrun tells every process its place in the environment, so the place is known before any connection is
+made. A process that was started alone is the first of one. The exchanges connect the processes on first
+use, over gloo, unless somebody has connected them already.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+class RefusedElsewhere(ValueError):
+    """Another process of the launch refused; the message is its message."""
+
+
+def rank() -> int:
+    """This process's number among all processes of the launch, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """The number of processes of the launch, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """This process's number on its machine, from 0: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """The number of processes of the launch on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Whether this process writes and says what needs to be written and said once."""
+    return rank() == 0
+
+
+def gather_objects(mine: Value) -> list[Value]:
+    """Every process's value, in every process, in rank order. All processes must call it."""
+    if world_size() == 1:
+        return [mine]
+    from torch import distributed
+
+    _connect()
+    values: list[Value] = [mine] * world_size()
+    distributed.all_gather_object(values, mine)
+    return values
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if world_size() > 1:
+        from torch import distributed
+
+        _connect()
+        distributed.barrier()
+
+
+@contextmanager
+def agreed(*errors: type[Exception]) -> Iterator[None]:
+    """A part of the program that all processes pass, or none.
+
+    What one process refuses with one of ``errors``, the others refuse too, so that none waits for another
+    that has left. All processes must enter it, and nothing inside may wait for other processes.
+
+    Raises:
+        RefusedElsewhere: another process refused and this one did not.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except errors as refused:
+        error = refused
+    messages = gather_objects(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for number, message in enumerate(messages):
+        if message is not None:
+            raise RefusedElsewhere(f"{message} (process {number} of {world_size()})")
+
+
+def _connect() -> None:
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")

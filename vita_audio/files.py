@@ -1,0 +1,93 @@
+"""Files that are whole or absent, and JSON lines.
+
+A process may be killed while it writes. Everything here is written under a temporary name beside its
+target and then renamed, so a reader sees the old file or the new one, never a part. The temporary name
+starts with a dot and ends in ``.tmp``, and no two writers share one.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A temporary path to write to; it becomes ``path`` when the block ends without an error.
+
+    Folders on the way are made. After an error the temporary file is deleted and ``path`` is as it was.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all. A lone surrogate is written as its escape."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: str | Path, value: Any, *, indent: int | None = 1) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        TypeError: the value holds something that JSON does not know.
+    """
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON; the message names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def json_lines(values: Iterable[Any]) -> str:
+    """One line for each value."""
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+def write_json_lines(path: str | Path, values: Iterable[Any]) -> None:
+    """Write a file of one JSON value a line, whole or not at all."""
+    write_text(path, json_lines(values))
+
+
+def read_json_lines(path: str | Path) -> Iterator[Any]:
+    """The values of a file of JSON lines; blank lines are passed over.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is not JSON; the message names file and line.
+    """
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number}: not valid JSON ({error})") from error
