@@ -18,7 +18,7 @@ from vita_audio.models.schedule import Schedule
 AUTO_SYSTEM = "auto"
 """In the place of a system message: the one that the model was trained with."""
 
-_NEUTRAL = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+_NEUTRAL: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
