@@ -33,11 +33,11 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import vita_audio.models  # noqa: F401  (registers the model types)
+from vita_audio import distributed
 from vita_audio.evaluation.benchmark import (
     SPOKEN_REPLY_TOKENS,
     BenchmarkItem,
     Listener,
-    rank_and_world_size,
     read_test_set,
 )
 from vita_audio.evaluation.table import (
@@ -86,7 +86,7 @@ def main() -> None:
 def fill(table: Table, missing: list, sets: BenchmarkSets, pool, args: argparse.Namespace) -> None:
     """Score the rows that are not there yet; a checkpoint is loaded once for all its modes."""
     listener, floor = None, {}
-    with tqdm(total=len(missing), desc="rows", unit="row", disable=rank_and_world_size()[0] != 0) as progress:
+    with tqdm(total=len(missing), desc="rows", unit="row", disable=not distributed.is_first()) as progress:
         for (stage, folder), group in groupby(missing, key=itemgetter(0, 1)):
             rows = list(group)
             gc.collect()  # the old model leaves before the new one comes
@@ -115,7 +115,7 @@ def measure_speeds(
 ) -> dict[str, Row]:
     """Speed of each mode, measured by the process that writes the table."""
     spoken = sets.tts or sets.sqa
-    if not spoken or not args.speed_items or rank_and_world_size()[0] != 0:
+    if not spoken or not args.speed_items or not distributed.is_first():
         return {}
     return measure_speed(pipeline, spoken[: args.speed_items + 1], modes, max_new_tokens=args.max_new_tokens)
 

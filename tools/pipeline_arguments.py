@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -14,9 +13,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from vita_audio import distributed
 from vita_audio.audio import available_kinds
 from vita_audio.chat.prompts import SYSTEM_PROMPTS
 from vita_audio.evaluation.transcribers import TranscriberConfig, TranscriberPool
+from vita_audio.files import write_json
 from vita_audio.inference import GenerationOptions, SpeechPipeline
 
 
@@ -110,9 +111,8 @@ def add_test_set_arguments(parser: argparse.ArgumentParser) -> None:
 
 def report(task: str, scores: dict[str, object], output_dir: Path) -> None:
     """Write ``TASK_scores.json`` and show it; only the first process does."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / f"{task}_scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    if distributed.is_first():
+        write_json(output_dir / f"{task}_scores.json", scores)
         table = Table(title=f"{task} · {output_dir}")
         table.add_column("score")
         table.add_column("value", justify="right")
@@ -153,7 +153,7 @@ def open_pipeline(args: argparse.Namespace, model_dir: str | Path | None = None)
 
 def default_device() -> str:
     """This process's GPU, or the CPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{distributed.local_rank()}" if torch.cuda.is_available() else "cpu"
 
 
 def run(main: Callable[[], None]) -> None:

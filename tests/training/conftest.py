@@ -55,12 +55,58 @@ class TinyWorld:
             check=False,
         )
 
+    def options(self, output_dir: Path, **options: object) -> list[str]:
+        """The command line of a small run on the CPU, without a launcher; None leaves an option out."""
+        defaults = {
+            "model_name_or_path": self.root / "base",
+            "dataset_name": self.root / "mix.yaml",
+            "audio_tokenizer_type": "glm4voice",
+            "model_max_length": 128,
+            "output_dir": output_dir,
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "dataloader_num_workers": 0,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "bf16": False,
+        }
+        flags: list[str] = []
+        for name, value in {**defaults, **options}.items():
+            if value is not None:
+                values = value if isinstance(value, list) else [value]
+                flags += [f"--{name}", *map(str, values)]
+        return flags
+
+    def launch(self, processes: int, *command: object, **settings: str) -> subprocess.CompletedProcess:
+        """Run a command under our launcher, to its end."""
+        launcher = [sys.executable, REPOSITORY / "vita_audio/cli/launch.py", "--standalone"]
+        return subprocess.run(
+            [str(part) for part in (*launcher, "--nproc_per_node", processes, *command)],
+            cwd=self.root,
+            env={**self.environment(**settings), "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=540,
+            check=False,
+        )
+
     def result(self, name: str) -> Path:
         return self.root / "out" / f"finetune_glm4voice_{name}" / "run"
 
     def losses(self, name: str) -> list[dict[str, float]]:
-        history = json.loads((self.result(name) / "trainer_state.json").read_text())["log_history"]
-        return [line for line in history if "loss" in line]
+        return logged(self.result(name))
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """The log lines of all steps."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [line for line in history if "loss" in line]
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,13 @@
 import pytest
 
 from vita_audio.training.checkpoints import (
+    CheckpointStateError,
     last_complete_checkpoint,
     load_loader_states,
     mark_complete,
     mark_incomplete,
     save_loader_state,
+    writers,
 )
 
 
@@ -59,5 +61,27 @@ def test_loader_states_come_back_in_rank_order(tmp_path):
 
 
 def test_a_checkpoint_without_loader_state_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="loader_state"):
+    with pytest.raises(CheckpointStateError, match="loader_state"):
         load_loader_states(tmp_path)
+
+
+def test_a_pickled_loader_state_is_never_opened_and_the_user_is_told(tmp_path):
+    (tmp_path / "loader_state").mkdir()
+    (tmp_path / "loader_state" / "rank_00000.pt").write_bytes(b"not even a pickle")
+    with pytest.raises(
+        CheckpointStateError, match="earlier version, which kept the place in the data as a pickle"
+    ):
+        load_loader_states(tmp_path)
+
+
+def test_a_damaged_loader_state_is_named(tmp_path):
+    save_loader_state(tmp_path, 0, {"rank": 0})
+    (tmp_path / "loader_state" / "rank_00001.json").write_text("{")
+    with pytest.raises(CheckpointStateError, match=r"rank_00001\.json: not valid JSON"):
+        load_loader_states(tmp_path)
+
+
+def test_the_number_of_writers_is_known(tmp_path):
+    for rank in range(3):
+        save_loader_state(tmp_path, rank, {"rank": rank})
+    assert writers(tmp_path) == 3

@@ -183,7 +183,8 @@ def _true_length(
 ) -> tuple[int, int]:
     """Bytes that the chunk of samples really has, and where the recording ends."""
     room = end - begin
-    if declared > room and not _is_placeholder(declared):
+    written = declared + (layout.header if layout.own_header else 0)
+    if declared > room and not _is_placeholder(written):
         raise AudioError(f"{name}: cut off, {room} of {declared} bytes are there", "truncated")
     stated = max(declared, layout.lead)
     stop = _end_of_tail(file, begin + stated, end, layout) if stated <= room else None

@@ -27,8 +27,9 @@ from tqdm import tqdm
 from vita_audio import distributed
 from vita_audio.audio import AudioError, AudioTokenizer, available_kinds, is_continuous_kind
 from vita_audio.audio.io import audio_duration
-from vita_audio.chat import Sample, SampleError, locate_audio, parse_sample
+from vita_audio.chat import SampleError, locate_audio, parse_sample
 from vita_audio.cli.arguments import command_parser
+from vita_audio.data.loader import coded_audios
 from vita_audio.data.mixing import SourceSpec, read_mix
 from vita_audio.data.sources import Rows, SourceError
 from vita_audio.data.speech import CodecSpec
@@ -176,19 +177,11 @@ def _audios(
             except SampleError as error:
                 summary.bad_samples[error.reason] += 1
                 continue
-            for audio in _coded_audios(sample, is_continuous_kind(options.audio_tokenizer_type)):
+            for audio in coded_audios(sample, is_continuous_kind(options.audio_tokenizer_type)):
                 located = locate_audio(audio, options.data_root, path.parent)
                 if int(path_hash(audio_key(located, options.data_root))) % world_size == rank:
                     mine.add(located)
     return mine
-
-
-def _coded_audios(sample: Sample, assistant_only: bool) -> Iterator[str]:
-    audios = map(str, sample.audios)
-    for message in sample.messages:
-        here = list(islice(audios, message.num_audios))
-        if message.role == "assistant" or not assistant_only:
-            yield from here
 
 
 def _batches(paths: list[str], batch_seconds: float, summary: Summary) -> Iterator[list[tuple[str, float]]]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import uuid
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from vita_audio.files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,9 @@ class FeatureCache:
         """Keep a clip's features. A folder that cannot be written is said once and left alone."""
         if not self._writable:
             return
-        file = self._file(key)
-        temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"features": features.contiguous()}, temporary, {"path": key, "size": str(size)})
-            temporary.replace(file)
+            with whole_file(self._file(key)) as temporary:
+                save_file({"features": features.contiguous()}, temporary, {"path": key, "size": str(size)})
         except (OSError, SafetensorError) as error:
             self._writable = False
             logger.warning("%s: cannot be written (%s); features are computed each time", self._folder, error)

@@ -18,6 +18,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,17 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from vita_audio.chat import ChatTokens, Example, Reason, SampleError, build_example, locate, parse_sample
+from vita_audio.audio import is_continuous_kind
+from vita_audio.chat import (
+    ChatTokens,
+    Example,
+    Reason,
+    Sample,
+    SampleError,
+    build_example,
+    locate,
+    parse_sample,
+)
 from vita_audio.chat.interleave import check_ratio
 from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
 from vita_audio.data.collator import collate_rows
@@ -42,6 +53,8 @@ logger = logging.getLogger(__name__)
 _STATE_VERSION = 1
 _LOWEST_FRAME_RATE = 12.5
 """Speech codes per second of all codecs here; sets the longest clip that a row could hold."""
+_SAMPLES_LOOKED_AT = 20
+"""Of each source, to see whether it needs the codec."""
 _ERRORS_BEFORE_NOTICE = 64
 """A worker that finds this many bad samples reports them even without a full batch."""
 
@@ -162,6 +175,15 @@ class TrainLoader:
             self._report.check(self._config.max_error_share, len(self._rows.mix))
             if batch is not None:
                 yield batch
+
+    @property
+    def mix(self) -> Mix:
+        """What the rows are made of."""
+        return self._rows.mix
+
+    def needs_codec(self) -> bool:
+        """Whether one of the first samples of any source holds speech whose codes were not made ahead."""
+        return any(self._rows.lacks_codes(source) for source in range(len(self.mix.specs)))
 
     @property
     def report(self) -> Report:
@@ -397,9 +419,34 @@ class PackedRows(IterableDataset):
             }
         )
 
+    def lacks_codes(self, source: int) -> bool:
+        """Whether one of a source's first samples holds a clip that the codec must encode."""
+        if self.reader is None:
+            return False
+        rows, beside = self.mix.rows[source], self.mix.specs[source].path.parent
+        for index in range(min(_SAMPLES_LOOKED_AT, len(rows))):
+            try:
+                sample = locate(parse_sample(rows[index]), self.config.data_root, beside)
+            except SampleError:
+                continue
+            if not all(
+                map(self.reader.has_codes, coded_audios(sample, is_continuous_kind(self.reader.kind)))
+            ):
+                return True
+        return False
+
     def _collate(self, rows: list[list[Document]]) -> dict[str, Any]:
         examples = [[document.example for document in row] for row in rows]
         return collate_rows(examples, self.config.seq_length, self.tokenizer.pad_token_id)
+
+
+def coded_audios(sample: Sample, assistant_only: bool) -> Iterator[str]:
+    """The clips of a sample that become codes: those of the assistant alone where users are heard as features."""
+    audios = iter(sample.audios)
+    for message in sample.messages:
+        here = list(islice(audios, message.num_audios))
+        if message.role == "assistant" or not assistant_only:
+            yield from here
 
 
 @dataclass

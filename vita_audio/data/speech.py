@@ -124,6 +124,12 @@ class SpeechReader:
         self.sources["codec"] += 1
         return self._discrete.encode(audio)
 
+    def has_codes(self, audio: str) -> bool:
+        """Whether a file's codes were made ahead; nothing is counted."""
+        found = self._from_cache(audio) is not None or self._from_file(audio) is not None
+        self.sources.clear()
+        return found
+
     def features(self, audio: str) -> Tensor:
         """Continuous features of a file, shape (frames, feature_dim).
 

@@ -31,6 +31,8 @@ import numpy as np
 import pyarrow.parquet
 from filelock import FileLock
 
+from vita_audio.files import whole_file, write_json
+
 logger = logging.getLogger(__name__)
 
 CODEC_FILE = "codec.json"
@@ -98,18 +100,14 @@ def write_shard(folder: Path, name: str, clips: Sequence[CachedClip]) -> Path:
     """Write ``tokens-NAME.parquet``, whole or not at all."""
     columns = {field: [getattr(clip, field) for clip in clips] for field in _FEATURES}
     path = folder / f"tokens-{name}.parquet"
-    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
-    datasets.Dataset.from_dict(columns, features=_FEATURES).to_parquet(temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        datasets.Dataset.from_dict(columns, features=_FEATURES).to_parquet(temporary)
     return path
 
 
 def write_identity(folder: Path, identity: CodecIdentity) -> None:
     """Say whose codes a folder holds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{CODEC_FILE}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(asdict(identity), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / CODEC_FILE)
+    write_json(folder / CODEC_FILE, asdict(identity))
 
 
 def identities(folder: str | Path) -> Iterator[tuple[Path, CodecIdentity]]:
@@ -242,9 +240,8 @@ def _build_index(folder: Path, shards: list[str], clips: datasets.Dataset) -> Pa
                 count=len(clips),
             )
             order = np.argsort(hashes, kind="stable").astype(np.uint64)
-            temporary = folder / f".{target.name}.tmp.npy"
-            np.save(temporary, np.stack([hashes[order.astype(np.int64)], order]))
-            os.replace(temporary, target)
+            with whole_file(target) as temporary, temporary.open("wb") as file:
+                np.save(file, np.stack([hashes[order.astype(np.int64)], order]))
     return target
 
 

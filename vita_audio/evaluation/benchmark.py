@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -17,13 +16,14 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 
-import torch.distributed as dist
 from tqdm import tqdm
 
+from vita_audio import distributed
 from vita_audio.audio import AudioTokenizer, save_audio
 from vita_audio.chat import Sample, read_samples
 from vita_audio.chat.prompts import from_sample
 from vita_audio.evaluation.transcribers import TranscriberPool
+from vita_audio.files import write_json_lines
 from vita_audio.inference import Conversation, GenerationOptions, Reply, Request, SpeechPipeline, collect
 
 SPOKEN_REPLY_TOKENS = 1024
@@ -134,13 +134,16 @@ def batched_replies(
     Args:
         options: the options, or a function of a batch's longest prompt that gives them.
     """
-    rank, world_size = rank_and_world_size()
-    mine = list(items[rank::world_size])
+    mine = list(items[distributed.rank() :: distributed.world_size()])
     prompts = {item.id: pipeline.prompt(item.conversation) for item in mine}
     mine.sort(key=lambda item: len(prompts[item.id]))
     # One bar, in a terminal only: logs get the rows instead.
     progress = tqdm(
-        total=len(mine), desc=label, unit="reply", leave=False, disable=None if rank == 0 else True
+        total=len(mine),
+        desc=label,
+        unit="reply",
+        leave=False,
+        disable=None if distributed.is_first() else True,
     )
     for start in range(0, len(mine), batch_size):
         batch = mine[start : start + batch_size]
@@ -204,26 +207,14 @@ def spoken_utterances(
 
 def write_utterances(path: Path, utterances: Iterable[Utterance]) -> None:
     """One JSON object per line; only the first process writes."""
-    if rank_and_world_size()[0] == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(asdict(utterance), ensure_ascii=False) for utterance in utterances)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """This process's place among those of the launch; (0, 1) without ``torchrun``."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if distributed.is_first():
+        write_json_lines(path, map(asdict, utterances))
 
 
 def gather(mine: list[Utterance]) -> list[Utterance]:
     """Every process's utterances, in every process, in order of id."""
-    _, world_size = rank_and_world_size()
-    shares: list[list[Utterance]] = [mine] * world_size
-    if world_size > 1:
-        if not dist.is_initialized():
-            dist.init_process_group("gloo")
-        dist.all_gather_object(shares, mine)
-    return sorted((utterance for share in shares for utterance in share), key=lambda utterance: utterance.id)
+    everybodys = (utterance for share in distributed.gather_objects(mine) for utterance in share)
+    return sorted(everybodys, key=lambda utterance: utterance.id)
 
 
 def wav_name(identifier: str) -> str:

@@ -14,17 +14,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from vita_audio import distributed
 from vita_audio.audio import AudioTokenizer
 from vita_audio.evaluation.asr import run_asr, score_asr
 from vita_audio.evaluation.benchmark import (
     SPOKEN_REPLY_TOKENS,
     BenchmarkItem,
     Listener,
-    rank_and_world_size,
     write_utterances,
 )
 from vita_audio.evaluation.sqa import run_sqa, score_sqa
 from vita_audio.evaluation.tts import run_codec_floor, run_tts, score_codec_floor, score_tts
+from vita_audio.files import write_json, write_text
 from vita_audio.inference import AudioChunk, GenerationOptions, Schedule, SpeechPipeline, Timings
 
 Row = dict[str, Any]
@@ -100,10 +101,9 @@ class Table:
         self.rows = [known[key] for key in keys if key in known]
 
     def write(self) -> None:
-        if rank_and_world_size()[0] == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(self.folder / "scores.json", json.dumps(self.rows, indent=1) + "\n")
-            _replace(self.folder / "scores.md", markdown(self.rows))
+        if distributed.is_first():
+            write_json(self.folder / "scores.json", self.rows)
+            write_text(self.folder / "scores.md", markdown(self.rows))
 
 
 def score_row(
@@ -207,8 +207,8 @@ def score_floor(
     write_utterances(folder / "floor.jsonl", resynthesised)
     write_utterances(folder / "natural.jsonl", natural)
     scores = score_codec_floor(resynthesised, natural)
-    if rank_and_world_size()[0] == 0:
-        _replace(path, json.dumps({"key": key, "scores": scores}, indent=1) + "\n")
+    if distributed.is_first():
+        write_json(path, {"key": key, "scores": scores})
     return scores
 
 
@@ -269,11 +269,3 @@ LEGEND = (
     "counts, and by whole words. Speed: one reply at a time after a warm-up; first chunk: from the finished "
     "prompt to the codes of the first audio chunk; first sound: from the question to the first samples."
 )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(path.suffix + ".partial")
-    partial_path.write_text(text, encoding="utf-8")
-    partial_path.replace(path)

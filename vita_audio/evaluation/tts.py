@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vita_audio import distributed
 from vita_audio.audio import AudioTokenizer
 from vita_audio.chat import prompts
 from vita_audio.evaluation.benchmark import (
@@ -19,7 +20,6 @@ from vita_audio.evaluation.benchmark import (
     Utterance,
     batched_replies,
     gather,
-    rank_and_world_size,
     spoken_utterances,
     wav_name,
 )
@@ -88,8 +88,9 @@ def run_codec_floor(
     Returns:
         Utterances of the resynthesised and of the natural speech; empty without recordings.
     """
-    rank, world_size = rank_and_world_size()
-    recorded = [item for item in items if item.reference_audio][rank::world_size]
+    recorded = [item for item in items if item.reference_audio][
+        distributed.rank() :: distributed.world_size()
+    ]
     resynthesised, natural = [], []
     for item in recorded:
         wav = Path("wav") / "floor" / wav_name(item.id)

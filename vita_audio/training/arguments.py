@@ -17,6 +17,7 @@ from transformers import TrainingArguments, get_scheduler
 from vita_audio.audio import available_kinds, is_continuous_kind
 from vita_audio.chat.interleave import check_ratio
 from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
+from vita_audio.training.machine import check_devices
 
 
 class ArgumentError(ValueError):
@@ -145,6 +146,10 @@ class StageArguments(TrainingArguments):
     mtp_learning_rate_multiplier: float = field(
         default=1.0, metadata={"help": "The heads' learning rate over the model's (10 in stage 4)."}
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Delete what an earlier run left in the output folder and start over."},
+    )
     # A row is a tensor already and the loader shards itself, so nothing may be dropped or re-split.
     remove_unused_columns: bool = field(default=False)
     ignore_data_skip: bool = field(
@@ -170,6 +175,7 @@ class StageArguments(TrainingArguments):
                 "itself: use a DeepSpeed config without an optimizer section (ds_config_zero2_no_optimizer.json)"
             )
         self._check_scheduler()
+        check_devices(self.ddp_backend, self.use_cpu)
         super().__post_init__()
 
     def _check_scheduler(self) -> None:

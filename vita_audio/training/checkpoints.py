@@ -13,27 +13,43 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
+from vita_audio.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 COMPLETE_MARKER = "checkpoint.complete"
 LOADER_STATE_FOLDER = "loader_state"
-_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)$")
+_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointStateError(ValueError):
+    """A checkpoint that this run cannot continue from. The message says why and what to do."""
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """Newest checkpoint of a run that was written to its end; None when there is none."""
-    newest, newest_step = None, -1
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        match = _CHECKPOINT_NAME.search(folder.name)
-        if match is None or not folder.is_dir():
-            continue
-        if not (folder / COMPLETE_MARKER).is_file():
+    """Newest checkpoint of a run that was written to its end; None if there is none."""
+    newest = None
+    for folder in checkpoints(output_dir):
+        if is_complete(folder):
+            newest = folder
+        else:
             logger.warning("%s was not written to its end and is passed over", folder)
-        elif int(match[1]) > newest_step:
-            newest, newest_step = folder, int(match[1])
     return newest
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """All checkpoint folders of a run, whole or not, in the order of their steps."""
+    found = [
+        (int(match[1]), folder)
+        for folder in Path(output_dir).glob("checkpoint-*")
+        if (match := _CHECKPOINT_NAME.fullmatch(folder.name)) and folder.is_dir()
+    ]
+    return [folder for _, folder in sorted(found)]
+
+
+def is_complete(checkpoint: str | Path) -> bool:
+    """Whether every rank has written its part."""
+    return (Path(checkpoint) / COMPLETE_MARKER).is_file()
 
 
 def mark_complete(checkpoint: str | Path) -> None:
@@ -49,23 +65,75 @@ def mark_incomplete(checkpoint: str | Path) -> None:
     shutil.rmtree(Path(checkpoint) / LOADER_STATE_FOLDER, ignore_errors=True)
 
 
+def delete_old_checkpoints(output_dir: str | Path, keep: int | None) -> None:
+    """Keep the newest whole checkpoints. Call on one rank, after the newest is marked.
+
+    Torn ones are deleted whatever their number: this run owns the folder and is not writing to them.
+
+    Args:
+        output_dir: the run's folder.
+        keep: number of whole checkpoints to keep, at least 1; None or 0 keeps all.
+    """
+    folders = checkpoints(output_dir)
+    whole = [folder for folder in folders if is_complete(folder)]
+    kept = whole[-keep:] if keep else whole
+    for folder in folders:
+        if folder not in kept:
+            delete_checkpoint(folder)
+
+
+def delete_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint; one that is deleted halfway is torn, not whole."""
+    (checkpoint / COMPLETE_MARKER).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def steps_done(folder: str | Path) -> int:
+    """Optimizer steps behind a checkpoint or a stage's result.
+
+    Raises:
+        CheckpointStateError: ``trainer_state.json`` is missing or damaged.
+    """
+    try:
+        return int(read_json(Path(folder) / "trainer_state.json")["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointStateError(
+            f"{folder}/trainer_state.json: does not say how many steps were made ({error}); "
+            "restore the file, or train into an empty folder"
+        ) from error
+
+
 def save_loader_state(checkpoint: str | Path, rank: int, state: dict[str, Any]) -> None:
-    """Write one rank's loader state into a checkpoint."""
-    folder = Path(checkpoint) / LOADER_STATE_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(state, folder / f"rank_{rank:05d}.pt")
+    """Write one rank's loader state, which is plain JSON, into a checkpoint."""
+    write_json(Path(checkpoint) / LOADER_STATE_FOLDER / f"rank_{rank:05d}.json", state, indent=None)
 
 
 def load_loader_states(checkpoint: str | Path) -> list[dict[str, Any]]:
     """Loader states of all ranks that wrote a checkpoint, in rank order.
 
     Raises:
-        FileNotFoundError: the checkpoint has none, so the data could not be continued.
+        CheckpointStateError: the checkpoint has none that can be read, so the data could not be continued.
     """
-    files = sorted((Path(checkpoint) / LOADER_STATE_FOLDER).glob("rank_*.pt"))
+    folder = Path(checkpoint) / LOADER_STATE_FOLDER
+    files = sorted(folder.glob("rank_*.json"))
     if not files:
-        raise FileNotFoundError(
-            f"{checkpoint}: no {LOADER_STATE_FOLDER}/, so the place in the data is unknown; "
-            "resume from another checkpoint or start the stage in an empty folder"
+        problem = (
+            "was written by an earlier version, which kept the place in the data as a pickle"
+            if any(folder.glob("rank_*.pt"))
+            else f"has no {LOADER_STATE_FOLDER}/, so the place in the data is unknown"
         )
-    return [torch.load(file, weights_only=False) for file in files]
+        raise CheckpointStateError(
+            f"{checkpoint} {problem}; start the stage in an empty folder, "
+            "or give this checkpoint as --model_name_or_path of a new run"
+        )
+    try:
+        return [read_json(file) for file in files]
+    except (OSError, ValueError) as error:
+        raise CheckpointStateError(
+            f"{error}; delete {checkpoint} to continue from the one before it"
+        ) from error
+
+
+def writers(checkpoint: str | Path) -> int:
+    """The number of processes that wrote a checkpoint."""
+    return len(list((Path(checkpoint) / LOADER_STATE_FOLDER).glob("rank_*")))

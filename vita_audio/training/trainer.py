@@ -1,37 +1,58 @@
-"""transformers' Trainer with three changes: our rows, our groups, checkpoints that resume exactly.
+"""transformers' Trainer with four changes: our rows, our groups, checkpoints that resume exactly, no bad step.
 
 * Rows come from the data engine, which shards and shuffles itself; its state travels in every
   checkpoint, so a resumed run sees the rows that it would have seen.
 * Heads may learn at their own rate, and every head's loss is logged.
-* A loss that is not finite stops the run before the update.
+* A resumed run obeys its own options: the checkpoint gives weights, moments and counters.
+* A loss that is not finite stops the run before the update, and so do ten skipped steps in a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import TrainOutput
 
+from vita_audio.files import write_json
+from vita_audio.provenance import RUN_FILE
 from vita_audio.training.arguments import StageArguments
+from vita_audio.training.callbacks import (
+    Continue,
+    ContinuedProgress,
+    ContinuedTensorBoard,
+    StopOnBadGradients,
+)
 from vita_audio.training.checkpoints import (
-    load_loader_states,
+    delete_old_checkpoints,
     mark_complete,
     mark_incomplete,
     save_loader_state,
 )
+from vita_audio.training.continuation import PlannedRates
+from vita_audio.training.model_card import write_model_card
 from vita_audio.training.stages import parameter_groups
 
 
 class ResumableLoader(Protocol):
-    """An endless source of batches that can say and restore where it is."""
+    """An endless source of batches that can say where it is."""
 
-    def __iter__(self) -> Iterable[dict[str, Any]]: ...
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None: ...
     def counts(self) -> dict[str, float]: ...
 
 
@@ -39,38 +60,48 @@ class SpeechTrainer(Trainer):
     """Trains one stage.
 
     Args:
-        build_loader: makes this rank's loader; called once per :meth:`train`.
+        loader: this rank's rows, where the run shall begin or go on.
+        run: what ``run.json`` says of this run; it is put into every checkpoint and into the model card.
         Other arguments are the Trainer's.
     """
 
     args: StageArguments
 
-    def __init__(self, *, build_loader: Callable[[], ResumableLoader], **kwargs: Any) -> None:
+    def __init__(
+        self, *, loader: ResumableLoader, run: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self._build_loader = build_loader
-        self._loader: ResumableLoader | None = None
-        self._resume_from: str | None = None
+        # The Trainer's default is for training; users of the result want a cache, and a pass with labels keeps none.
+        self.model.config.use_cache = True
+        self._loader = loader
+        self._run = run
+        self._planned_rates: list[PlannedRates] = []
         # Deleting old checkpoints is ours: the Trainer would do it before the new one is known to be whole.
         self._checkpoints_to_keep, self.args.save_total_limit = self.args.save_total_limit, None
         self._part_losses: dict[str, torch.Tensor] = {}
         self._micro_batches = 0
+        self.add_callback(Continue(lambda: self._loader.counts()["epoch"]))
+        self.add_callback(
+            StopOnBadGradients(lambda: self.model_wrapped if self.is_deepspeed_enabled else None)
+        )
+        for theirs, ours in (
+            (ProgressCallback, ContinuedProgress),
+            (TensorBoardCallback, ContinuedTensorBoard),
+        ):
+            if self.pop_callback(theirs) is not None:
+                self.add_callback(ours())
 
     # -- data ---------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """Train to ``max_steps``, from the start or from a complete checkpoint's folder."""
-        self._resume_from = resume_from_checkpoint
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if resume_from_checkpoint is not None:
+            self.add_callback(_ObeyArguments(self._planned_rates))
+        with _without_comparison():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def get_train_dataloader(self) -> ResumableLoader:
-        """This rank's loader, put where the checkpoint left it."""
-        self._loader = self._build_loader()
-        if self._resume_from is not None:
-            states = load_loader_states(self._resume_from)
-            if len(states) == self.args.world_size:
-                self._loader.load_state_dict(states[self.args.process_index])
-            else:
-                self._loader.load_state_dict(states)
+        """This rank's loader, which shards and shuffles itself."""
         return self._loader
 
     # -- optimizer ----------------------------------------------------------------------------------------
@@ -91,6 +122,16 @@ class SpeechTrainer(Trainer):
                 fused=self.args.device.type == "cuda",
             )
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule of ``--lr_scheduler_type``; what it plans is noted, since a checkpoint would replace it."""
+        is_new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if is_new:
+            self._planned_rates[:] = [PlannedRates(scheduler)]
+        return scheduler
 
     # -- loss ---------------------------------------------------------------------------------------------
 
@@ -138,22 +179,55 @@ class SpeechTrainer(Trainer):
                 logs[name] = self.accelerator.reduce(total, reduction="sum").item() / steps
             self._part_losses.clear()
             self._micro_batches = 0
-            if self._loader is not None:
-                logs.update({f"data/{name}": value for name, value in self._loader.counts().items()})
+            logs.update({f"data/{name}": value for name, value in self._loader.counts().items()})
         super().log(logs, start_time)
 
     # -- checkpoints --------------------------------------------------------------------------------------
 
+    def save_model(self, output_dir: str | None = None, **kwargs: Any) -> None:
+        """Save a folder that others can use: weights, config, tokenizer, model card."""
+        super().save_model(output_dir, **kwargs)
+        if self.args.should_save:
+            write_model_card(output_dir or self.args.output_dir, self._run)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = f"{self._get_output_dir(trial)}/checkpoint-{self.state.global_step}"
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             mark_incomplete(folder)
         self.accelerator.wait_for_everyone()
         save_loader_state(folder, self.args.process_index, self._loader.state_dict())
         super()._save_checkpoint(model, trial)
+        if self.args.should_save and self._run is not None:
+            write_json(folder / RUN_FILE, self._run)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_complete(folder)
-            rotate_checkpoints(
-                output_dir=self._get_output_dir(trial), save_total_limit=self._checkpoints_to_keep
-            )
+            delete_old_checkpoints(self.args.output_dir, self._checkpoints_to_keep)
+
+
+class _ObeyArguments(TrainerCallback):
+    """After the checkpoint is loaded and before the first step: this run's rates, not the checkpoint's."""
+
+    def __init__(self, planned: list[PlannedRates]) -> None:
+        self._planned = planned
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for rates in self._planned:
+            rates.restore()
+
+
+@contextmanager
+def _without_comparison() -> Iterator[None]:
+    """Silence the Trainer's own comparison of arguments: it warns of intervals that are obeyed all the same."""
+    logger = logging.getLogger("transformers.trainer_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Warning: The following arguments do not match")
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)

@@ -68,7 +68,7 @@ AUDIO_MODEL_NAME_OR_PATH=${AUDIO_MODEL_NAME_OR_PATH:-${DEFAULT_AUDIO_MODEL:+$ROO
 mkdir -p "$OUTPUT_DIR"
 echo "$STAGE_NAME: $MODEL_NAME_OR_PATH -> $OUTPUT_DIR ($NNODES x $NPROC_PER_NODE processes)"
 
-exec "$PYTHON" -m torch.distributed.run "${RENDEZVOUS[@]}" --nproc_per_node "$NPROC_PER_NODE" \
+exec "$PYTHON" "$REPOSITORY/vita_audio/cli/launch.py" "${RENDEZVOUS[@]}" --nproc_per_node "$NPROC_PER_NODE" \
   "$REPOSITORY/tools/finetune_sts.py" \
   --model_name_or_path "$MODEL_NAME_OR_PATH" \
   --num_nextn_predict_layers "$NUM_HEADS" \

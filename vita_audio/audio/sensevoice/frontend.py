@@ -98,8 +98,8 @@ class Frontend:
 class FrontendStream(FeatureStream):
     """Features of speech that is still being spoken, equal to those of the whole clip.
 
-    A frame comes out once the windows that it stacks are complete, 55 ms after its end. Dither draws other
-    noise than the whole clip would; without it the features are the same.
+    A frame of 60 ms comes out once the windows that it stacks are complete, 55 ms after its start. With
+    dither the noise differs from the whole clip's; without it the features are equal.
 
     Args:
         frontend: the extractor.

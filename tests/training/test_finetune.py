@@ -1,0 +1,350 @@
+"""The training command, run in this process on a tiny model: its options reach the result."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vita_audio.cli.finetune import main
+from vita_audio.cli.launch import REFUSED
+from vita_audio.models import load_with_heads
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+
+
+@pytest.fixture
+def finetune(tiny_world, tmp_path):
+    """Train into ``tmp_path / name``; returns the folder."""
+
+    def run(name="out", **options):
+        main(tiny_world.options(tmp_path / name, **options))
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def refusal(finetune, capsys):
+    """What a run that is refused says."""
+
+    def run(*args, **options):
+        with pytest.raises(SystemExit) as exit_:
+            finetune(*args, **options)
+        assert exit_.value.code == REFUSED
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return error.split("\nfinetune_sts: ")[-1].removeprefix("finetune_sts: ")
+
+    return run
+
+
+def read(folder, name="run.json"):
+    return json.loads((folder / name).read_text())
+
+
+def steps(folder):
+    return [line for line in read(folder, "trainer_state.json")["log_history"] if "loss" in line]
+
+
+def test_a_run_leaves_a_model_folder_that_says_where_it_comes_from(finetune):
+    folder = finetune(num_nextn_predict_layers=1, text_audio_interval_ratio=[1, 6, 2, 6], max_steps=2)
+    run, config = read(folder), read(folder, "config.json")
+    assert (folder / "stage.complete").is_file()
+    assert run["arguments"]["learning_rate"] == 1e-3
+    assert run["arguments"]["dtype"] == "float32"
+    assert run["versions"]["torch"] == torch.__version__
+    assert run["data"]["samples_per_epoch"] == 200
+    assert read(folder / "checkpoint-2") == run
+    assert config["use_cache"] is True
+    card = (folder / "README.md").read_text()
+    assert "backbone of 2 layers with 1 MCTP heads" in card
+    assert run["data"]["fingerprint"] in card
+    assert "| Default schedule | 1 6 2 6 |" in card
+    assert 'AutoModelForCausalLM.from_pretrained("PATH")' in card
+
+
+def test_the_vocabulary_grows_to_the_tokenizers_and_the_schedule_is_saved_with_the_model(
+    finetune, tiny_world
+):
+    folder = finetune(
+        num_nextn_predict_layers=2,
+        text_audio_interval_ratio=[1, 4, 3, 8, 4, 10],
+        mtp_loss_weight=0.25,
+        max_steps=1,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.vocab_size >= len(AutoTokenizer.from_pretrained(folder)) > 688
+    assert model.generation_config.mtp_inference_mode == [1, 4, 3, 8, 4, 10]
+    assert model.config.mtp_loss_weight == 0.25
+
+
+def test_a_folder_that_says_no_cache_is_healed(finetune, tiny_world, tmp_path):
+    model = load_with_heads(tiny_world.root / "base", num_heads=0)
+    model.config.use_cache = False
+    model.save_pretrained(tmp_path / "old")
+    AutoTokenizer.from_pretrained(tiny_world.root / "base").save_pretrained(tmp_path / "old")
+    assert (
+        read(finetune(model_name_or_path=tmp_path / "old", max_steps=1), "config.json")["use_cache"] is True
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"bf16": True}, torch.bfloat16),
+        ({"bf16": False}, torch.float32),
+        ({"bf16": True, "dtype": "float32"}, torch.float32),
+    ],
+)
+def test_weights_are_trained_and_saved_in_the_type_that_was_asked_for(finetune, options, dtype):
+    folder = finetune(max_steps=1, **options)
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {dtype}
+
+
+def test_training_in_bfloat16_lowers_the_loss(finetune):
+    losses = [line["loss"] for line in steps(finetune(bf16=True, max_steps=12, learning_rate=1e-2))]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_data_seed_alone_orders_the_rows(finetune):
+    by_seed = {
+        (seed, data_seed): [
+            line["loss"]
+            for line in steps(finetune(f"{seed}-{data_seed}", seed=seed, data_seed=data_seed, max_steps=1))
+        ]
+        for seed, data_seed in ((1, 1), (1, 2))
+    }
+    assert by_seed[1, 1] != by_seed[1, 2]
+    fingerprints = {
+        read(finetune(f"{seed}-7", seed=seed, data_seed=7, max_steps=1))["data"]["fingerprint"]
+        for seed in (1, 2)
+    }
+    assert len(fingerprints) == 1
+
+
+def test_strict_data_refuses_a_mix_of_which_a_file_is_missing(finetune, refusal, tiny_world):
+    mix = tiny_world.root / "half.yaml"
+    mix.write_text("dataset:\n  text: {data_paths: [text.jsonl]}\n  lost: {data_paths: [lost.jsonl]}\n")
+    finetune("lenient", dataset_name=mix, max_steps=1)
+    assert "lost.jsonl" in refusal("strict", dataset_name=mix, strict_data=True)
+
+
+def test_old_checkpoints_are_deleted_once_the_new_one_is_whole(finetune):
+    folder = finetune(max_steps=6, save_steps=2, save_total_limit=2)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+# -- going on ------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_stage_returns_at_once_and_goes_on_when_max_steps_is_raised(finetune, caplog):
+    folder = finetune(max_steps=2)
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    finetune(max_steps=2)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    finetune(max_steps=4)
+    assert [line["step"] for line in steps(folder)] == [1, 2, 3, 4]
+    assert (folder / "stage.complete").is_file()
+    assert read(folder)["resumed_from"] == "checkpoint-2"
+
+
+def test_what_the_user_changed_holds_after_a_resume_and_each_change_is_said(finetune, caplog):
+    folder = finetune(max_steps=4, lr_scheduler_type="constant")
+    caplog.clear()
+    finetune(
+        max_steps=6,
+        lr_scheduler_type="constant",
+        learning_rate=1e-5,
+        weight_decay=0.5,
+        adam_beta2=0.9,
+        save_steps=1,
+        seed=7,
+        data_seed=42,
+    )
+    assert [line["learning_rate"] for line in steps(folder)] == [1e-3] * 4 + [1e-5] * 2
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [
+        f"checkpoint-{n}" for n in (2, 4, 5, 6)
+    ]
+    (group,) = {
+        (group["lr"], group["betas"], group["weight_decay"])
+        for group in torch.load(folder / "checkpoint-6" / "optimizer.pt")["param_groups"]
+        if group["weight_decay"]
+    }
+    assert group == (1e-5, (0.9, 0.9), 0.5)
+    for said in (
+        "--learning_rate 1e-05 (was 0.001) holds from here on",
+        "--weight_decay 0.5 (was 0) holds from here on",
+        "--adam_beta2 0.9 (was 0.999) holds from here on",
+        "--save_steps 1 (was 2) holds from here on",
+        "--max_steps 6 (was 4) holds from here on",
+        "--seed 7 (was 42) has no effect",
+    ):
+        assert said in caplog.text
+    assert "do not match the ones in the `trainer_state.json`" not in caplog.text
+
+
+def test_a_lower_rate_follows_the_schedule_at_the_step_it_resumes_from(finetune):
+    folder = finetune("resumed", max_steps=8, save_steps=4, lr_scheduler_type="linear")
+    (folder / "stage.complete").unlink()
+    for late in ("checkpoint-8",):
+        (folder / late / "checkpoint.complete").unlink()
+    finetune("resumed", max_steps=8, save_steps=4, lr_scheduler_type="linear", learning_rate=1e-4)
+    rates = [line["learning_rate"] for line in steps(folder)]
+    assert rates == pytest.approx(
+        [1e-3 * (1 - n / 8) for n in range(4)] + [1e-4 * (1 - n / 8) for n in range(4, 8)]
+    )
+
+
+def test_a_resume_without_changes_says_nothing_and_gives_the_losses_of_an_uninterrupted_run(finetune, caplog):
+    whole = finetune("whole", max_steps=4)
+    resumed = finetune("resumed", max_steps=4)
+    (resumed / "stage.complete").unlink()
+    (resumed / "checkpoint-4" / "checkpoint.complete").unlink()
+    caplog.clear()
+    finetune("resumed", max_steps=4)
+    assert "(was" not in caplog.text
+    keys = ("step", "loss", "learning_rate", "epoch")
+    assert [[line[key] for key in keys] for line in steps(resumed)] == [
+        [line[key] for key in keys] for line in steps(whole)
+    ]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"num_nextn_predict_layers": 1}, {"bf16": True}, {"audio_tokenizer_type": "mel_vq"}],
+)
+def test_a_change_that_a_checkpoint_cannot_follow_is_refused_by_name(finetune, refusal, changed, tiny_world):
+    finetune(max_steps=2)
+    if "audio_tokenizer_type" in changed:
+        pytest.skip("needs a codec")
+    message = refusal(max_steps=4, **changed)
+    assert message.startswith(f"--{next(iter(changed))} ")
+    assert "checkpoint-2 cannot be continued with it" in message
+
+
+def test_another_data_seed_is_refused_before_the_model_is_loaded(finetune, refusal, monkeypatch):
+    finetune(max_steps=2)
+    monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
+    assert "another data mix or seed" in refusal(max_steps=4, data_seed=1)
+
+
+def test_epochs_are_counted_by_the_loader_also_after_a_resume(finetune):
+    folder = finetune(max_steps=2)
+    finetune(max_steps=4)
+    lines = steps(folder)
+    assert [line["epoch"] for line in lines] == [line["data/epoch"] for line in lines]
+    assert 0 < lines[1]["epoch"] <= lines[2]["epoch"] < 1
+
+
+def test_tensorboard_shows_one_run_and_each_step_once(finetune):
+    folder = finetune(max_steps=4, report_to="tensorboard", save_steps=2)
+    (folder / "checkpoint-4" / "checkpoint.complete").unlink()
+    (folder / "stage.complete").unlink()
+    finetune(max_steps=6, report_to="tensorboard", save_steps=2)
+    assert [path.name for path in folder.rglob("events*") if path.parent != folder / "runs"] == []
+    events = EventAccumulator(str(folder / "runs")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_progress_bar_starts_where_the_run_resumes(finetune, monkeypatch):
+    from vita_audio.training import callbacks
+
+    bars = []
+
+    class Bar(callbacks.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(callbacks, "tqdm", Bar)
+    finetune(max_steps=2, disable_tqdm=False)
+    finetune(max_steps=5, disable_tqdm=False)
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 2, 2), (2, 5, 5)]
+
+
+def test_overwriting_starts_over(finetune):
+    folder = finetune(max_steps=4)
+    finetune(max_steps=2, overwrite_output_dir=True)
+    assert [line["step"] for line in steps(folder)] == [1, 2]
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+# -- refusals ------------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_stage_is_not_taken_as_input(finetune, refusal):
+    folder = finetune("first", max_steps=2)
+    (folder / "stage.complete").unlink()
+    message = refusal("second", model_name_or_path=folder)
+    assert "this stage is not finished; run it to its end first" in message
+    finetune("third", model_name_or_path=folder / "checkpoint-2", max_steps=1)
+
+
+def test_deepspeed_without_a_launcher_is_told_how_to_start(refusal, tiny_world):
+    config = tiny_world.environment()["DEEPSPEED_CONFIG"]
+    assert "--deepspeed needs a launcher: python vita_audio/cli/launch.py" in refusal(deepspeed=config)
+
+
+def test_wrong_options_are_told_without_the_list_of_all_options(refusal):
+    assert "lerning_rate" in refusal(lerning_rate=1)
+    assert "--max_steps" in refusal(max_steps="many")
+
+
+def test_what_the_machine_lacks_is_told_before_the_model_is_loaded(refusal, monkeypatch):
+    monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
+    if not torch.cuda.is_available():
+        assert "--ddp_backend nccl: this machine shows no NVIDIA GPU" in refusal(ddp_backend="nccl")
+    assert "flash_attention_2 needs" in refusal(attn_implementation="flash_attention_2")
+
+
+def test_a_missing_codec_is_told_before_the_model_is_loaded_if_the_mix_holds_speech(
+    finetune, refusal, tiny_world, monkeypatch
+):
+    spoken = {
+        "messages": [{"role": "user", "content": "<|audio|>"}, {"role": "assistant", "content": "yes"}],
+        "audios": ["a.wav"],
+    }
+    (tiny_world.root / "spoken.jsonl").write_text(json.dumps(spoken) + "\n")
+    mix = tiny_world.root / "spoken.yaml"
+    mix.write_text("dataset: {text: {data_paths: [text.jsonl]}, asr: {data_paths: [spoken.jsonl]}}\n")
+    finetune("text", audio_tokenizer_path=tiny_world.root / "no_codec", max_steps=1)
+    monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
+    message = refusal("spoken", dataset_name=mix, audio_tokenizer_path=tiny_world.root / "no_codec")
+    assert "no_codec: no such folder, and the mix holds speech" in message
+
+
+def test_a_folder_of_another_codec_is_told_before_the_model_is_loaded(refusal, tiny_world, monkeypatch):
+    monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
+    message = refusal(audio_tokenizer_path=tiny_world.root / "base")
+    assert str(tiny_world.root / "base") in message
+
+
+def test_a_result_without_weights_is_not_called_complete(finetune, refusal, monkeypatch):
+    from vita_audio.training import SpeechTrainer
+
+    save = SpeechTrainer.save_model
+
+    def save_without_weights(self, output_dir=None, **kwargs):
+        save(self, output_dir, **kwargs)
+        if output_dir is None:
+            weights = load_file(f"{self.args.output_dir}/model.safetensors")
+            from safetensors.torch import save_file
+
+            save_file(dict(list(weights.items())[1:]), f"{self.args.output_dir}/model.safetensors")
+
+    monkeypatch.setattr(SpeechTrainer, "save_model", save_without_weights)
+    message = refusal(max_steps=1)
+    assert "1 of 27 weights were not saved whole" in message

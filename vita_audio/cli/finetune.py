@@ -1,0 +1,356 @@
+"""Train one stage.
+
+The stage scripts in scripts/deepspeed/sts_qwen25 launch this; every option is in
+vita_audio/training/arguments.py or is one of transformers' TrainingArguments.
+
+    python vita_audio/cli/launch.py --nproc_per_node 8 tools/finetune_sts.py --model_name_or_path … --dataset_name …
+
+It checks the options, owns the output folder, opens tokenizer, rows and codec, then the model with its heads,
+freezes what the stage does not train, continues from the last complete checkpoint if there is one, trains, and
+saves an ordinary model folder. What was run is in OUTPUT_DIR/run.json. Started again, it goes on where it was
+stopped; a finished stage goes on when --max_steps is raised.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils import is_flash_attn_2_available
+
+from vita_audio.audio import is_continuous_kind
+from vita_audio.cli.launch import end_with_launcher, refuse
+from vita_audio.data import (
+    CodecSpec,
+    DataConfig,
+    ResumeError,
+    TooManyBadSamples,
+    build_train_loader,
+    extend_tokenizer,
+)
+from vita_audio.data.loader import TrainLoader
+from vita_audio.data.mixing import MixError
+from vita_audio.data.token_cache import TokenCacheError
+from vita_audio.distributed import agreed, barrier, is_first, local_rank, rank, world_size
+from vita_audio.files import write_json
+from vita_audio.models import load_with_heads, resize_vocabulary
+from vita_audio.provenance import RUN_FILE, describe_run
+from vita_audio.training import (
+    ArgumentError,
+    DataArguments,
+    ModelArguments,
+    RunFolder,
+    SpeechTrainer,
+    StageArguments,
+    apply_stage,
+    check_input_folder,
+    describe_changes,
+    describe_trainable,
+    fit_to_processes,
+)
+from vita_audio.training.checkpoints import load_loader_states, steps_done
+from vita_audio.training.result import check_result
+
+logger = logging.getLogger("finetune_sts")
+
+AT_THE_DOOR = (ValueError, OSError, ImportError)
+"""What wrong input raises while options, folders, codec, tokenizer and model are opened."""
+WHILE_TRAINING = (MixError, TokenCacheError, ResumeError, TooManyBadSamples, FloatingPointError)
+"""What input may raise later; any other error keeps its traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train one stage from command-line options; ``sys.argv`` by default."""
+    end_with_launcher()
+    # 1. Options, and whether this machine can serve them.
+    with told_in_one_line(*AT_THE_DOOR):
+        model_args, data_args, stage_args = parse(argv)
+        check_input_folder(model_args.model_name_or_path)
+        dtype, attention = choose_numerics(model_args, stage_args)
+        check_launch(stage_args)
+    set_up_logging(stage_args)
+    connect(stage_args)
+    set_seed(stage_args.seed)
+
+    # 2. The output folder: ours alone, and how far it has come.
+    with RunFolder(stage_args.output_dir) as folder:
+        with told_in_one_line(*AT_THE_DOOR), agreed(*AT_THE_DOOR):
+            if is_first():
+                folder.lock()
+                if stage_args.overwrite_output_dir:
+                    folder.start_over()
+        with told_in_one_line(*AT_THE_DOOR):
+            finished = folder.finished_steps()
+            if finished is not None and finished >= stage_args.max_steps:
+                logger.info("%s holds the finished stage; raise --max_steps to go on", folder.path)
+                return
+            checkpoint = folder.continue_from(stage_args.max_steps)
+
+        # 3. Text tokenizer with speech tokens, and the codec; 4. rows.
+        with told_in_one_line(*AT_THE_DOOR), agreed(*AT_THE_DOOR):
+            tokenizer, codec = open_tokenizers(model_args, data_args)
+            loader = open_rows(data_args, stage_args, tokenizer, codec)
+            require_codec(codec, loader)
+            run = describe(model_args, data_args, stage_args, dtype, loader, checkpoint)
+            if checkpoint is not None:
+                logger.info("continuing from %s", checkpoint)
+                fit_to_processes(checkpoint, stage_args)
+                for line in describe_changes(checkpoint, run["arguments"]):
+                    logger.warning("%s", line)
+                states = load_loader_states(checkpoint)
+                loader.load_state_dict(states[rank()] if len(states) == world_size() else states)
+        if is_first():
+            folder.reopen()
+            write_json(folder.path / RUN_FILE, run)
+
+        if checkpoint is None or steps_done(checkpoint) < stage_args.max_steps:
+            # 5. The model with its heads; 6. what this stage trains.
+            with told_in_one_line(*AT_THE_DOOR):
+                model = open_model(model_args, data_args, tokenizer, dtype, attention)
+            apply_stage(
+                model,
+                language_model_freeze=model_args.language_model_freeze,
+                audio_model_freeze=model_args.audio_model_freeze,
+            )
+            logger.info(describe_trainable(model))
+
+            # 7. Train, from where an earlier run was stopped.
+            trainer = SpeechTrainer(
+                model=model, args=stage_args, processing_class=tokenizer, loader=loader, run=run
+            )
+            with told_in_one_line(*WHILE_TRAINING):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.save_model()
+            trainer.save_state()
+        elif is_first():
+            folder.take_result(checkpoint)
+
+        # 8. The stage's result is an ordinary model folder; the marker says that it is whole.
+        barrier()
+        if is_first():
+            with told_in_one_line(*AT_THE_DOOR):
+                check_result(folder.path)
+            folder.finish()
+
+
+def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, StageArguments]:
+    """The three groups of options.
+
+    Raises:
+        ValueError: an unknown option, or a value that cannot be served.
+    """
+    parser = _Parser(
+        (ModelArguments, DataArguments, StageArguments), prog="finetune_sts.py", description=__doc__
+    )
+    return parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, without the names of all two hundred options."""
+        raise ArgumentError(message)
+
+
+def choose_numerics(model_args: ModelArguments, stage_args: StageArguments) -> tuple[torch.dtype, str]:
+    """The weights' type and the attention's implementation, ``auto`` resolved.
+
+    Raises:
+        ArgumentError: FlashAttention is asked for and cannot run.
+    """
+    name = model_args.dtype
+    if name == "auto":
+        name = "bfloat16" if stage_args.bf16 else "float32"
+    attention = model_args.attn_implementation
+    flash_runs = torch.cuda.is_available() and is_flash_attn_2_available()
+    half = name != "float32"  # FlashAttention takes half precision only
+    if attention == "auto":
+        attention = "flash_attention_2" if flash_runs and half else "sdpa"
+    elif attention == "flash_attention_2" and not (flash_runs and half):
+        missing = "an NVIDIA GPU and the flash-attn package" if half else "--bf16 True"
+        raise ArgumentError(f"--attn_implementation flash_attention_2 needs {missing}; give auto or sdpa")
+    return getattr(torch, name), attention
+
+
+def check_launch(stage_args: StageArguments) -> None:
+    """Refuse a start without the launcher where one is needed, before anything is connected or loaded.
+
+    Raises:
+        ArgumentError: the message says how to start.
+    """
+    how = "python vita_audio/cli/launch.py --nproc_per_node N tools/finetune_sts.py …"
+    if "RANK" in os.environ:
+        return
+    if stage_args.deepspeed:
+        raise ArgumentError(
+            f"--deepspeed needs a launcher: {how}, or a script of scripts/deepspeed/sts_qwen25"
+        )
+    if stage_args.n_gpu > 1:
+        raise ArgumentError(
+            f"one process and {stage_args.n_gpu} GPUs: start with {how}, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+
+
+def connect(stage_args: StageArguments) -> None:
+    """Connect the processes; ZeRO-3 splits the model while it is opened, so this comes before."""
+    if stage_args.deepspeed:
+        import deepspeed
+
+        # On CPUs DeepSpeed would compile a shared-memory all-reduce that only its inference uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=stage_args.ddp_backend)
+    _ = stage_args.device  # connects otherwise
+
+
+def open_tokenizers(
+    model_args: ModelArguments, data_args: DataArguments
+) -> tuple[PreTrainedTokenizerBase, CodecSpec]:
+    """The text tokenizer, with the codec's tokens, and the codec.
+
+    The codec is opened once on each machine where its folder is given and there, to see that it is the right one.
+
+    Raises:
+        ValueError, OSError: a folder cannot serve.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.tokenizer_name_or_path or model_args.model_name_or_path
+    )
+    codec = CodecSpec(
+        kind=data_args.audio_tokenizer_type,
+        path=data_args.audio_tokenizer_path,
+        frontend_path=model_args.audio_model_name_or_path,
+        token_cache=data_args.audio_token_cache,
+        feature_cache=data_args.audio_feature_cache,
+    )
+    if codec.path is not None and Path(codec.path).exists() and local_rank() == 0:
+        try:
+            _ = codec.open_discrete().codebook_size
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"--audio_tokenizer_path {codec.path}: no codec of --audio_tokenizer_type {codec.kind} ({error!r}); "
+                "give the folder and the type that belong together"
+            ) from error
+    extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
+    return tokenizer, codec
+
+
+def require_codec(codec: CodecSpec, loader: TrainLoader) -> None:
+    """Refuse a codec's folder that is not there when the mix holds speech and no codes were made ahead.
+
+    Raises:
+        ArgumentError: it names the folder.
+    """
+    missing = codec.path is not None and not Path(codec.path).exists()
+    if missing and loader.needs_codec():
+        raise ArgumentError(
+            f"--audio_tokenizer_path {codec.path}: no such folder, and the mix holds speech; "
+            "give the codec's folder, or codes made ahead with --audio_token_cache"
+        )
+
+
+def open_rows(
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    codec: CodecSpec,
+) -> TrainLoader:
+    """This rank's rows, at their beginning."""
+    config = DataConfig(
+        dataset_path=data_args.dataset_name,
+        seq_length=data_args.model_max_length,
+        text_audio_interval_ratio=data_args.text_audio_interval_ratio,
+        num_workers=stage_args.dataloader_num_workers,
+        micro_batch_size=stage_args.per_device_train_batch_size,
+        max_error_share=data_args.max_error_share,
+        strict=data_args.strict_data,
+        data_root=data_args.data_root,
+        token_cache=data_args.audio_token_cache,
+    )
+    return build_train_loader(
+        config,
+        tokenizer,
+        codec,
+        rank=rank(),
+        world_size=world_size(),
+        seed=stage_args.data_seed if stage_args.data_seed is not None else stage_args.seed,
+        output_dir=stage_args.output_dir,
+    )
+
+
+def describe(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    dtype: torch.dtype,
+    loader: TrainLoader,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """What ``run.json`` says."""
+    config = stage_args.hf_deepspeed_config.config if stage_args.deepspeed else {}
+    arguments = {
+        **asdict(model_args),
+        **asdict(data_args),
+        **stage_args.to_dict(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "deepspeed_zero_stage": config.get("zero_optimization", {}).get("stage"),
+        "deepspeed_builds_optimizer": "optimizer" in config,
+    }
+    data = {"fingerprint": loader.mix.fingerprint, "samples_per_epoch": len(loader.mix)}
+    resumed = None if checkpoint is None else checkpoint.name
+    return describe_run("finetune_sts", arguments, data, resumed_from=resumed)
+
+
+def open_model(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    attention: str,
+) -> PreTrainedModel:
+    """The model with its heads, a row for every token, and the schedule it is trained for.
+
+    Raises:
+        ValueError: the folder cannot serve.
+    """
+    model = load_with_heads(
+        model_args.model_name_or_path,
+        model_args.num_nextn_predict_layers,
+        sensevoice=data_args.continuous_input,
+        audio_model_path=model_args.audio_model_name_or_path,
+        dtype=dtype,
+        attn_implementation=attention,
+    )
+    resize_vocabulary(model, len(tokenizer))
+    if model_args.mtp_loss_weight is not None:
+        model.config.mtp_loss_weight = model_args.mtp_loss_weight
+    if model_args.num_nextn_predict_layers:
+        model.set_default_mode(data_args.text_audio_interval_ratio)
+    return model
+
+
+@contextmanager
+def told_in_one_line(*errors: type[Exception]) -> Iterator[None]:
+    """End the process with the message of such an error, which says what to do, and without a traceback."""
+    try:
+        yield
+    except errors as error:
+        refuse(f"finetune_sts: {error}")
+
+
+def set_up_logging(stage_args: StageArguments) -> None:
+    """The first process tells what happens; the others would tell the same."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    for name in ("vita_audio", "finetune_sts"):
+        logging.getLogger(name).setLevel(logging.INFO if is_first() else logging.ERROR)
+    transformers.utils.logging.set_verbosity(stage_args.get_process_log_level())

@@ -1,0 +1,88 @@
+"""Where a result comes from: ``run.json``, written beside everything that a command makes.
+
+It holds the command, its resolved arguments, the versions of what computed, the git revision of this code, and a
+fingerprint of the data.
+"""
+
+from __future__ import annotations
+
+import platform
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vita_audio.distributed import world_size
+
+RUN_FILE = "run.json"
+_PACKAGES = (
+    "vita-audio",
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "torchdata",
+    "numpy",
+)
+
+
+def describe_run(command: str, arguments: Mapping[str, Any], data: Any, **more: Any) -> dict[str, Any]:
+    """The content of ``run.json``.
+
+    Args:
+        command: its name.
+        arguments: every option as resolved, defaults included; values that JSON does not know become text.
+        data: what identifies the data, such as a fingerprint of the mix.
+        more: further fields.
+    """
+    return {
+        "command": command,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "processes": world_size(),
+        "arguments": {name: _plain(value) for name, value in arguments.items()},
+        "data": data,
+        "git": git_revision(),
+        "versions": versions(),
+        **more,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that compute; None: not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_revision() -> dict[str, Any] | None:
+    """``revision`` and ``modified`` (tracked files differ from it) of this code's checkout; None outside of one."""
+    package = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
+            return None  # installed into a folder of somebody else's repository
+        modified = bool(git("status", "--porcelain", "--untracked-files=no"))
+        return {"revision": git("rev-parse", "HEAD"), "modified": modified}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,113 @@
+"""What happens around a step: steps without an update, and displays that continue where a run was stopped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+MOST_SKIPPED_STEPS = 10
+"""A loss scale that is too high costs a few steps at the start; more than that is a broken run."""
+
+
+class StopOnBadGradients(TrainerCallback):
+    """Stops a run whose gradients are not finite: steps that were skipped, ten in a row, or a step that was made.
+
+    Args:
+        deepspeed: gives the DeepSpeed engine; None as its result without DeepSpeed.
+    """
+
+    def __init__(self, deepspeed: Callable[[], Any]) -> None:
+        self._deepspeed = deepspeed
+        self._skipped = 0
+        self._bad = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._deepspeed() is None:
+            parameters: list[nn.Parameter] = list(kwargs["model"].parameters())
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            finite = [torch.isfinite(gradient).all() for gradient in gradients]
+            self._bad = bool(finite) and not bool(torch.stack(finite).all())
+            if self._bad:
+                for parameter in parameters:
+                    parameter.grad = None  # the optimizer passes it over
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        engine = self._deepspeed()
+        if engine is not None:
+            self._bad = not engine.was_step_applied()
+            norm = engine.get_global_grad_norm()
+            if not self._bad and norm is not None and not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"the gradients of step {state.global_step} are not finite, and the update was made with them; "
+                    "nothing was saved since. Lower --learning_rate; the run continues from its last checkpoint"
+                )
+        self._skipped = self._skipped + 1 if self._bad else 0
+        if self._skipped == MOST_SKIPPED_STEPS:
+            raise FloatingPointError(
+                f"{MOST_SKIPPED_STEPS} steps in a row, up to step {state.global_step}, were skipped because their "
+                "gradients are not finite; train in bfloat16 or float32, or lower --learning_rate. "
+                "The run continues from its last checkpoint"
+            )
+
+
+class Continue(TrainerCallback):
+    """Lets this run's intervals hold, not those of the checkpoint, and counts epochs by the loader's place.
+
+    Args:
+        epoch: passes over the data so far.
+    """
+
+    def __init__(self, epoch: Callable[[], float]) -> None:
+        self._epoch = epoch
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+        state.epoch = self._epoch()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.epoch = self._epoch()
+
+
+class ContinuedProgress(ProgressCallback):
+    """A progress bar whose rate and remaining time count the steps of this run alone."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
+        self.current_step = state.global_step
+
+
+class ContinuedTensorBoard(TensorBoardCallback):
+    """All of a folder's runs in one TensorBoard run, ``OUTPUT_DIR/runs``.
+
+    Steps after the checkpoint, which a stopped run has logged and this one makes again, are shown once.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.tb_writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = self.logging_dir or str(Path(args.output_dir) / "runs")
+            redone = state.global_step + 1 if state.global_step else None
+            self.tb_writer = SummaryWriter(log_dir=folder, purge_step=redone)
+        super().on_train_begin(args, state, control, **kwargs)

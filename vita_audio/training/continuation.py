@@ -1,0 +1,141 @@
+"""A run that goes on with other options: what is obeyed, what has no effect, what cannot be.
+
+A checkpoint keeps the options it was trained with (``run.json``). What differs now is said in one line each,
+before the first step; nothing that the user changed is dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from vita_audio.files import read_json
+from vita_audio.provenance import RUN_FILE
+from vita_audio.training.arguments import StageArguments
+from vita_audio.training.checkpoints import writers
+
+_OF_THE_PLACE = frozenset({"output_dir", "local_rank", "run_name", "overwrite_output_dir"})
+"""Where a run happens, not what it does."""
+_WITHOUT_EFFECT = {
+    "model_name_or_path": "the weights come from the checkpoint",
+    "audio_model_name_or_path": "the encoder's weights come from the checkpoint",
+    "seed": "random states come from the checkpoint, the order of the data from --data_seed",
+}
+_FIXED = frozenset(
+    {
+        "num_nextn_predict_layers",
+        "language_model_freeze",
+        "audio_model_freeze",
+        "audio_tokenizer_type",
+        "dtype",
+        "bf16",
+        "fp16",
+        "optim",
+        "decay_norms",
+        "deepspeed_zero_stage",
+        "deepspeed_builds_optimizer",
+    }
+)
+"""The checkpoint's tensors have the shape, type or grouping that these gave them."""
+
+
+class ContinuationError(ValueError):
+    """Options that the checkpoint does not fit. The message names option and checkpoint."""
+
+
+def describe_changes(checkpoint: str | Path, arguments: Mapping[str, Any]) -> list[str]:
+    """One line for each option that differs from those of the checkpoint.
+
+    Args:
+        checkpoint: its folder.
+        arguments: of this run, as in ``run.json``.
+
+    Raises:
+        ContinuationError: an option has changed that a checkpoint fixes.
+    """
+    file = Path(checkpoint) / RUN_FILE
+    try:
+        before = read_json(file)["arguments"]
+    except FileNotFoundError:
+        return [
+            f"{checkpoint} holds no {RUN_FILE}: options that have changed since it was written are not named"
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ContinuationError(
+            f"{file}: cannot be read ({error}); delete it to continue without comparing"
+        ) from error
+    lines = []
+    for name in sorted(before.keys() & arguments.keys() - _OF_THE_PLACE):
+        old, new = before[name], arguments[name]
+        if old == new:
+            continue
+        change = f"--{name} {_shown(new)} (was {_shown(old)})"
+        if name in _FIXED:
+            raise ContinuationError(
+                f"{change}: {checkpoint} cannot be continued with it; restore it, or start the stage in an empty folder"
+            )
+        effect = (
+            f"has no effect: {_WITHOUT_EFFECT[name]}" if name in _WITHOUT_EFFECT else "holds from here on"
+        )
+        lines.append(f"{change} {effect}")
+    return lines
+
+
+def _shown(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def fit_to_processes(checkpoint: str | Path, stage_args: StageArguments) -> None:
+    """Let DeepSpeed read a checkpoint that another number of processes wrote, from its converted form.
+
+    Raises:
+        ContinuationError: it was not converted; the message says how to.
+    """
+    before = writers(checkpoint)
+    if not stage_args.deepspeed or before == stage_args.world_size:
+        return
+    if not (Path(checkpoint) / "latest_universal").is_file():
+        raise ContinuationError(
+            f"{checkpoint} was written by {before} processes and this run has {stage_args.world_size}; start {before}, "
+            f"or convert it first: bash scripts/deepspeed/convert_checkpoint.sh {checkpoint}"
+        )
+    stage_args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
+
+
+class PlannedRates:
+    """The optimizer's options and the schedule as this run's arguments give them.
+
+    A checkpoint restores those of the run that wrote it: with them a lower ``--learning_rate`` would have no
+    effect. So they are noted when optimizer and schedule are new, and hold again after the checkpoint is loaded;
+    the moments and the number of steps stay the checkpoint's.
+
+    Args:
+        scheduler: not stepped yet.
+    """
+
+    def __init__(self, scheduler: LRScheduler) -> None:
+        self._scheduler = scheduler
+        self._options = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in scheduler.optimizer.param_groups
+        ]
+        self._peaks = list(scheduler.base_lrs)
+
+    def restore(self) -> None:
+        """Let this run's options hold from the next step on."""
+        scheduler = self._scheduler
+        groups = scheduler.optimizer.param_groups
+        for group, options in zip(groups, self._options, strict=True):
+            group.update(options)
+        if not isinstance(scheduler, LambdaLR):
+            return  # its rate follows from earlier steps, not from the schedule alone
+        rates = [
+            peak * share(scheduler.last_epoch)
+            for peak, share in zip(self._peaks, scheduler.lr_lambdas, strict=True)
+        ]
+        scheduler.load_state_dict({**scheduler.state_dict(), "base_lrs": self._peaks, "_last_lr": rates})
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate

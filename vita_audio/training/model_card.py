@@ -1,0 +1,81 @@
+"""The README.md of a trained folder: what it is, where it comes from, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vita_audio.files import read_json, write_text
+
+CARD_FILE = "README.md"
+
+
+def write_model_card(folder: str | Path, run: Mapping[str, Any] | None) -> None:
+    """Write the card of a model folder.
+
+    Args:
+        folder: holds ``config.json`` and, where the model has heads, ``generation_config.json``.
+        run: what ``run.json`` says of the run, see :func:`vita_audio.provenance.describe_run`.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    write_text(
+        folder / CARD_FILE,
+        f"{_FRONT_MATTER}\n{_what(config, run)}\n\n{_load(config)}\n{_training(folder, run)}",
+    )
+
+
+_FRONT_MATTER = """---
+library_name: transformers
+tags:
+- vita-audio
+- speech-language-model
+---"""
+
+
+def _what(config: Mapping[str, Any], run: Mapping[str, Any] | None) -> str:
+    heads = config.get("num_nextn_predict_layers", 0)
+    backbone = config["num_hidden_layers"] - heads
+    arguments = run["arguments"] if run else {}
+    codec = arguments.get("audio_tokenizer_type")
+    return (
+        "# VITA-Audio\n\n"
+        f"A speech language model: a Qwen2 backbone of {backbone} layers with {heads} MCTP heads"
+        + (f", which reads and writes the speech tokens of `{codec}`." if codec else ".")
+    )
+
+
+def _load(config: Mapping[str, Any]) -> str:
+    return (
+        "## Use\n\n```python\n"
+        "import vita_audio  # registers the model type\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
+        "```\n\n`vita_audio.inference.SpeechPipeline` also speaks and listens; it needs the codec's folder.\n"
+    )
+
+
+def _training(folder: Path, run: Mapping[str, Any] | None) -> str:
+    if run is None:
+        return ""
+    arguments, generation_file = run["arguments"], folder / "generation_config.json"
+    mode = read_json(generation_file).get("mtp_inference_mode") if generation_file.is_file() else None
+    git = run.get("git")
+    revision = (
+        f"{git['revision']}{' with changes' if git['modified'] else ''}" if git else "not in a checkout"
+    )
+    trained = "the heads alone" if arguments.get("language_model_freeze") else "backbone and heads"
+    data, mix = run["data"], Path(str(arguments.get("dataset_name"))).name
+    rows = {
+        "Base": f"`{arguments.get('model_name_or_path')}`",
+        "Trained": trained,
+        "Steps": f"{arguments.get('max_steps')}, rows of {arguments.get('model_max_length')} tokens",
+        "Learning rate": f"{arguments.get('learning_rate')}, {arguments.get('lr_scheduler_type')}",
+        "Data": f"`{mix}`, {data['samples_per_epoch']:,} samples, fingerprint {data['fingerprint']}",
+        "Default schedule": None if mode is None else " ".join(map(str, mode)),
+        "Code": revision,
+    }
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items() if value is not None)
+    return f"\n## Training\n\n| | |\n|---|---|\n{table}\nAll options and versions are in `run.json`.\n"
