@@ -5,15 +5,15 @@
 It is large enough to learn every task from and small enough to master in minutes. Several voices
 ask; one clear voice answers and reads aloud; voice cloning adds two more. Written are
 ``{asr,tts,sqa,text_qa,voice_clone}_{train,dev,test}.jsonl`` (the training data's format, audio paths
-relative to the folder), ``examples.jsonl`` (one test sample of each task) and ``grammar.jsgf``
-(all that can be said, for a recogniser).
+relative to the folder), ``examples.jsonl`` (one test sample of each task), ``question.wav`` (the recording of a test
+question) and ``grammar.jsgf`` (all that can be said, for a recogniser).
 
 * ASR: digit strings and questions of many voices, and in training what the other tasks say too, replies to
   questions left out.
 * TTS and voice cloning: digit strings.
 * Speech and text QA: "what is three plus five" in several wordings -> "three plus five is eight".
 
-A sentence (what is asked, transcribed or read) belongs to one split, in whatever task. All pairs of
+A sentence (what is asked, transcribed or read) belongs to one split, across all tasks. All pairs of
 numbers occur in training, but a test question's wording of its pair does not. The replies to questions,
 a hundred in all, recur.
 
@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -152,6 +153,8 @@ def make_corpus(out: Path, utterances: int, seed: int = 0, workers: int = 2) -> 
         write_json_lines(out / f"{name}.jsonl", samples)
     write_json_lines(out / "examples.jsonl", [rows[f"{task}_test"][0] for task in TASKS])
     write_text(out / "grammar.jsgf", grammar())
+    with whole_file(out / "question.wav") as temporary:
+        shutil.copyfile(out / rows["sqa_test"][0]["audios"][0], temporary)
     counts = ", ".join(f"{task} {sum(len(rows[f'{task}_{split}']) for split in SPLITS)}" for task in TASKS)
     print(f"{len(clips)} recordings in {out}; samples: {counts}")
 
