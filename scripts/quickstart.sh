@@ -108,7 +108,7 @@ step() { # NAME COMMAND…
   echo "[$name] took $((SECONDS - from)) s"
 }
 
-prepare_environment eval
+prepare_environment quickstart
 PATH=$VENV/bin:$PATH
 export PYTHON=$VENV/bin/python PYTHONPATH=$REPOSITORY TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -163,7 +163,7 @@ stage() { # NAME MIX STEPS RATE SEQ_LENGTH DEEPSPEED_CONFIG
     step "$1" bash "$REPOSITORY/scripts/deepspeed/sts_qwen25/finetune_${STAGE_PREFIX}_$1.sh" "$5" quickstart
 }
 zero2=$QUICKSTART_CONFIG/ds_config_zero2.json
-zero2_no_optimizer=$REPOSITORY/scripts/deepspeed/ds_config_zero2_no_optimizer.json
+zero2_no_optimizer=$QUICKSTART_CONFIG/ds_config_zero2_no_optimizer.json
 MODEL_NAME_OR_PATH=$base AUDIO_MODEL_FREEZE=${STAGE1_AUDIO_MODEL_FREEZE:-True} \
   stage stage1 mix_stage1.yaml "$STAGE1_STEPS" "$STAGE1_RATE" "$SEQ_LENGTH" "$zero2"
 stage mtp1_stage1 mix_stage1.yaml "$STAGE2_STEPS" "$STAGE2_RATE" "$SEQ_LENGTH" "$zero2"

@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "scripts/quickstart.sh"
 MACHINE = {
     *("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTHON", "PYTHONPATH", "HF_DATASETS_CACHE"),
+    *("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"),
 }  # fmt: skip
 """Read from the shell on purpose, or set by the script itself."""
 INTERNAL = {"PREVIOUS_STAGE", "DEFAULT_AUDIO_MODEL"}

@@ -10,12 +10,13 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TypeVar
 
 from vita_audio.chat.sample import Conversation, Sample, SampleError, parse_sample
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_PUBLISHED_LINK, _PUBLISHED_FOLDER = "datasets", "data"
 _Conversation = TypeVar("_Conversation", bound=Conversation)
 
 
@@ -35,14 +36,14 @@ def read_samples(
     Args:
         path: JSON lines, or one JSON array.
         data_root: where relative audio paths start; those not found there are looked for beside the
-            file. Defaults to the file's folder.
+            file. Defaults to ``$ROOT_PATH``, else the file's folder.
         need_reply, answer_lists: see :func:`~vita_audio.chat.sample.parse_sample`.
 
     Raises:
         SampleFileError: the file cannot be read or holds no samples, or a sample cannot be used.
     """
     path = Path(path)
-    root = path.parent if data_root is None else data_root
+    root = default_data_root(path) if data_root is None else data_root
     number = 0
     for number, line in sample_lines(path):
         try:
@@ -88,11 +89,36 @@ def locate(conversation: _Conversation, data_root: str | Path, beside: str | Pat
 
 
 def locate_audio(path: str, data_root: str | Path, beside: str | Path) -> str:
-    """Where a sample's audio lies: as given if absolute, else below the data root or beside the data file."""
+    """Where a file lies that a sample or a mix names: the one rule for relative paths.
+
+    Below the data root ``datasets/…`` also means ``data/…``: in the published code's working folder ``datasets`` is a
+    link to ``$ROOT_PATH/data``, and published mixes and JSON files name their files so.
+
+    Args:
+        path: as it is written there; an absolute one is returned as it is.
+        data_root: folder that relative paths start from.
+        beside: folder of the file that names it, where it is looked for next.
+
+    Returns:
+        The first place where it exists, or the place below ``data_root`` where it was expected.
+    """
     if os.path.isabs(path):
         return path
-    below_root, beside_file = os.path.join(data_root, path), os.path.join(beside, path)
-    return beside_file if not os.path.exists(below_root) and os.path.exists(beside_file) else below_root
+    expected = os.path.join(data_root, path)
+    places = [expected, os.path.join(beside, path)]
+    first, *rest = PurePath(path).parts or ("",)
+    if first == _PUBLISHED_LINK:
+        linked, folder = os.path.join(data_root, _PUBLISHED_LINK), os.path.join(data_root, _PUBLISHED_FOLDER)
+        places.insert(1, os.path.join(folder, *rest))
+        if os.path.isdir(folder) and not os.path.isdir(linked):
+            expected = places[1]
+    return next((place for place in places if os.path.exists(place)), expected)
+
+
+def default_data_root(file: str | Path) -> Path:
+    """The data root where none is given: ``$ROOT_PATH``, else the folder of the mix or sample file ``file``."""
+    root = os.environ.get("ROOT_PATH")
+    return Path(root) if root else Path(file).parent
 
 
 def _starts_array(path: Path) -> bool:

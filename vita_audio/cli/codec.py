@@ -5,8 +5,8 @@
     python tools/codec.py round-trip speech.wav --tokenizer ... --flow ... --output again.wav
     python tools/codec.py stream codes.json --flow ... --output speech.wav
 
-Codes are JSON lists, one per clip. Each command prints its real-time factor (seconds of work per second
-of speech; below 1 is faster than speech), ``stream`` the time of every chunk too.
+Codes are JSON lists, one per clip. Each command prints its real-time factor: seconds of work per second of
+speech, so below 1 is faster than speech. ``stream`` also prints the time of every chunk.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vita_audio.audio import AudioTokenizer, get_audio_tokenizer, load_audio, save_audio
+from vita_audio.audio import AudioTokenizer, audio_duration, get_audio_tokenizer, save_audio
 from vita_audio.cli.arguments import CODEC, command_parser
 from vita_audio.files import read_json, write_json
 from vita_audio.inference.pipeline import default_device
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def encode(codec: AudioTokenizer, arguments: argparse.Namespace) -> None:
     """Audio files to a JSON list of code lists; with ``--compare_bf16``, how many codes bfloat16 keeps."""
-    seconds = sum(_duration(path) for path in arguments.inputs)
+    seconds = sum(map(audio_duration, arguments.inputs))
     codec.encode((torch.zeros(1600), 16000))  # loads the weights, so that only work is timed
     start = time.perf_counter()
     codes = codec.encode_batch(arguments.inputs)
@@ -79,7 +79,7 @@ def decode(codec: AudioTokenizer, arguments: argparse.Namespace) -> None:
 
 def round_trip(codec: AudioTokenizer, arguments: argparse.Namespace) -> None:
     """Audio to codes to audio."""
-    seconds = _duration(arguments.inputs[0])
+    seconds = audio_duration(arguments.inputs[0])
     codec.decode(codec.encode((torch.zeros(1600), 16000)), steps=1)
     start = time.perf_counter()
     codes = codec.encode(arguments.inputs[0])
@@ -123,11 +123,6 @@ def _report(what: str, work: float, speech: float, codes: int) -> None:
     console.print(
         f"{what}: {codes} codes, {speech:.2f} s of speech in {work:.2f} s, real-time factor {factor:.3f}"
     )
-
-
-def _duration(path: Path) -> float:
-    waveform, rate = load_audio(path)
-    return len(waveform) / rate
 
 
 def _read_codes(path: Path) -> list[int]:
@@ -181,7 +176,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument("--compare_bf16", action="store_true", help="print bfloat16's agreement")
         else:
             command.add_argument("--steps", type=int, default=10, help="solver steps")
-            command.add_argument("--seed", type=int, help="of the decoder's noise")
+            command.add_argument("--seed", type=int, help="seed of the decoder's noise")
         if name == "stream":
             command.add_argument("--piece", type=int, default=10, help="codes that arrive at a time")
     return parser.parse_args(argv)

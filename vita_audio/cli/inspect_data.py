@@ -71,7 +71,9 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--audio_tokenizer_path")
     parser.add_argument("--audio_model_name_or_path", help="SenseVoice's folder, for its kinds")
     parser.add_argument("--audio_token_cache")
-    parser.add_argument("--data_root", help="where relative paths start (default: the mix's folder)")
+    parser.add_argument(
+        "--data_root", help="where relative paths start (default: $ROOT_PATH, else the mix's folder)"
+    )
     parser.add_argument("--model_max_length", type=int, default=8192, help="tokens in a row")
     parser.add_argument(
         "--text_audio_interval_ratio", type=int, nargs="+", default=list(DEFAULT_TEXT_AUDIO_RATIO)

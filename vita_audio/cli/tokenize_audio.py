@@ -27,7 +27,7 @@ from tqdm import tqdm
 from vita_audio import distributed
 from vita_audio.audio import AudioError, AudioTokenizer, available_kinds, is_continuous_kind
 from vita_audio.audio.io import audio_duration
-from vita_audio.chat import SampleError, locate_audio, parse_sample
+from vita_audio.chat import SampleError, default_data_root, locate_audio, parse_sample
 from vita_audio.cli.arguments import command_parser
 from vita_audio.data.loader import coded_audios
 from vita_audio.data.mixing import SourceSpec, read_mix
@@ -75,7 +75,9 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--audio_tokenizer_path", required=True, help="folder of the codec's weights")
     parser.add_argument("--output_dir", required=True, type=Path, help="the token cache")
-    parser.add_argument("--data_root", help="where relative paths start (default: the mix's folder)")
+    parser.add_argument(
+        "--data_root", help="where relative paths start (default: $ROOT_PATH, else the mix's folder)"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto takes this process's GPU")
     parser.add_argument(
         "--batch_seconds", type=float, default=240, help="speech in a batch, padding included"
@@ -86,7 +88,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(argv)
     if options.data_root is None:
-        options.data_root = Path(options.dataset_name).parent
+        options.data_root = default_data_root(options.dataset_name)
     if options.device == "auto":
         options.device = default_device()
     return options

@@ -35,6 +35,7 @@ from vita_audio.chat import (
     Sample,
     SampleError,
     build_example,
+    default_data_root,
     locate,
     parse_sample,
 )
@@ -76,7 +77,7 @@ class DataConfig:
         max_error_share: the run stops when more samples than this are unusable.
         strict: refuse to start when a file of the mix cannot be opened.
         token_cache: folder that tools/tokenize_audio.py wrote.
-        data_root: where relative paths start; the YAML's folder when absent.
+        data_root: where relative paths start. None: $ROOT_PATH, else the YAML's folder.
         default_system_message: for samples without a system message.
         max_audio_seconds: longer clips are refused unread; by default what a row could hold.
         open_rows: the packer's look-ahead.
@@ -106,7 +107,7 @@ class DataConfig:
         if not 0 <= self.max_error_share <= 1:
             raise ValueError(f"max_error_share must lie between 0 and 1, it is {self.max_error_share}")
         if self.data_root is None:
-            self.data_root = Path(self.dataset_path).parent
+            self.data_root = default_data_root(self.dataset_path)
         if self.max_audio_seconds is None:
             self.max_audio_seconds = self.seq_length / _LOWEST_FRAME_RATE
 

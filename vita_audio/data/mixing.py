@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from vita_audio.chat import default_data_root, locate_audio
 from vita_audio.data.sources import Rows, SourceError
 
 logger = logging.getLogger(__name__)
@@ -74,11 +75,12 @@ class Place:
 def read_mix(path: str | Path, data_root: str | Path | None = None) -> list[SourceSpec]:
     """Read a mix's YAML.
 
-    ``${NAME}`` in paths comes from the environment; relative paths start at ``data_root``.
+    ``${NAME}`` in paths comes from the environment; see :func:`~vita_audio.chat.locate_audio` for
+    relative ones.
 
     Args:
         path: the YAML file.
-        data_root: the YAML's own folder when absent.
+        data_root: folder that relative paths start from. None: ``$ROOT_PATH``, else the YAML's own folder.
 
     Raises:
         MixError: anything in the file that cannot be right.
@@ -91,7 +93,7 @@ def read_mix(path: str | Path, data_root: str | Path | None = None) -> list[Sour
     named = config.get("dataset") if isinstance(config, Mapping) else None
     if not isinstance(named, Mapping) or not named:
         raise MixError(f"{path}: needs a section 'dataset' with at least one data set")
-    root = Path(data_root) if data_root else path.parent
+    root = Path(data_root) if data_root else default_data_root(path)
     return [spec for name, entry in named.items() for spec in _read_entry(path, str(name), entry, root)]
 
 
@@ -116,7 +118,7 @@ def _read_entry(file: Path, name: str, entry: Any, root: Path) -> list[SourceSpe
     num = _number(where, "num", entry.get("num", math.inf))
     if num != math.inf and num and len(paths) > 1:
         logger.info("%s: 'num' caps each of its %d files, not their sum", where, len(paths))
-    return [SourceSpec(name, _expand(where, item, root), ratio, num) for item in paths]
+    return [SourceSpec(name, _expand(where, item, root, file), ratio, num) for item in paths]
 
 
 def _number(where: str, field: str, value: Any) -> float:
@@ -127,14 +129,15 @@ def _number(where: str, field: str, value: Any) -> float:
     return float(value)
 
 
-def _expand(where: str, path: str, root: Path) -> Path:
+def _expand(where: str, path: str, root: Path, file: Path) -> Path:
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]
         if name not in os.environ:
             raise MixError(f"{where}: {path} needs the environment variable {name}; export it")
         return os.environ[name]
 
-    return root / Path(re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, path)).expanduser()
+    expanded = os.path.expanduser(re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, path))
+    return Path(locate_audio(expanded, root, file.parent))
 
 
 class Mix:

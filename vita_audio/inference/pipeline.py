@@ -36,7 +36,7 @@ from vita_audio.inference.options import (
     RuntimeOptions,
     system_message,
 )
-from vita_audio.models.open import check_device, open_config, open_model, open_tokenizer
+from vita_audio.models import Qwen2MTPConfig, check_device, open_config, open_model, open_tokenizer
 
 
 class SpeechPipeline:
@@ -234,16 +234,15 @@ def check_family(config: PreTrainedConfig, kind: str) -> None:
     Raises:
         ValueError: a plain language model, or codes where the model reads features or the reverse.
     """
-    if not hasattr(config, "num_nextn_predict_layers"):
+    if not isinstance(config, Qwen2MTPConfig):
         raise ValueError(
             f"the checkpoint is a plain {config.model_type}; give one that training has saved (qwen2_mtp)"
         )
-    hears_features = config.model_type.endswith("sensevoice")
-    if is_continuous_kind(kind) != hears_features:
+    if is_continuous_kind(kind) != config.continuous_input:
         discrete = kind.removeprefix("sensevoice_")
+        fitting = f"sensevoice_{discrete}" if config.continuous_input else discrete
         raise ValueError(
-            f"a {config.model_type} model does not read the {kind} codec; "
-            f"give --audio_tokenizer_type {f'sensevoice_{discrete}' if hears_features else discrete}"
+            f"a {config.model_type} model does not read the {kind} codec; give --audio_tokenizer_type {fitting}"
         )
 
 
@@ -263,5 +262,6 @@ def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, code
         )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {config.vocab_size}"
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {config.vocab_size}; "
+            "give the tokenizer saved with the model"
         )

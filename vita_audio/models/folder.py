@@ -2,7 +2,7 @@
 
 transformers opens many folders that cannot be what their owner means: of two sets of weights it takes one, a LoRA
 adapter makes it look for another model, and a torn file shows after minutes. Here each such folder is refused
-in one line that says what is there and what to do. Only headers are read; a comparison of two tensors is the one exception.
+in one line that says what is there and what to do. Only headers are read, except where two tensors must be compared.
 """
 
 from __future__ import annotations

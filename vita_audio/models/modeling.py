@@ -77,12 +77,20 @@ class Qwen2MTPModel(Qwen2Model):
 
         Args as for Qwen2Model; ``attention_mask`` may be the dict of ready masks, and ``past_key_values`` is
         the older name of ``cache``.
+
+        Raises:
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, or no positions in them.
         """
         cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError(
+                f"no new positions: the cache holds {cache_length(cache)} already; pass a longer prompt or go back "
+                "with cache.crop(-n)"
+            )
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
