@@ -193,6 +193,15 @@ class ReferenceBackend(Backend):
                 for event in row.end():
                     yield index, event
 
+    def tokens(self, request: Request) -> Generator[int, None, None]:
+        """Ids of one reply as they are made, the one that ends it included. Closing ends generation at once."""
+        options = self._shared_options([request])
+        with closing(self._steps([request], options)) as steps:
+            for (token,) in steps:
+                yield token
+                if token in self._tokens.stops:
+                    return
+
     def _shared_options(self, requests: Sequence[Request]) -> GenerationOptions:
         num_heads = self._model.config.num_nextn_predict_layers
         resolved = {
