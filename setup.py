@@ -47,6 +47,7 @@ setup(
             "pytest",
             "pytest-timeout",
             "hypothesis",
+            "parameterized",
             "psutil",
             "ruff==0.17.*",
             "import-linter",

@@ -145,10 +145,9 @@ def _open(arguments: argparse.Namespace, dtype: torch.dtype) -> AudioTokenizer:
         return GLM4VoiceTokenizer.from_pretrained(
             arguments.tokenizer, device=arguments.device, encoder_dtype=dtype
         )
-    # Decoding needs no encoder: the decoder's folder then stands in for the tokenizer's, which is never read.
     return get_audio_tokenizer(
         arguments.tokenizer_type,
-        arguments.tokenizer or arguments.flow,
+        arguments.tokenizer,
         flow_path=arguments.flow,
         device=arguments.device,
     )

@@ -16,7 +16,6 @@ from vita_audio.audio.glm4voice import (
     StreamingDecoder,
     StreamSchedule,
     StreamState,
-    push_streams,
 )
 from vita_audio.audio.glm4voice.flow import FlowDecoder
 
@@ -142,7 +141,7 @@ def test_streams_of_different_progress_share_batches_without_mixing(codec):
     together: list[list[torch.Tensor]] = [[] for _ in replies]
     for start in range(0, max(map(len, replies)), 7):
         live = [i for i, reply in enumerate(replies) if start < len(reply)]
-        outputs = push_streams(
+        outputs = codec.push_many(
             [streams[i] for i in live],
             [replies[i][start : start + 7] for i in live],
             [start + 7 >= len(replies[i]) for i in live],
@@ -161,7 +160,7 @@ def test_equal_streams_share_one_flow_pass(codec, monkeypatch):
         "generate",
         lambda self, inputs, steps: batches.append(len(inputs)) or generate(self, inputs, steps),
     )
-    push_streams([codec.stream() for _ in range(3)], [_codes(10, seed) for seed in range(3)], [False] * 3)
+    codec.push_many([codec.stream() for _ in range(3)], [_codes(10, seed) for seed in range(3)], [False] * 3)
     assert batches == [3]
 
 
@@ -220,7 +219,7 @@ def test_a_first_chunk_too_short_for_the_overlap_is_refused(codec):
 def test_a_refused_push_leaves_every_stream_as_it_was(codec):
     streams = [codec.stream(), codec.stream()]
     with pytest.raises(ValueError, match="outside"):
-        push_streams(streams, [[1, 2], [999]], [False, False])
+        codec.push_many(streams, [[1, 2], [999]], [False, False])
     assert [stream.pending for stream in streams] == [[], []]
 
 
@@ -229,5 +228,5 @@ def test_streams_with_different_windows_keep_their_own(codec):
     codes = _codes(80)
     alone = [_push_in_pieces(codec.stream(schedule=schedule), codes, 80) for schedule in schedules]
     streams = [codec.stream(schedule=schedule) for schedule in schedules]
-    for wave, expected in zip(push_streams(streams, [codes] * 2, [True] * 2), alone, strict=True):
+    for wave, expected in zip(codec.push_many(streams, [codes] * 2, [True] * 2), alone, strict=True):
         torch.testing.assert_close(wave, expected, atol=WAVE_ATOL, rtol=0)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-import librosa
 import torch
 from torch import Tensor
 
@@ -41,6 +40,8 @@ def hann_window(fft_size: int) -> Tensor:
 @lru_cache(maxsize=4)
 def mel_filters(sample_rate: int, fft_size: int, mels: int) -> Tensor:
     """Slaney mel filters, shape (fft_size // 2 + 1, mels)."""
+    import librosa  # heavy, and only this codec needs it
+
     filters = librosa.filters.mel(sr=sample_rate, n_fft=fft_size, n_mels=mels)
     return torch.from_numpy(filters.T.copy()).float()
 

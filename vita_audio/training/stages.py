@@ -28,7 +28,7 @@ def apply_stage(
     model.requires_grad_(True)
     if language_model_freeze:
         freeze_backbone(model)
-    if audio_model_freeze and hasattr(model.config, "audio_encoder"):
+    if audio_model_freeze and model.config.continuous_input:
         freeze_audio_encoder(model)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vita_audio.audio.base import AudioStream
+from vita_audio.audio.base import AudioStream, check_codes
 from vita_audio.audio.glm4voice.flow import DEFAULT_SEED, FlowDecoder, FlowInput, draw_normal, nearest_indices
 from vita_audio.audio.glm4voice.vocoder import Vocoder, draw_source
 
@@ -284,7 +284,7 @@ class GLM4VoiceStream(AudioStream):
 
     def push(self, tokens: Sequence[int], last: bool = False) -> Tensor:
         """See :meth:`AudioStream.push`; nothing comes out before the first chunk is full."""
-        return push_streams([self], [tokens], [last])[0]
+        return push_many([self], [tokens], [last])[0]
 
     def _next_chunk(self) -> tuple[Tensor, bool, int] | None:
         """(codes, last, steps) of the chunk that is due, if any."""
@@ -300,7 +300,7 @@ class GLM4VoiceStream(AudioStream):
 
 
 @torch.no_grad()
-def push_streams(
+def push_many(
     streams: Sequence[GLM4VoiceStream], tokens: Sequence[Sequence[int]], last: Sequence[bool]
 ) -> list[Tensor]:
     """:meth:`GLM4VoiceStream.push` for several streams of one decoder, in shared batches.
@@ -338,10 +338,3 @@ def push_streams(
             outputs = decoder.decode([streams[i].state for i in indices], codes, finals, steps)
             for index, output in zip(indices, outputs, strict=True):
                 waves[index].append(output.wave.float())
-
-
-def check_codes(codes: Sequence[int], vocab_size: int) -> None:
-    """Refuse codes outside ``[0, vocab_size)``."""
-    for position, code in enumerate(codes):
-        if not 0 <= int(code) < vocab_size:
-            raise ValueError(f"code {int(code)} at position {position} is outside [0, {vocab_size})")

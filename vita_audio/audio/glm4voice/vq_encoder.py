@@ -13,13 +13,17 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
+from vita_audio.audio.base import EncodeStream
 from vita_audio.audio.glm4voice.weights import WeightsError, load_strictly, read_state_dict
+from vita_audio.audio.memory import to_piece
+from vita_audio.audio.resampling import StreamResampler
 
 SAMPLE_RATE = 16000
 SEGMENT_SAMPLES = 30 * SAMPLE_RATE
@@ -127,9 +131,9 @@ class VQEncoder(nn.Module):
         remaining = iter(codes)
         return [[code for _ in _segments(waveform) for code in next(remaining)] for waveform in waveforms]
 
-    def stream(self) -> EncoderStream:
-        """A fresh streaming encoder for one clip."""
-        return EncoderStream(self)
+    def stream(self, sample_rate: int = SAMPLE_RATE) -> EncoderStream:
+        """A fresh streaming encoder for clips whose pieces have this rate in Hz."""
+        return EncoderStream(self, sample_rate)
 
     def features(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Log-mel features of clips, one row per segment of 30 s (section 2).
@@ -244,28 +248,28 @@ class VQEncoder(nn.Module):
         return {key: value for key, value in stripped.items() if not key.startswith((*unused, "layer_norm."))}
 
 
-class EncoderStream:
+class EncoderStream(EncodeStream):
     """Codes of speech that is still being spoken.
 
     Codes come out when their attention block (4 s) is complete, and never change afterwards. They equal
-    the offline codes of the audio heard so far; the only way in which later audio could have changed
-    them is the loudness floor of the features, 80 dB below the loudest frame of the segment.
+    the offline codes of the audio heard so far. Later audio could have changed them in one way only: the
+    features have a floor 80 dB below the loudest frame of the segment.
     A finished segment of 30 s is forgotten, so memory and cost per block stay bounded.
+
+    Args:
+        encoder: the tokenizer network.
+        sample_rate: of the pieces in Hz.
     """
 
-    def __init__(self, encoder: VQEncoder):
+    def __init__(self, encoder: VQEncoder, sample_rate: int = SAMPLE_RATE):
         self._encoder = encoder
-        self._heard = torch.empty(0)  # samples of the segment in progress
+        self._resampler = StreamResampler(sample_rate, SAMPLE_RATE)
+        self._heard = torch.empty(0)  # samples of the segment in progress, at 16 kHz
         self._emitted = 0  # codes of that segment already returned
 
-    def push(self, waveform: Tensor, last: bool = False) -> list[int]:
-        """Hear more, return the codes that became final.
-
-        Args:
-            waveform: (samples,), float, 16 kHz; may be empty.
-            last: whether the clip ends here; returns the remaining codes.
-        """
-        self._heard = torch.cat([self._heard, waveform.detach().float().cpu()])
+    def push(self, waveform: Tensor | np.ndarray, last: bool = False) -> list[int]:
+        """See :meth:`EncodeStream.push`."""
+        self._heard = torch.cat([self._heard, self._resampler.push(to_piece(waveform), last)])
         codes: list[int] = []
         while len(self._heard) > SEGMENT_SAMPLES or (len(self._heard) == SEGMENT_SAMPLES and last):
             codes += self._take(self._heard[:SEGMENT_SAMPLES], final=True)

@@ -13,12 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vita_audio.audio.folders import WeightsError
+
 _SAMPLED_BLOCKS = 64
 _BLOCK_BYTES = 1 << 16
-
-
-class WeightsError(ValueError):
-    """A weight file that is missing, damaged or of another model; the message names file and first key."""
 
 
 def find_weights(folder: str | PathLike[str], stem: str) -> Path:
