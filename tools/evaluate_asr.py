@@ -21,7 +21,6 @@ from pipeline_arguments import (
     report,
     run,
 )
-
 from vita_audio.evaluation.asr import run_asr, score_asr
 from vita_audio.evaluation.benchmark import read_test_set, write_utterances
 

@@ -25,7 +25,6 @@ from pipeline_arguments import (
     system_prompt,
     transcriber_pool,
 )
-
 from vita_audio.evaluation.benchmark import Listener, read_test_set, write_utterances
 from vita_audio.evaluation.sqa import run_sqa, score_sqa
 

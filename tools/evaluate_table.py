@@ -31,9 +31,6 @@ from pipeline_arguments import (
 )
 from tqdm import tqdm
 from transformers import AutoConfig
-
-import vita_audio.models  # noqa: F401  (registers the model types)
-from vita_audio import distributed
 from vita_audio.evaluation.benchmark import (
     SPOKEN_REPLY_TOKENS,
     BenchmarkItem,
@@ -48,6 +45,9 @@ from vita_audio.evaluation.table import (
     score_floor,
     score_row,
 )
+
+import vita_audio.models  # noqa: F401  (registers the model types)
+from vita_audio import distributed
 from vita_audio.inference import Schedule, SpeechPipeline
 from vita_audio.models.schedule import schedules_for
 

@@ -24,7 +24,6 @@ from pipeline_arguments import (
     run,
     transcriber_pool,
 )
-
 from vita_audio.evaluation.benchmark import Listener, read_test_set, write_utterances
 from vita_audio.evaluation.tts import run_codec_floor, run_tts, score_codec_floor, score_seed_tts, score_tts
 

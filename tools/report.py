@@ -24,11 +24,11 @@ import matplotlib
 import numpy as np
 import soundfile
 from matplotlib.figure import Figure
+from vita_audio.evaluation.table import COLUMNS, LEGEND
 
 from vita_audio import files
 from vita_audio.audio import load_audio
 from vita_audio.constants import AUDIO_TAG
-from vita_audio.evaluation.table import COLUMNS, LEGEND
 from vita_audio.models.schedule import SCHEDULES
 
 STAGES = {

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from vita_audio.evaluation.asr import run_asr, score_asr
 from vita_audio.evaluation.benchmark import Listener, Utterance, read_test_set
 from vita_audio.evaluation.sqa import run_sqa, score_sqa
 from vita_audio.evaluation.table import BenchmarkSets, Table, markdown, measure_speed, score_row
-from vita_audio.evaluation.transcribers import TranscriberConfig, TranscriberPool
 from vita_audio.evaluation.tts import run_codec_floor, run_tts, score_codec_floor, score_seed_tts, score_tts
+
+from vita_audio.evaluation.transcribers import TranscriberConfig, TranscriberPool
 from vita_audio.inference import GenerationOptions, SpeechPipeline
 
 OPTIONS = GenerationOptions(max_new_tokens=120)
