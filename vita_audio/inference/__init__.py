@@ -12,24 +12,34 @@ from vita_audio.inference.backend import (
     Timings,
     collect,
 )
-from vita_audio.inference.options import GenerationOptions
+from vita_audio.inference.options import (
+    AUTO_SYSTEM,
+    CodecOptions,
+    GenerationOptions,
+    RuntimeOptions,
+    default_system,
+)
 from vita_audio.inference.pipeline import SpeechPipeline
 from vita_audio.models.schedule import SCHEDULES, Schedule
 
 __all__ = [
+    "AUTO_SYSTEM",
     "SCHEDULES",
     "AudioChunk",
     "Backend",
+    "CodecOptions",
     "Conversation",
     "Event",
     "GenerationOptions",
     "ReferenceBackend",
     "Reply",
     "Request",
+    "RuntimeOptions",
     "Schedule",
     "SpeechPipeline",
     "TextDelta",
     "Timings",
     "collect",
+    "default_system",
     "prompts",
 ]
