@@ -24,11 +24,11 @@ import matplotlib
 import numpy as np
 import soundfile
 from matplotlib.figure import Figure
-from vita_audio.evaluation.table import COLUMNS, LEGEND
 
 from vita_audio import files
 from vita_audio.audio import load_audio
 from vita_audio.constants import AUDIO_TAG
+from vita_audio.evaluation.scoreboard import LEGEND, columns
 from vita_audio.models.schedule import SCHEDULES
 
 STAGES = {
@@ -208,13 +208,13 @@ def score_table(scores: list[dict]) -> dict | None:
     """Titles and formatted cells of the columns that any row has."""
     if not scores:
         return None
-    columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in scores)]
+    shown = columns(scores)
     rows = []
     for index, row in enumerate(scores):
-        cells = [{"value": column.cell(row), "text": column.is_text} for column in columns]
+        cells = [{"value": column.cell(row), "text": column.is_text} for column in shown]
         new_stage = index > 0 and row["stage"] != scores[index - 1]["stage"]
         rows.append({"cells": cells, "new_stage": new_stage})
-    titles = [{"title": column.title, "text": column.is_text} for column in columns]
+    titles = [{"title": column.title, "text": column.is_text} for column in shown]
     return {"columns": titles, "rows": rows, "legend": LEGEND}
 
 

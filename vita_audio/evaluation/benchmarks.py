@@ -92,7 +92,8 @@ def read_test_set(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such test set")
-    samples = list(read_samples(path, data_root, answer_lists=answer_lists))
+    root = None if data_root is None else Path(data_root)
+    samples = list(read_samples(path, root, answer_lists=answer_lists))
     items: list[BenchmarkItem] = []
     for number, sample in every_nth(samples, limit, path):
         try:
@@ -136,7 +137,8 @@ def _read_item(sample: Sample, number: int) -> BenchmarkItem:
     if reply.role != "assistant":
         raise ValueError("the last message must be the assistant's, which is the reference")
     conversation = from_sample(sample)
-    missing = next((audio for audio in sample.audios if not Path(str(audio)).is_file()), None)
+    paths = [audio for audio in sample.audios if isinstance(audio, str)]
+    missing = next((path for path in paths if not Path(path).is_file()), None)
     if missing is not None:
         raise ValueError(f"{missing}: no such audio file")
     answer = reply.text.strip()
@@ -215,14 +217,18 @@ class Bench:
         self, items: Sequence[BenchmarkItem], reference: Callable[[BenchmarkItem], str | list[str]]
     ) -> list[Utterance]:
         """Answer, write, recognise and gather."""
-        started = []
+        started: list[tuple[BenchmarkItem, Reply, Path | None, Future[str] | None]] = []
         for item, reply in self.replies(items):
             wav = self.wav(item.id) if reply.codes else None
-            started.append((item, reply, wav, self.hear(reply.codes, wav) if wav else None))
+            started.append((item, reply, wav, None if wav is None else self.hear(reply.codes, wav)))
         return gather(
             [
                 Utterance(
-                    item.id, reference(item), reply.text, heard and heard.result(), wav and wav.as_posix()
+                    id=item.id,
+                    reference=reference(item),
+                    text=reply.text,
+                    heard=None if heard is None else heard.result(),
+                    wav=None if wav is None else wav.as_posix(),
                 )
                 for item, reply, wav, heard in started
             ]

@@ -110,6 +110,7 @@ class Settings:
         system_prompt: system message of questions that have none; ``auto``: the one that the checkpoint names.
         speed_items: replies timed; 0 for none.
         transcriber_processes: recognisers side by side; 0 recognises in this process.
+        recordings: hear the test sets' own recordings too.
         single: result files lie in the output folder itself; for one checkpoint in one mode.
         codec: fingerprint of codec and runtime.
     """
@@ -122,6 +123,7 @@ class Settings:
     system_prompt: str = "auto"
     speed_items: int = 5
     transcriber_processes: int = 2
+    recordings: bool = True
     single: bool = False
     codec: Mapping[str, Any] = field(default_factory=dict)
 
@@ -234,7 +236,7 @@ class _Scorer:
         tasks = [one.task.name for one in self.sets]
         for one in self.sets:
             scores = self._set_scores(one, mode, decoding)
-            if isinstance(one.task, SpeechSynthesis):
+            if isinstance(one.task, SpeechSynthesis) and self.settings.recordings:
                 scores |= self._recordings(one, one.task)
             facts = {"task": one.task.name, "items": len(one.items)}
             facts |= {name: scores.pop(name) for name in ("system", "options")}

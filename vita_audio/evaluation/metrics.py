@@ -242,7 +242,9 @@ _CHINESE_PUNCTUATION = (
     "＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､\u3000、〃〈〉《》「」『』【】〔〕〖〗〘〙"
     "〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏﹑﹔·．！？｡。"
 )
-_SEED_TTS_PUNCTUATION = {ord(mark): None for mark in _CHINESE_PUNCTUATION + string.punctuation if mark != "'"}
+_SEED_TTS_PUNCTUATION: dict[int, str | None] = {
+    ord(mark): None for mark in _CHINESE_PUNCTUATION + string.punctuation if mark != "'"
+}
 _SEED_TTS_PUNCTUATION |= {ord(blank): " " for blank in "\t\r\n"}
 
 

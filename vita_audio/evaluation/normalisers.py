@@ -7,6 +7,8 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 Normaliser = Callable[[str], str]
 
@@ -44,15 +46,15 @@ def libritts_words(text: str) -> str:
 
 
 @cache
-def _text_normaliser():  # type: ignore[no-untyped-def]  # the package has no types
+def _text_normaliser() -> Any:
     try:
-        from tn.english.normalizer import Normalizer
+        package = import_module("tn.english.normalizer")
     except ImportError as error:
         raise ValueError(
             "the libritts normaliser needs WeTextProcessing; pip install 'vita-audio[libritts]'"
         ) from error
     logging.getLogger("wetext").setLevel(logging.WARNING)  # it announces where its grammar lies
-    return Normalizer()
+    return package.Normalizer()
 
 
 NORMALISERS: dict[str, Normaliser] = {"words": plain_words, "libritts": libritts_words}

@@ -22,6 +22,7 @@ from multiprocessing import get_context
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -221,7 +222,7 @@ class WhisperTranscriber(Transcriber):
 
     def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
         waveform, rate = load_audio((waveform, rate), RECOGNISER_RATE)
-        result = self._pipeline(
+        result: Any = self._pipeline(
             {"raw": waveform.numpy(), "sampling_rate": rate},
             return_timestamps=len(waveform) > _WHISPER_WINDOW_SECONDS * rate,  # what its long form needs
             generate_kwargs=self._arguments,
