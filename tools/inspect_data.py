@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vita_audio.audio import AudioError, available_kinds, is_continuous_kind
 from vita_audio.audio.io import audio_duration
-from vita_audio.chat import ChatTokens, locate_audio
+from vita_audio.chat import ChatTokens, locate_file
 from vita_audio.chat.sample import parse_sample
 from vita_audio.constants import (
     AUDIO_CODEBOOK_SIZE,
@@ -74,7 +74,9 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--audio_model_name_or_path", default=None, help="SenseVoice's folder, for its kinds")
     parser.add_argument("--audio_token_cache", default=None)
     parser.add_argument(
-        "--data_root", default=None, help="where relative paths start; the mix's folder when absent"
+        "--data_root",
+        default=None,
+        help="where relative paths start (default: $ROOT_PATH, else the mix's folder)",
     )
     parser.add_argument("--model_max_length", type=int, default=8192, help="tokens in a row")
     parser.add_argument(
@@ -185,7 +187,7 @@ def _audio_files(mix: Mix, place: Place, data_root: str | Path) -> list[str]:
         sample = parse_sample(mix.raw(place))
     except SampleError:
         return []
-    return [locate_audio(path, data_root, mix.specs[place.source].path.parent) for path in sample.audios]
+    return [locate_file(path, data_root, mix.specs[place.source].path.parent) for path in sample.audios]
 
 
 def _seconds(audios: list[str], example: Example, tokenizer: PreTrainedTokenizerBase) -> float:

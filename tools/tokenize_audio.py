@@ -28,13 +28,12 @@ from tqdm import tqdm
 from vita_audio import distributed
 from vita_audio.audio import AudioError, available_kinds, is_continuous_kind
 from vita_audio.audio.io import audio_duration
-from vita_audio.chat import locate_audio
+from vita_audio.chat import default_data_root, locate_file
 from vita_audio.chat.sample import parse_sample
 from vita_audio.data import SampleError
-from vita_audio.data.loader import coded_audios
 from vita_audio.data.mixing import SourceSpec, read_mix
 from vita_audio.data.sources import Rows, SourceError
-from vita_audio.data.speech import CodecSpec
+from vita_audio.data.speech import CodecSpec, coded_audios
 from vita_audio.data.token_cache import (
     CachedClip,
     CodecIdentity,
@@ -79,7 +78,9 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--audio_tokenizer_path", required=True, help="folder of the codec's weights")
     parser.add_argument("--output_dir", required=True, type=Path, help="the token cache")
     parser.add_argument(
-        "--data_root", default=None, help="where relative paths start; the mix's folder when absent"
+        "--data_root",
+        default=None,
+        help="where relative paths start (default: $ROOT_PATH, else the mix's folder)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto takes this process's GPU")
     parser.add_argument(
@@ -91,7 +92,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(argv)
     if options.data_root is None:
-        options.data_root = Path(options.dataset_name).parent
+        options.data_root = default_data_root(options.dataset_name)
     if options.device == "auto":
         options.device = f"cuda:{distributed.local_rank()}" if torch.cuda.is_available() else "cpu"
     return options
@@ -183,7 +184,7 @@ def _audios(
                 summary.bad_samples[error.reason] += 1
                 continue
             for audio in coded_audios(sample, is_continuous_kind(options.audio_tokenizer_type)):
-                located = locate_audio(audio, options.data_root, path.parent)
+                located = locate_file(audio, options.data_root, path.parent)
                 if int(path_hash(audio_key(located, options.data_root))) % world_size == rank:
                     mine.add(located)
     return mine

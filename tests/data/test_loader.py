@@ -27,7 +27,7 @@ def mix_file(tmp_path_factory, text_sample, write_lines):
     folder = tmp_path_factory.mktemp("loader")
     for name in "ab":
         samples = [
-            text_sample(f"{name}{index}.", "hey " * (index * 7 % 50)) for index in range(SAMPLES_PER_FILE)
+            text_sample(f"{name}{index}.", "hey " * (1 + index * 7 % 50)) for index in range(SAMPLES_PER_FILE)
         ]
         write_lines(folder / f"{name}.jsonl", samples)
     return write_lines(
