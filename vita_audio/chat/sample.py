@@ -170,7 +170,7 @@ def check_messages(messages: Iterable[Message | Mapping[str, Any]] | None) -> tu
     Raises:
         SampleError: no messages, an unknown role, or content that is not text.
     """
-    if messages is None or messages == [] or messages == ():
+    if messages is None or (isinstance(messages, (list, tuple, str)) and not messages):
         raise SampleError(Reason.NO_MESSAGES, "'messages' is missing or empty")
     if not isinstance(messages, (list, tuple)):
         raise SampleError(Reason.WRONG_TYPE, f"'messages' must be a list, it is {_kind(messages)}")

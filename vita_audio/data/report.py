@@ -169,8 +169,8 @@ def _describe_useless_file(file: str, errors: list[dict[str, Any]]) -> str:
     listed = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
     advice = _WHAT_TO_DO.get(most, "repair it")
     return (
-        f"{example['source']}: none of the {len(errors)} samples read of {file} can be used ({listed}; row "
-        f"{example['row']}: {example['message']}); {advice}, or take the file out of the mix"
+        f"{example['source']}: all {len(errors)} samples (100.0%) read so far of {file} are unusable ({listed}; "
+        f"row {example['row']}: {example['message']}); {advice}, or take the file out of the mix"
     )
 
 

@@ -50,7 +50,7 @@ class Rows:
             raise MissingSource(f"{self.path}: {'is a folder' if self.path.is_dir() else 'no such file'}")
         try:
             self._table = _open(self.path, cache_dir)
-        except SourceError:
+        except (SourceError, MachineError):
             raise
         except Exception as error:  # any error of a reader: the file is named, and who is at fault
             raise _explain(self.path, cache_dir, error) from error
@@ -93,8 +93,11 @@ def map_parquet(
 
 
 def _open(path: Path, cache_dir: str | None) -> datasets.Dataset:
-    with path.open("rb"):  # so that its own permissions are not taken for the cache's
-        stat = path.stat()
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read: {error.strerror}") from error
+    stat = path.stat()
     if stat.st_size == 0:
         return datasets.Dataset.from_dict({_LINE: []})
     if path.suffix.lower() == ".parquet":
