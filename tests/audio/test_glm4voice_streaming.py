@@ -16,7 +16,6 @@ from vita_audio.audio.glm4voice import (
     StreamingDecoder,
     StreamSchedule,
     StreamState,
-    push_streams,
 )
 from vita_audio.audio.glm4voice.flow import FlowDecoder
 
@@ -121,6 +120,45 @@ def test_every_chunk_of_a_bounded_stream_is_the_same_work(codec, monkeypatch):
     assert len(stream.state.tokens) == 0
 
 
+def test_chunks_grow_and_are_solved_in_more_and_more_steps(codec, monkeypatch):
+    seen = []
+    generate = FlowDecoder.generate
+
+    def recording(self, inputs, steps):
+        seen.append((sum(len(row.tokens) for row in inputs), steps))
+        return generate(self, inputs, steps)
+
+    monkeypatch.setattr(FlowDecoder, "generate", recording)
+    stream = codec.stream(schedule=StreamSchedule(prompt_tokens=None))
+    stream.push(_codes(210), last=True)
+    # All codes so far, and the solver steps: the public demo's schedule.
+    assert seen == [(10, 1), (20, 3), (40, 5), (70, 7), (110, 9), (160, 10), (210, 10)]
+
+
+@pytest.mark.parametrize("window", [13, 23, 50])
+def test_a_prompt_window_begins_at_a_block_of_the_token_encoder(codec, monkeypatch, window):
+    """Block attention counts from the first code it is given, so another start would regroup all codes."""
+    reply = torch.tensor(_codes(140))
+    starts, heard = [], 0
+    generate = FlowDecoder.generate
+
+    def recording(self, inputs, steps):
+        (row,) = inputs
+        starts.append(heard - len(row.tokens))
+        assert torch.equal(row.tokens, reply[starts[-1] : heard])
+        return generate(self, inputs, steps)
+
+    monkeypatch.setattr(FlowDecoder, "generate", recording)
+    stream = codec.stream(schedule=StreamSchedule(((7, 1),), prompt_tokens=window))
+    for first in range(0, 140, 7):
+        heard = first + 7
+        stream.push(reply[first:heard].tolist(), last=heard == 140)
+    assert len(starts) == 20
+    block = codec.flow.config.encoder.block_size
+    assert starts == [max(0, first - window) // block * block for first in range(0, 140, 7)]
+    assert len({start % 7 for start in starts}) > 1, "the chunks' own edges do not give the alignment"
+
+
 @pytest.mark.parametrize("piece", [1, 7, 10, 64, 200])
 def test_samples_do_not_depend_on_how_codes_arrive(codec, piece):
     codes = _codes(97)
@@ -142,7 +180,7 @@ def test_streams_of_different_progress_share_batches_without_mixing(codec):
     together: list[list[torch.Tensor]] = [[] for _ in replies]
     for start in range(0, max(map(len, replies)), 7):
         live = [i for i, reply in enumerate(replies) if start < len(reply)]
-        outputs = push_streams(
+        outputs = codec.push_many(
             [streams[i] for i in live],
             [replies[i][start : start + 7] for i in live],
             [start + 7 >= len(replies[i]) for i in live],
@@ -161,7 +199,7 @@ def test_equal_streams_share_one_flow_pass(codec, monkeypatch):
         "generate",
         lambda self, inputs, steps: batches.append(len(inputs)) or generate(self, inputs, steps),
     )
-    push_streams([codec.stream() for _ in range(3)], [_codes(10, seed) for seed in range(3)], [False] * 3)
+    codec.push_many([codec.stream() for _ in range(3)], [_codes(10, seed) for seed in range(3)], [False] * 3)
     assert batches == [3]
 
 
@@ -220,7 +258,7 @@ def test_a_first_chunk_too_short_for_the_overlap_is_refused(codec):
 def test_a_refused_push_leaves_every_stream_as_it_was(codec):
     streams = [codec.stream(), codec.stream()]
     with pytest.raises(ValueError, match="outside"):
-        push_streams(streams, [[1, 2], [999]], [False, False])
+        codec.push_many(streams, [[1, 2], [999]], [False, False])
     assert [stream.pending for stream in streams] == [[], []]
 
 
@@ -229,5 +267,5 @@ def test_streams_with_different_windows_keep_their_own(codec):
     codes = _codes(80)
     alone = [_push_in_pieces(codec.stream(schedule=schedule), codes, 80) for schedule in schedules]
     streams = [codec.stream(schedule=schedule) for schedule in schedules]
-    for wave, expected in zip(push_streams(streams, [codes] * 2, [True] * 2), alone, strict=True):
+    for wave, expected in zip(codec.push_many(streams, [codes] * 2, [True] * 2), alone, strict=True):
         torch.testing.assert_close(wave, expected, atol=WAVE_ATOL, rtol=0)

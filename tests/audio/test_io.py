@@ -127,7 +127,7 @@ def test_samples_that_are_not_finite_are_refused(tmp_path, bad):
 
 
 def test_memory_of_wrong_type_shape_or_rate_is_refused():
-    assert _refusal((torch.zeros(10, dtype=torch.int16), 16000)).reason == "dtype"
+    assert _refusal((torch.zeros(10, dtype=torch.int64), 16000)).reason == "dtype"
     assert _refusal((torch.zeros(1, 1, 10), 16000)).reason == "shape"
     assert _refusal((torch.zeros(10), 0)).reason == "rate"
     assert _refusal(torch.zeros(10)).reason == "shape"

@@ -9,7 +9,10 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = (REPOSITORY / "scripts/quickstart.sh").read_text()
-MACHINE = {"CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTHON", "PYTHONPATH"}
+MACHINE = {
+    *("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTHON", "PYTHONPATH"),
+    *("HF_DATASETS_CACHE", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"),
+}
 """Read from the shell on purpose."""
 INTERNAL = {"PREVIOUS_STAGE", "DEFAULT_AUDIO_MODEL"}
 """What a stage script tells launch.sh."""

@@ -38,6 +38,8 @@ class TinyWorld:
             "DATALOADER_NUM_WORKERS": "0",
             "MAX_STEPS": "4",
             "LEARNING_RATE": "1e-3",
+            # The published schedule spends the first two updates at rate 0, half of these runs.
+            "LR_SCHEDULER_TYPE": "cosine_with_min_lr",
             "REPORT_TO": "none",
             "MASTER_PORT": str(self.port),
             **settings,
@@ -133,3 +135,103 @@ def tiny_world(tmp_path_factory) -> TinyWorld:
             file.write(json.dumps({"messages": messages}) + "\n")
     (root / "mix.yaml").write_text("dataset:\n  text:\n    ratio: 1.0\n    data_paths:\n      - text.jsonl\n")
     return TinyWorld(root)
+
+
+@dataclass
+class Call:
+    """One call of a stage script, up to the launch of its processes."""
+
+    status: int
+    words: list[str]
+    environment: dict[str, str]
+    printed: str
+
+    @property
+    def launcher(self) -> list[str]:
+        return self.words[: self._program()]
+
+    @property
+    def flags(self) -> list[str]:
+        return self.words[self._program() + 1 :]
+
+    def value(self, flag: str) -> str:
+        """What follows a flag where it is given last."""
+        last = len(self.words) - 1 - self.words[::-1].index(flag)
+        return self.words[last + 1]
+
+    def _program(self) -> int:
+        return next(i for i, word in enumerate(self.words) if word.endswith("tools/finetune_sts.py"))
+
+
+class StandIns:
+    """Calls stage scripts in a clean environment, with stand-ins for the GPUs and for Python.
+
+    Nothing is trained: the stand-in for Python notes its arguments and its environment.
+
+    Args:
+        root: ROOT_PATH of all calls; the folders that stages look for are made in it, empty.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._tools = root / "stand_ins"
+        self._tools.mkdir()
+        for folder in ("models/Qwen/Qwen2.5-7B-Instruct", "models/FunAudioLLM/SenseVoiceSmall"):
+            (root / folder).mkdir(parents=True)
+
+    def call(
+        self,
+        name: str | Path,
+        *words: str,
+        gpus: int = 8,
+        typed_in: Path | None = None,
+        without: tuple[str, ...] = (),
+        **settings: str,
+    ) -> Call:
+        """Call a script by its name or path.
+
+        Args:
+            words: its arguments.
+            gpus: how many the machine has.
+            typed_in: the working folder.
+            without: variables that are not set, ROOT_PATH for one.
+            settings: variables that are.
+        """
+        listed = "".join(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'\n" for i in range(gpus))
+        self._write("nvidia-smi", listed)
+        noted = self.root / "noted"
+        self._write("python", f"printf '%s\\0' \"$@\" >{noted}.words\nenv -0 >{noted}.environment\n")
+        words_file, environment_file = Path(f"{noted}.words"), Path(f"{noted}.environment")
+        words_file.unlink(missing_ok=True)
+        environment = {
+            "PATH": f"{self._tools}:/usr/local/bin:/usr/bin:/bin",
+            "ROOT_PATH": str(self.root),
+            **settings,
+        }
+        run = subprocess.run(
+            ["bash", str(name if Path(name).is_absolute() or typed_in else STAGES / f"{name}.sh"), *words],
+            cwd=typed_in or self.root,
+            env={name: value for name, value in environment.items() if name not in without},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if not words_file.is_file():
+            return Call(run.returncode, [], {}, run.stdout + run.stderr)
+        entries = environment_file.read_text().split("\0")
+        return Call(
+            run.returncode,
+            words_file.read_text().split("\0")[:-1],
+            dict(entry.split("=", 1) for entry in entries if "=" in entry),
+            run.stdout + run.stderr,
+        )
+
+    def _write(self, tool: str, body: str) -> None:
+        (self._tools / tool).write_text(f"#!/bin/sh\n{body}")
+        (self._tools / tool).chmod(0o755)
+
+
+@pytest.fixture
+def stand_ins(tmp_path) -> StandIns:
+    return StandIns(tmp_path)

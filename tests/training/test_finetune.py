@@ -305,9 +305,12 @@ def test_wrong_options_are_told_without_the_list_of_all_options(refusal):
 
 def test_what_the_machine_lacks_is_told_before_the_model_is_loaded(refusal, monkeypatch):
     monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     if not torch.cuda.is_available():
-        assert "--ddp_backend nccl: this machine shows no NVIDIA GPU" in refusal(ddp_backend="nccl")
-    assert "flash_attention_2 needs" in refusal(attn_implementation="flash_attention_2")
+        assert "--ddp_backend nccl: this machine shows no NVIDIA GPU" in refusal(
+            ddp_backend="nccl", use_cpu=None
+        )
+    assert "flash_attention_2 needs" in refusal(attn_implementation="flash_attention_2", use_cpu=None)
 
 
 def test_a_missing_codec_is_told_before_the_model_is_loaded_if_the_mix_holds_speech(

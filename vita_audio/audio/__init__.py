@@ -1,7 +1,15 @@
 """Speech <-> tokens. Knows nothing of text, datasets or language models."""
 
-from vita_audio.audio.base import AudioLike, AudioStream, AudioTokenizer, is_continuous_kind
-from vita_audio.audio.io import AudioError, load_audio, save_audio
+from vita_audio.audio.base import (
+    AudioError,
+    AudioLike,
+    AudioStream,
+    AudioTokenizer,
+    EncodeStream,
+    FeatureStream,
+    is_continuous_kind,
+)
+from vita_audio.audio.io import audio_duration, load_audio, save_audio
 from vita_audio.audio.registry import available_kinds, get_audio_tokenizer
 
 __all__ = [
@@ -9,6 +17,9 @@ __all__ = [
     "AudioLike",
     "AudioStream",
     "AudioTokenizer",
+    "EncodeStream",
+    "FeatureStream",
+    "audio_duration",
     "available_kinds",
     "get_audio_tokenizer",
     "is_continuous_kind",

@@ -1,28 +1,75 @@
 """What every speech codec is: speech in, tokens out, and back again.
 
-The rest of the project sees codecs only through :class:`AudioTokenizer`. A codec is
-frozen: it holds no gradients, draws no global random numbers, and keeps no state
-between calls; what a streaming decoder must remember lives in the
-:class:`AudioStream` that the caller holds.
+The rest of the project sees codecs only through :class:`AudioTokenizer`. A codec is frozen: it holds no
+gradients, draws no global random numbers and keeps no state between calls. What a stream must remember
+lives in the :class:`AudioStream` or :class:`EncodeStream` that the caller holds.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
+import numpy as np
 import torch
+from torch import Tensor
 
-AudioLike = str | PathLike[str] | tuple[torch.Tensor, int]
-"""A path, or ``(waveform, sample_rate)`` with waveform of shape (samples,) or (channels, samples)."""
+
+class AudioError(ValueError):
+    """Audio that cannot be used.
+
+    Attributes:
+        reason: ``"missing"``, ``"empty"``, ``"unreadable"``, ``"truncated"``, ``"nan"`` (not finite),
+            ``"shape"``, ``"dtype"``, ``"rate"`` or ``"range"`` (samples far outside [-1, 1]).
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class AudioDecoder(Protocol):
+    """torchcodec's decoder, which ``datasets`` returns for an audio column."""
+
+    def get_all_samples(self) -> Any:
+        """An object with ``data`` of shape (channels, samples) and ``sample_rate``."""
+
+
+AudioLike: TypeAlias = (
+    str
+    | PathLike[str]
+    | bytes
+    | BinaryIO
+    | tuple[Tensor | np.ndarray, int]
+    | tuple[int, Tensor | np.ndarray]
+    | Mapping[str, Any]
+    | AudioDecoder
+)
+"""One clip, in any form that leaves no doubt what it is:
+
+* a path;
+* an encoded file as ``bytes``, or a binary file object, read from its position to its end;
+* ``(waveform, sample_rate)`` or ``(sample_rate, waveform)``;
+* a mapping as ``datasets`` gives: ``{"array": waveform, "sampling_rate": rate}`` or
+  ``{"bytes": encoded file or None, "path": path}``;
+* an object with ``get_all_samples()``, such as torchcodec's ``AudioDecoder``.
+
+A waveform is a tensor or array of shape (samples,), (channels, samples) or (samples, channels) with at most
+32 channels, in any byte order and memory layout. Floats are in [-1, 1]; int8, int16, int32 and unsigned 8 and
+16 bits are scaled by their range. :func:`~vita_audio.audio.load_audio` refuses everything else in one line.
+"""
 
 
 class AudioStream(ABC):
     """Decoding of one reply, piece by piece."""
 
     @abstractmethod
-    def push(self, tokens: Sequence[int], last: bool = False) -> torch.Tensor:
+    def push(self, tokens: Sequence[int], last: bool = False) -> Tensor:
         """Decode the next codes.
 
         Args:
@@ -31,7 +78,38 @@ class AudioStream(ABC):
 
         Returns:
             Samples that are now final, shape (samples,), float32 in [-1, 1]; may be empty.
+
+        Raises:
+            ValueError: a code is out of range; the stream is left as it was.
         """
+
+
+class EncodeStream(ABC):
+    """Encoding of one clip while it is still being recorded."""
+
+    @abstractmethod
+    def push(self, waveform: Tensor | np.ndarray, last: bool = False) -> list[int]:
+        """Hear more.
+
+        Args:
+            waveform: next samples, shape (samples,), at the stream's rate; may be empty. Types are those
+                of :data:`AudioLike`.
+            last: whether the clip ends here; returns the remaining codes and starts a new clip.
+
+        Returns:
+            Codes that are now final; may be empty.
+
+        Raises:
+            AudioError: the samples cannot be used; the stream is left as it was.
+        """
+
+
+class FeatureStream(ABC):
+    """Continuous features of one clip while it is still being recorded."""
+
+    @abstractmethod
+    def push(self, waveform: Tensor | np.ndarray, last: bool = False) -> Tensor:
+        """Features that are now final, shape (frames, feature_dim); see :meth:`EncodeStream.push`."""
 
 
 class AudioTokenizer(ABC):
@@ -40,12 +118,14 @@ class AudioTokenizer(ABC):
     Attributes:
         kind: the codec's registered name, such as ``"glm4voice"``.
         sample_rate: of the audio that ``decode`` returns, in Hz.
+        input_sample_rate: to which speech is resampled before encoding, in Hz.
         frame_rate: codes per second of speech.
         codebook_size: number of distinct codes.
     """
 
     kind: str
     sample_rate: int
+    input_sample_rate: int = 16_000
     frame_rate: float = 12.5
     codebook_size: int
 
@@ -65,14 +145,37 @@ class AudioTokenizer(ABC):
 
         Raises:
             AudioError: the audio cannot be read; the message names file and reason.
+            ValueError: the codec was opened for decoding alone.
         """
 
     def encode_batch(self, audios: Sequence[AudioLike]) -> list[list[int]]:
         """Codes of several clips, equal to encoding them one by one."""
         return [self.encode(audio) for audio in audios]
 
-    def features(self, audio: AudioLike) -> torch.Tensor:
+    def encode_stream(self, sample_rate: int | None = None) -> EncodeStream:
+        """A fresh streaming encoder; several may be open at once.
+
+        Codes do not depend on how the clip is cut into pieces, and are those of :meth:`encode`; a codec that
+        can keep only part of this says so. Here all codes come with the last piece: right for codecs whose
+        codes depend on the whole clip.
+
+        Args:
+            sample_rate: of the pieces in Hz; defaults to ``input_sample_rate``.
+        """
+        from vita_audio.audio.streams import WholeClipStream
+
+        return WholeClipStream(self, sample_rate)
+
+    def features(self, audio: AudioLike) -> Tensor:
         """Continuous features of shape (frames, feature_dim); continuous kinds only."""
+        raise NotImplementedError(f"the {self.kind} codec has no continuous features")
+
+    def feature_stream(self, sample_rate: int | None = None) -> FeatureStream:
+        """A fresh stream of :meth:`features`, equal to them however the clip is cut; continuous kinds only.
+
+        Args:
+            sample_rate: of the pieces in Hz; defaults to ``input_sample_rate``.
+        """
         raise NotImplementedError(f"the {self.kind} codec has no continuous features")
 
     @abstractmethod
@@ -81,27 +184,63 @@ class AudioTokenizer(ABC):
         tokens: Sequence[int],
         steps: int = 10,
         generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Codes to speech.
 
         Args:
             tokens: codes in ``[0, codebook_size)``.
             steps: solver steps, where the decoder has a solver; more is better and slower.
-            generator: source of the decoder's noise; a fixed seed when absent.
+            generator: source of the decoder's noise; None for a fixed seed.
 
         Returns:
             Waveform of shape (samples,), float32 in [-1, 1], at ``sample_rate``.
+
+        Raises:
+            ValueError: a code is out of range, or the codec was opened for encoding alone.
         """
 
     @abstractmethod
     def stream(self, generator: torch.Generator | None = None) -> AudioStream:
         """A fresh streaming decoder; several may be open at once."""
 
+    def push_many(
+        self,
+        streams: Sequence[AudioStream],
+        tokens: Sequence[Sequence[int]],
+        last: Sequence[bool],
+    ) -> list[Tensor]:
+        """:meth:`AudioStream.push` for several streams of this codec, in shared batches where it has them.
+
+        Args:
+            streams: distinct streams of this codec.
+            tokens: next codes of each; may be empty.
+            last: whether each reply ends here.
+
+        Returns:
+            Samples of each that are now final, (samples,).
+
+        Raises:
+            ValueError: a code is out of range; every stream is left as it was.
+        """
+        for codes in tokens:
+            check_codes(codes, self.codebook_size)
+        return [stream.push(codes, final) for stream, codes, final in zip(streams, tokens, last, strict=True)]
+
+
+def check_codes(codes: Sequence[int], codebook_size: int) -> None:
+    """Refuse codes outside ``[0, codebook_size)``.
+
+    Raises:
+        ValueError: names the first such code and its position.
+    """
+    for position, code in enumerate(codes):
+        if not 0 <= int(code) < codebook_size:
+            raise ValueError(f"code {int(code)} at position {position} is outside [0, {codebook_size})")
+
 
 def is_continuous_kind(kind: str) -> bool:
     """Whether codecs of this kind feed user speech to the model as continuous features.
 
-    Such kinds are named ``sensevoice_<discrete kind>``: SenseVoice features in, discrete
-    codes out.
+    Such kinds are named ``sensevoice_<discrete kind>``: SenseVoice features in, discrete codes out.
     """
     return kind.startswith("sensevoice_")

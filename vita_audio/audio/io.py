@@ -1,54 +1,36 @@
 """Audio files to float tensors and back.
 
-Every clip of the project enters here, whatever its format, rate and channel count, and bad clips are
-refused here: :class:`AudioError` says in one line which file and why, and carries a short ``reason``
-that callers can count.
+Every clip of the project enters here, in any format, rate and channel count, and bad clips are refused here:
+:class:`AudioError` says in one line which file and why, and carries a short ``reason`` that callers count.
 
-The resampler is part of the codecs' numeric contract: tokens and features are defined on its output
-(windowed sinc, width 6, roll-off 0.99, Hann; section 1.1 of the GLM-4-Voice specification and
-section 2.1 of the SenseVoice one).
+Lengths come from the content of a file, not from its header: see :mod:`vita_audio.audio.containers`.
 """
 
 from __future__ import annotations
 
-import math
-import re
+import os
 import shutil
-from functools import lru_cache
-from os import PathLike, fspath
+import tempfile
+from collections.abc import Iterator
+from io import BytesIO
+from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
-import audioread
 import numpy as np
 import soundfile
 import torch
 from torch import Tensor
 
-from vita_audio.audio.base import AudioLike
+from vita_audio.audio.base import AudioError, AudioLike
+from vita_audio.audio.containers import Part, find_parts
+from vita_audio.audio.memory import Clip, check_range, identify
+from vita_audio.audio.mp3 import LENGTH_TOLERANCE
+from vita_audio.audio.resampling import resample
 
-_LOWPASS_WIDTH = 6
-_ROLLOFF = 0.99
-_OUTPUTS_PER_SLICE = 1 << 18  # bounds the resampler's memory on long recordings
-# A lossy header only estimates the length, so only a clear shortfall counts as truncation.
-_LOSSY_LENGTH_TOLERANCE = 0.05
-_LENGTH_UNKNOWN = 0xFFFFFFFF  # written by encoders that stream into a pipe
+__all__ = ["AudioError", "audio_duration", "load_audio", "resample", "save_audio"]
 
-
-class AudioError(ValueError):
-    """Audio that cannot be used.
-
-    Attributes:
-        reason: ``"missing"``, ``"empty"``, ``"unreadable"``, ``"truncated"``, ``"nan"`` (not finite),
-            ``"shape"``, ``"dtype"`` or ``"rate"``.
-    """
-
-    def __init__(self, message: str, reason: str):
-        super().__init__(message, reason)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return self.args[0]
+_FFMPEG_ROUNDING = 0.1  # seconds, of the length that audioread reports
 
 
 def load_audio(
@@ -57,190 +39,176 @@ def load_audio(
     """Read a clip as one channel.
 
     Args:
-        audio: a path, or ``(waveform, rate)`` with a float waveform of shape (samples,) or
-            (channels, samples).
-        sample_rate: wanted rate in Hz; the clip's own when absent.
+        audio: the clip, in any form of :data:`~vita_audio.audio.AudioLike`.
+        sample_rate: wanted rate in Hz; None for the clip's own.
         channels: what becomes of several channels: their mean, or the first alone.
 
     Returns:
         Waveform of shape (samples,), float32, about [-1, 1], on the CPU, and its rate.
 
     Raises:
-        AudioError: the clip is missing, empty, truncated, unreadable or not finite.
+        AudioError: the clip is missing, empty, truncated, unreadable, ambiguous, not finite or not scaled.
     """
     if channels not in ("mean", "first"):
         raise ValueError(f"channels must be 'mean' or 'first', got {channels!r}")
-    if isinstance(audio, (str, PathLike)):
-        name = fspath(audio)
-        waveform, rate = _read_file(Path(name))
-    else:
-        name = "in-memory audio"
-        waveform, rate = _check_memory(audio)
-    if waveform.shape[-1] == 0:
-        raise AudioError(f"{name}: holds no samples", "empty")
+    clip = identify(audio)
+    recordings = [(clip.waveform, clip.rate)] if clip.waveform is not None else _read(clip)
+    rate = recordings[0][1]
     # Both rules act on each channel alike, so choosing the channel first is exact and resamples once.
-    mono = waveform[0] if channels == "first" else waveform.mean(dim=0)
-    if not torch.isfinite(mono).all():
-        raise AudioError(f"{name}: holds samples that are not finite numbers", "nan")
+    pieces = [
+        resample(waveform[0] if channels == "first" else waveform.mean(dim=0), own_rate, rate)
+        for waveform, own_rate in recordings
+    ]
+    mono = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if len(mono) == 0:
+        raise AudioError(f"{clip.name}: holds no samples", "empty")
+    check_range(mono, clip.name)
     if sample_rate is None or sample_rate == rate:
         return mono, rate
     return resample(mono, rate, sample_rate), sample_rate
 
 
-def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
-    """Band-limited resampling along the last dimension (GLM-4-Voice specification, section 1.1).
-
-    Every output sample is a weighted sum of the ``2 * width + 1`` inputs around it; the weights
-    depend only on its phase, of which there are ``to_rate / gcd``.
+def save_audio(path: str | PathLike[str], waveform: Tensor, rate: int) -> None:
+    """Write a waveform of shape (samples,) or (channels, samples); the suffix sets the format.
 
     Args:
-        waveform: shape (..., samples), float.
-        from_rate: rate of the input in Hz.
-        to_rate: rate of the output in Hz.
-
-    Returns:
-        Shape (..., ceil(samples * to_rate / from_rate)), same type and device.
+        path: file to write; its folder is made.
+        waveform: floats in [-1, 1]; what lies slightly outside is clipped.
+        rate: in Hz.
 
     Raises:
-        AudioError: a rate is not positive.
+        AudioError: samples are not finite, not floats or far outside [-1, 1], or the file cannot be written.
     """
-    if from_rate < 1 or to_rate < 1:
-        raise AudioError(f"sample rates must be positive, got {from_rate} and {to_rate} Hz", "rate")
-    if from_rate == to_rate or waveform.shape[-1] == 0:
-        return waveform
-    divisor = math.gcd(from_rate, to_rate)
-    old, new = from_rate // divisor, to_rate // divisor
-    weights, first_taps, width = _sinc_filters(old, new)
-    weights, first_taps = weights.to(waveform), first_taps.to(waveform.device)
-
-    samples = waveform.shape[-1]
-    # The reference rounds the exact length to float32 before it takes the ceiling.
-    outputs = math.ceil(np.float32(new * samples / old))
-    padded = torch.nn.functional.pad(waveform, (width, 2 * (width + old)))
-    windows = padded.unfold(-1, 2 * width + 1, 1)
-    pieces = []
-    for start in range(0, outputs, _OUTPUTS_PER_SLICE):
-        position = torch.arange(start, min(start + _OUTPUTS_PER_SLICE, outputs), device=waveform.device)
-        phase = position % new
-        first = position // new * old + first_taps[phase] + width
-        pieces.append((windows[..., first, :] * weights[phase]).sum(-1))
-    return torch.cat(pieces, dim=-1)
-
-
-def save_audio(path: str | PathLike[str], waveform: Tensor, rate: int) -> None:
-    """Write a waveform of shape (samples,) or (channels, samples) in [-1, 1]; the suffix sets the format."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    samples = waveform.detach().to("cpu", torch.float32).clamp(-1, 1)
+    if not waveform.is_floating_point():
+        raise AudioError(
+            f"{path}: not written, samples are {waveform.dtype}; give floats in [-1, 1]", "dtype"
+        )
+    samples = waveform.detach().to("cpu", torch.float32)
+    check_range(samples, f"{path}: not written, the waveform")
     try:
-        soundfile.write(path, samples.numpy().T, rate)
-    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, samples.clamp(-1, 1).numpy().T, rate)
+    except (soundfile.LibsndfileError, TypeError, ValueError, OSError) as error:
         raise AudioError(f"{path}: cannot be written: {error}", "unreadable") from error
 
 
-def audio_duration(path: str | PathLike[str]) -> float:
-    """Seconds of a file as its header states them; nothing is decoded.
+def audio_duration(audio: AudioLike) -> float:
+    """Seconds of a clip, as :func:`load_audio` would give them.
+
+    Nothing is decoded in the formats that libsndfile reads. What only ffmpeg reads (M4A, AAC, WebM, WMA) is
+    decoded, since headers there are rounded, guessed or missing.
 
     Raises:
-        AudioError: the file is missing or its header cannot be read.
+        AudioError: the clip is missing, truncated or cannot be read.
     """
-    path = Path(path)
-    _check_present(path)
+    clip = identify(audio)
+    if clip.waveform is not None:
+        return clip.waveform.shape[-1] / clip.rate
     try:
-        info = soundfile.info(path)
-        return info.frames / info.samplerate
+        return sum(sound.frames / sound.samplerate for sound in _recordings(clip))
     except soundfile.LibsndfileError as error:
-        with _open_with_ffmpeg(path, error) as stream:
-            return float(stream.duration)
+        waveform, rate = _read_with_ffmpeg(clip, error)
+        return waveform.shape[-1] / rate
 
 
-def _read_file(path: Path) -> tuple[Tensor, int]:
-    """All channels of a file, shape (channels, samples)."""
-    _check_present(path)
+def _read(clip: Clip) -> list[tuple[Tensor, int]]:
+    """Every recording of an encoded file: all channels, shape (channels, samples), and its rate."""
     try:
-        info = soundfile.info(path, verbose=True)
+        return [(_decode(sound, clip.name), sound.samplerate) for sound in _recordings(clip)]
     except soundfile.LibsndfileError as error:
-        return _read_with_ffmpeg(path, error)
-    _check_data_chunk(path, info.extra_info)
+        return [_read_with_ffmpeg(clip, error)]
+
+
+def _recordings(clip: Clip) -> Iterator[soundfile.SoundFile]:
+    """The recordings of a file, each opened so that libsndfile knows its true length.
+
+    Raises:
+        AudioError: the file is missing, empty or truncated.
+        LibsndfileError: libsndfile does not know the format.
+    """
+    with _open(clip) as file:
+        size = file.seek(0, os.SEEK_END)
+        for part in find_parts(file, clip.name):
+            untouched = clip.path is not None and part == Part(0, size)
+            with soundfile.SoundFile(clip.path if untouched else _MemoryFile(part.read(file))) as sound:
+                yield sound
+
+
+class _MemoryFile(BytesIO):
+    """Stays where it is when a damaged file makes libsndfile seek outside of it.
+
+    An exception could not leave libsndfile's callback; it would be printed.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
+
+
+def _open(clip: Clip) -> BinaryIO:
+    if clip.encoded is not None:
+        file: BinaryIO = BytesIO(clip.encoded)
+    elif clip.path is None or not os.path.isfile(clip.path):
+        raise AudioError(f"{clip.name}: no such audio file", "missing")
+    else:
+        try:
+            file = clip.path.open("rb")
+        except OSError as error:
+            raise AudioError(f"{clip.name}: cannot be read: {error.strerror}", "unreadable") from error
+    if file.seek(0, os.SEEK_END) == 0:
+        file.close()
+        raise AudioError(f"{clip.name}: the file is empty", "empty")
+    return file
+
+
+def _decode(sound: soundfile.SoundFile, name: str) -> Tensor:
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        samples = sound.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"{path}: damaged or cut off after its header: {error}", "truncated") from error
-    if len(samples) < (1 - _LOSSY_LENGTH_TOLERANCE) * info.frames:
-        raise AudioError(f"{path}: cut off, {len(samples)} of {info.frames} samples are there", "truncated")
-    return torch.from_numpy(samples.T.copy()), rate
+        raise AudioError(f"{name}: damaged or cut off after its header: {error}", "truncated") from error
+    except (MemoryError, ValueError) as error:  # an absurd length asks for absurd memory
+        raise AudioError(
+            f"{name}: its header states {sound.frames} samples: {error}", "unreadable"
+        ) from error
+    if len(samples) < (1 - LENGTH_TOLERANCE) * sound.frames:
+        raise AudioError(f"{name}: cut off, {len(samples)} of {sound.frames} samples are there", "truncated")
+    return torch.from_numpy(samples.T.copy())
 
 
-def _check_present(path: Path) -> None:
-    if not path.is_file():
-        raise AudioError(f"{path}: no such audio file", "missing")
-    if path.stat().st_size == 0:
-        raise AudioError(f"{path}: the file is empty", "empty")
+def _read_with_ffmpeg(clip: Clip, cause: Exception) -> tuple[Tensor, int]:
+    """Formats libsndfile does not know (M4A, AAC, WMA, ...): shape (channels, samples), and rate."""
+    import audioread
+    from audioread.rawread import RawAudioFile  # reads what libsndfile has refused
 
-
-def _check_data_chunk(path: Path, log: str) -> None:
-    """Refuse a wav file shorter than its header says; libsndfile only notes it in its log."""
-    for declared, present in re.findall(r"data : (\d+) \(should be (\d+)\)", log):
-        if int(present) < int(declared) < _LENGTH_UNKNOWN - (1 << 16):
-            raise AudioError(f"{path}: cut off, {present} of {declared} bytes are there", "truncated")
-
-
-def _read_with_ffmpeg(path: Path, cause: Exception) -> tuple[Tensor, int]:
-    """Formats libsndfile does not know (m4a, aac, wma, ...), shape (channels, samples)."""
-    with _open_with_ffmpeg(path, cause) as stream:
+    backends = [backend for backend in audioread.available_backends() if backend is not RawAudioFile]
+    if clip.path is None:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(clip.encoded or b"")
+            file.flush()
+            return _read_with_ffmpeg(Clip(clip.name, path=Path(file.name)), cause)
+    try:
+        stream = audioread.audio_open(clip.path, backends)
+    except (audioread.DecodeError, EOFError, OSError) as error:
+        hint = "" if shutil.which("ffmpeg") else "; if it is M4A, AAC or the like, install ffmpeg"
+        raise AudioError(f"{clip.name}: not a readable audio file: {cause}{hint}", "unreadable") from error
+    with stream:
         try:
             pcm = np.frombuffer(b"".join(stream), dtype="<i2").reshape(-1, stream.channels)
         except (audioread.DecodeError, EOFError, ValueError) as error:
-            raise AudioError(f"{path}: cannot be decoded: {error}", "unreadable") from error
-        return torch.from_numpy(pcm.T.astype(np.float32) / 32768), stream.samplerate
+            raise AudioError(f"{clip.name}: cannot be decoded: {error}", "unreadable") from error
+        waveform, rate = torch.from_numpy(pcm.T.astype(np.float32) / 32768), stream.samplerate
+        seconds = waveform.shape[1] / rate
+        if seconds < (1 - LENGTH_TOLERANCE) * stream.duration - _FFMPEG_ROUNDING and _is_mp4(clip.path):
+            raise AudioError(
+                f"{clip.name}: cut off, {seconds:.1f} of {stream.duration:.1f} s are there", "truncated"
+            )
+        return waveform, rate
 
 
-def _open_with_ffmpeg(path: Path, cause: Exception) -> audioread.AudioFile:
-    try:
-        return audioread.audio_open(path)
-    except (audioread.DecodeError, EOFError, OSError) as error:
-        hint = "" if shutil.which("ffmpeg") else "; if it is M4A, AAC or the like, install ffmpeg"
-        raise AudioError(f"{path}: not a readable audio file: {cause}{hint}", "unreadable") from error
-
-
-def _check_memory(audio: tuple[Tensor, int]) -> tuple[Tensor, int]:
-    """Check ``(waveform, rate)`` and return the waveform as (channels, samples), float32."""
-    try:
-        waveform, rate = audio
-    except (TypeError, ValueError):
-        raise AudioError(
-            f"audio must be a path or (waveform, sample_rate), got {type(audio).__name__}", "shape"
-        ) from None
-    waveform, rate = torch.as_tensor(waveform).detach().cpu(), int(rate)
-    if rate < 1:
-        raise AudioError(f"in-memory audio: sample rate must be positive, got {rate} Hz", "rate")
-    if not waveform.is_floating_point():
-        raise AudioError(
-            f"in-memory audio: samples must be floats in [-1, 1], got {waveform.dtype}; scale them first",
-            "dtype",
-        )
-    if waveform.dim() not in (1, 2):
-        raise AudioError(
-            f"in-memory audio: expected (samples,) or (channels, samples), got {tuple(waveform.shape)}",
-            "shape",
-        )
-    return torch.atleast_2d(waveform).float(), rate
-
-
-@lru_cache(maxsize=16)
-def _sinc_filters(old: int, new: int) -> tuple[Tensor, Tensor, int]:
-    """Filters from ``old`` to ``new`` samples (coprime).
-
-    Returns:
-        weights (new, 2 * width + 1), the input index of each phase's first weight (new,), and width.
-    """
-    cutoff = _ROLLOFF * min(old, new)
-    width = math.ceil(_LOWPASS_WIDTH * old / cutoff)
-    phase = torch.arange(new)
-    first_tap = phase * old // new - width
-    tap = first_tap[:, None] + torch.arange(2 * width + 1)
-    # The reference rounds the phase to float32 and computes the rest in float64.
-    offset = (-phase.float() / new).double()
-    t = (cutoff * (tap.double() / old + offset[:, None])).clamp(-_LOWPASS_WIDTH, _LOWPASS_WIDTH)
-    window = torch.cos(t * math.pi / (2 * _LOWPASS_WIDTH)) ** 2
-    return (torch.sinc(t) * window * (cutoff / old)).float(), first_tap, width
+def _is_mp4(path: Path) -> bool:
+    """Whether the header lists every packet, so that its length can be believed."""
+    with path.open("rb") as file:
+        return file.read(8)[4:] == b"ftyp"

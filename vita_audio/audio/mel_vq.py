@@ -1,11 +1,12 @@
 """The embedded codec: k-means over patches of log-mel, Griffin-Lim back to sound.
 
-It stands where a neural codec stands, behind the same interface, and needs no download: a minute
-of fitting on the training audio makes it. A code is the nearest of a few hundred patches of 80 ms.
-Each code also remembers the mean linear spectrum of its patches, so that decoding starts
-from spectra with the harmonics of real voices and not from an inverted mel filterbank.
+It takes the place of a neural codec behind the same interface and needs no download: it is fitted on the
+training audio in a minute. A code is the nearest of a few hundred patches of 80 ms. Each code also keeps the
+mean linear spectrum of its patches, so that decoding starts from spectra with the harmonics of real voices
+and not from an inverted mel filterbank.
 
-Loudness is normalised before encoding: the same word spoken softly gets the same codes.
+Loudness is normalised before encoding: the same word spoken softly gets the same codes. So a code depends on
+the whole clip, and :meth:`MelVQTokenizer.encode_stream` gives all codes at the end.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vita_audio.audio.base import AudioLike, AudioStream, AudioTokenizer
+from vita_audio.audio.folders import MEL_VQ, WeightsError, check_folder
 from vita_audio.audio.io import load_audio
 from vita_audio.audio.spectrogram import GriffinLim, mel_filters, stft
 
@@ -33,7 +35,7 @@ _BATCH_PATCHES = 4096  # in a step of the k-means
 
 @dataclass(frozen=True)
 class MelVQConfig:
-    """Everything but the codebook.
+    """Settings of analysis and synthesis.
 
     Attributes:
         sample_rate: in Hz, of analysis and of decoded speech.
@@ -80,7 +82,7 @@ class MelVQTokenizer(AudioTokenizer):
 
     def __init__(self, config: MelVQConfig, codebook: Tensor, spectra: Tensor, device: str = "cpu"):
         self.config = config
-        self.sample_rate = config.sample_rate
+        self.sample_rate = self.input_sample_rate = config.sample_rate
         self.frame_rate = config.sample_rate / config.patch_samples
         self.codebook_size = config.codebook_size
         self.codebook = codebook
@@ -90,7 +92,7 @@ class MelVQTokenizer(AudioTokenizer):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | PathLike[str] | None,
+        path: str | PathLike[str] | None = None,
         *,
         flow_path: str | PathLike[str] | None = None,
         device: str = "cpu",
@@ -99,20 +101,17 @@ class MelVQTokenizer(AudioTokenizer):
 
         Args:
             path: the folder.
-            flow_path: not used; this codec keeps its decoder beside its codebook.
-            device: not used; the work is small and stays on the CPU.
+            flow_path: ignored; this codec keeps its decoder beside its codebook.
+            device: ignored; the work is small and stays on the CPU.
 
         Raises:
-            ValueError: the folder lacks a file, or a file is damaged; the message says which.
+            WeightsError: the folder lacks a file or holds another kind, or a file is damaged.
         """
         if path is None:
-            raise ValueError(
+            raise WeightsError(
                 "the mel_vq codec needs the folder that tools/fit_mel_vq.py wrote; none was given"
             )
-        folder = Path(path)
-        for name in (_CONFIG_FILE, _WEIGHTS_FILE):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder}: no {name} there; give the folder that tools/fit_mel_vq.py wrote")
+        folder = check_folder(path, MEL_VQ, cls.kind, (_CONFIG_FILE, _WEIGHTS_FILE))
         try:
             fields = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
             fields.pop("kind", None)
@@ -120,7 +119,7 @@ class MelVQTokenizer(AudioTokenizer):
             weights = load_file(folder / _WEIGHTS_FILE)
             return cls(config, weights["codebook"], weights["spectra"])
         except (json.JSONDecodeError, TypeError, KeyError, SafetensorError) as error:
-            raise ValueError(f"{folder}: not a mel_vq codec: {error}; fit it again") from error
+            raise WeightsError(f"{folder}: not a mel_vq codec: {error}; fit it again") from error
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
         """Write config.json and model.safetensors."""
@@ -187,9 +186,9 @@ class MelVQTokenizer(AudioTokenizer):
 
 
 class MelVQStream(AudioStream):
-    """Decoding piece by piece; gives exactly the samples of :meth:`MelVQTokenizer.decode`.
+    """Decoding piece by piece; the samples are exactly those of :meth:`MelVQTokenizer.decode`.
 
-    Speech comes out ``block_codes + lookahead_codes`` codes after it went in, at the latest.
+    Sound lags at most ``block_codes + lookahead_codes`` codes behind what was pushed.
     """
 
     def __init__(self, codec: MelVQTokenizer):

@@ -1,4 +1,4 @@
-"""From a codec's name to the codec, without importing the others."""
+"""Opens a codec by its name, without importing the others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from os import PathLike
 
 from vita_audio.audio.base import AudioTokenizer, is_continuous_kind
 
-# kind -> "module:class"; imported on first use, so that one codec's needs are not another's.
+# kind -> "module:class"; imported on first use, so that one codec does not load the libraries of another.
 _DISCRETE_CODECS = {
     "glm4voice": "vita_audio.audio.glm4voice:GLM4VoiceTokenizer",
     "mel_vq": "vita_audio.audio.mel_vq:MelVQTokenizer",
@@ -22,7 +22,7 @@ def available_kinds() -> list[str]:
 
 def get_audio_tokenizer(
     kind: str,
-    path: str | PathLike[str] | None,
+    path: str | PathLike[str] | None = None,
     *,
     flow_path: str | PathLike[str] | None = None,
     frontend_path: str | PathLike[str] | None = None,
@@ -30,16 +30,20 @@ def get_audio_tokenizer(
 ) -> AudioTokenizer:
     """Open a codec.
 
+    The folders are checked here, by their small files; weights are loaded on first use where they are big.
+    A codec that keeps its decoder apart (GLM-4-Voice) opens for encoding alone with ``path``, for decoding
+    alone with ``flow_path``, and for both with both. What it was not opened for is refused in one line.
+
     Args:
         kind: one of :func:`available_kinds`.
-        path: folder of the discrete codec's weights.
-        flow_path: folder of the decoder's weights, for codecs that keep them apart; needed
-            only to decode.
-        frontend_path: folder holding SenseVoice's ``am.mvn``, for continuous kinds.
+        path: folder of the discrete codec's weights; None to decode only.
+        flow_path: folder of the decoder's weights, for codecs that keep them apart; None to encode only.
+        frontend_path: folder of SenseVoice's ``am.mvn``, for continuous kinds; None only without ``path``.
         device: where the codec computes.
 
     Raises:
-        ValueError: unknown kind, or a path that this kind needs is missing.
+        ValueError: unknown kind; or a folder that this kind needs is not given, does not exist, is
+            incomplete, or holds another kind.
     """
     if kind not in available_kinds():
         raise ValueError(f"unknown audio tokenizer type {kind!r}; known: {', '.join(available_kinds())}")
@@ -49,7 +53,8 @@ def get_audio_tokenizer(
         discrete = get_audio_tokenizer(
             kind.removeprefix(_CONTINUOUS_PREFIX), path, flow_path=flow_path, device=device
         )
-        return SenseVoiceInputTokenizer(discrete, frontend_path)
+        return SenseVoiceInputTokenizer(discrete, frontend_path, decode_only=path is None)
     module_name, class_name = _DISCRETE_CODECS[kind].split(":")
     codec_class = getattr(import_module(module_name), class_name)
-    return codec_class.from_pretrained(path, flow_path=flow_path, device=device)
+    codec: AudioTokenizer = codec_class.from_pretrained(path, flow_path=flow_path, device=device)
+    return codec

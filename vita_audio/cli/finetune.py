@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from vita_audio.audio import is_continuous_kind
@@ -43,6 +43,7 @@ from vita_audio.data.token_cache import TokenCacheError
 from vita_audio.distributed import agreed, barrier, is_first, local_rank, rank, world_size
 from vita_audio.files import write_json
 from vita_audio.models import load_with_heads, resize_vocabulary
+from vita_audio.models.compat import disable_shared_memory_allreduce
 from vita_audio.provenance import RUN_FILE, describe_run
 from vita_audio.training import (
     ArgumentError,
@@ -58,6 +59,8 @@ from vita_audio.training import (
     fit_to_processes,
 )
 from vita_audio.training.checkpoints import load_loader_states, steps_done
+from vita_audio.training.command_line import parse_arguments
+from vita_audio.training.quiet import hush_libraries
 from vita_audio.training.result import check_result
 
 logger = logging.getLogger("finetune_sts")
@@ -71,9 +74,10 @@ WHILE_TRAINING = (MixError, TokenCacheError, ResumeError, TooManyBadSamples, Mac
 def main(argv: Sequence[str] | None = None) -> None:
     """Train one stage from command-line options; ``sys.argv`` by default."""
     end_with_launcher()
+    hush_libraries()
     # 1. Options, and whether this machine can serve them.
     with told_in_one_line(*AT_THE_DOOR):
-        model_args, data_args, stage_args = parse(argv)
+        model_args, data_args, stage_args = parse_arguments(argv)
         check_input_folder(model_args.model_name_or_path)
         dtype, attention = choose_numerics(model_args, stage_args)
         check_launch(stage_args)
@@ -143,24 +147,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder.finish()
 
 
-def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, StageArguments]:
-    """The three groups of options.
-
-    Raises:
-        ValueError: an unknown option, or a value that cannot be served.
-    """
-    parser = _Parser(
-        (ModelArguments, DataArguments, StageArguments), prog="finetune_sts.py", description=__doc__
-    )
-    return parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong, without the names of all two hundred options."""
-        raise ArgumentError(message)
-
-
 def choose_numerics(model_args: ModelArguments, stage_args: StageArguments) -> tuple[torch.dtype, str]:
     """The weights' type and the attention's implementation, ``auto`` resolved.
 
@@ -205,8 +191,7 @@ def connect(stage_args: StageArguments) -> None:
     if stage_args.deepspeed:
         import deepspeed
 
-        # On CPUs DeepSpeed would compile a shared-memory all-reduce that only its inference uses.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        disable_shared_memory_allreduce()
         deepspeed.init_distributed(dist_backend=stage_args.ddp_backend)
     _ = stage_args.device  # connects otherwise
 

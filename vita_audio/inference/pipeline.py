@@ -18,21 +18,16 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.configuration_utils import PreTrainedConfig
 
 from vita_audio.audio import AudioLike, AudioTokenizer, get_audio_tokenizer
 from vita_audio.chat import ChatTokens, Conversation, Example, build_prompt, prompts
 from vita_audio.inference.backend import Event, ReferenceBackend, Reply, Request, Sound, collect
 from vita_audio.inference.options import CHECKPOINT_OPTIONS, GenerationOptions
+from vita_audio.models import Qwen2MTPConfig, check_device, open_config, open_model, open_tokenizer
 
 
 class SpeechPipeline:
@@ -48,7 +43,7 @@ class SpeechPipeline:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer):
-        _check_fit(model, tokenizer, codec)
+        check_fit(model.config, tokenizer, codec)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.codec = codec
@@ -70,33 +65,31 @@ class SpeechPipeline:
         """Load a checkpoint, its tokenizer and a codec.
 
         Args:
-            model_dir: folder (or hub name) of a ``qwen2_mtp`` or ``qwen2_mtp_sensevoice`` checkpoint.
+            model_dir: folder of a ``qwen2_mtp`` or ``qwen2_mtp_sensevoice`` checkpoint, its name in the local
+                Hugging Face cache, or ``hf://owner/name`` to download it.
             audio_tokenizer_type: codec kind, see ``vita_audio.audio.available_kinds()``.
             audio_tokenizer_path, flow_path, frontend_path: see ``get_audio_tokenizer``.
             device: defaults to CUDA where there is one.
             dtype: of the model; ``"auto"`` is the checkpoint's own.
 
         Raises:
-            ValueError: a folder or file is missing, or the three do not belong together.
-            OSError: transformers cannot read the checkpoint.
+            ValueError: a folder or file is missing or damaged, the three do not belong together, or there is no
+                such device.
         """
-        import vita_audio.models  # noqa: F401  (registers the model types)
-
-        _check_folder(model_dir)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        config = open_config(model_dir)
+        tokenizer = open_tokenizer(model_dir)
         codec = get_audio_tokenizer(
             audio_tokenizer_type,
             audio_tokenizer_path,
             flow_path=flow_path,
             frontend_path=frontend_path,
-            device=device,
+            device=str(device),
         )
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        config = AutoConfig.from_pretrained(model_dir)
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, config=config, dtype=dtype, attn_implementation=attn_implementation
-        )
-        return cls(model.to(device), tokenizer, codec)
+        # Before gigabytes are read.
+        check_fit(config, tokenizer, codec)
+        model = open_model(model_dir, dtype=dtype, attn_implementation=attn_implementation, device=device)
+        return cls(model, tokenizer, codec)
 
     def chat(
         self, text: str, system: str | None = None, options: GenerationOptions = CHECKPOINT_OPTIONS
@@ -184,33 +177,31 @@ def _system_of(conversation: Conversation) -> str | None:
     return first.content if first.role == "system" else None
 
 
-def _check_folder(model_dir: str | PathLike[str]) -> None:
-    folder = Path(model_dir)
-    if folder.is_absolute() or str(model_dir).startswith(".") or folder.exists():
-        for name in ("config.json", "tokenizer_config.json"):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder}: {name} is missing; give a folder that training has saved")
+def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
+    """Whether model, tokenizer and codec belong together.
 
-
-def _check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
+    Raises:
+        ValueError: they do not; the message says what to give instead.
+    """
+    if not isinstance(config, Qwen2MTPConfig):
+        raise ValueError(
+            f"the checkpoint is a plain {config.model_type}; give one that training has saved (qwen2_mtp)"
+        )
     tokens = ChatTokens.of(tokenizer)
     if tokens.codebook_size != codec.codebook_size:
         raise ValueError(
             f"the tokenizer has {tokens.codebook_size} speech tokens, the {codec.kind} codec {codec.codebook_size} "
             "codes; give the codec the model was trained with"
         )
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {rows}")
-    if not hasattr(model.config, "num_nextn_predict_layers"):
+    if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"the checkpoint is a plain {model.config.model_type}; give one that training has saved (qwen2_mtp)"
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {config.vocab_size}; "
+            "give the tokenizer saved with the model"
         )
-    hears_features = model.config.model_type.endswith("sensevoice")
-    if codec.continuous_input != hears_features:
+    if codec.continuous_input != config.continuous_input:
         kind = codec.kind.removeprefix("sensevoice_")
-        fitting = f"sensevoice_{kind}" if hears_features else kind
+        fitting = f"sensevoice_{kind}" if config.continuous_input else kind
         raise ValueError(
-            f"a {model.config.model_type} model does not read the {codec.kind} codec; "
+            f"a {config.model_type} model does not read the {codec.kind} codec; "
             f"give --audio_tokenizer_type {fitting}"
         )

@@ -3,19 +3,16 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from vita_audio.models.cache import MCTPCache
-from vita_audio.models.checkpoint import (
-    CheckpointError,
+from vita_audio.models.configuration import Qwen2MTPConfig, Qwen2MTPSenseVoiceConfig
+from vita_audio.models.folder import CheckpointError
+from vita_audio.models.modeling import MTPOutput, Qwen2MTPForCausalLM, Qwen2MTPModel
+from vita_audio.models.modeling_sensevoice import Qwen2MTPSenseVoiceForCausalLM, Qwen2MTPSenseVoiceModel
+from vita_audio.models.open import check_device, load_with_heads, open_config, open_model, open_tokenizer
+from vita_audio.models.weights import (
+    freeze_audio_encoder,
     freeze_backbone,
     is_head_parameter,
-    load_with_heads,
     resize_vocabulary,
-)
-from vita_audio.models.configuration import Qwen2MTPConfig, Qwen2MTPSenseVoiceConfig
-from vita_audio.models.modeling import MTPOutput, Qwen2MTPForCausalLM, Qwen2MTPModel
-from vita_audio.models.modeling_sensevoice import (
-    Qwen2MTPSenseVoiceForCausalLM,
-    Qwen2MTPSenseVoiceModel,
-    freeze_audio_encoder,
 )
 
 for config_class, backbone_class, causal_lm_class in (
@@ -36,9 +33,13 @@ __all__ = [
     "Qwen2MTPSenseVoiceConfig",
     "Qwen2MTPSenseVoiceForCausalLM",
     "Qwen2MTPSenseVoiceModel",
+    "check_device",
     "freeze_audio_encoder",
     "freeze_backbone",
     "is_head_parameter",
     "load_with_heads",
+    "open_config",
+    "open_model",
+    "open_tokenizer",
     "resize_vocabulary",
 ]

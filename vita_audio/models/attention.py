@@ -22,7 +22,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
 
-from vita_audio.models.cache import CACHE
+from vita_audio.models.compat import CACHE, attention_implementation
 
 PACKED_SDPA = "packed_sdpa"
 
@@ -43,7 +43,7 @@ def attention_masks(
     """
     layer_types = set(config.layer_types)
     masks: dict[str, object] = {}
-    if config._attn_implementation == PACKED_SDPA and attention_mask is None and cache is None:
+    if attention_implementation(config) == PACKED_SDPA and attention_mask is None and cache is None:
         documents = group_documents(position_ids.expand(len(inputs_embeds), -1))
         if documents is not None:
             masks["full_attention"] = documents

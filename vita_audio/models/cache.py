@@ -1,31 +1,42 @@
 """What generation remembers: keys and values of the backbone, and what each head has seen.
 
-transformers 5.24 renamed the argument and the output ``past_key_values`` to ``cache``. Our ``forward`` takes
-both names; :data:`CACHE` is the one that the installed transformers uses.
+Backbone and heads must hold the same positions. :class:`MCTPCache` applies transformers' cache operations (crop,
+reorder, repeat, select, reset) to both, and refuses to go on from positions that its heads have missed.
 """
 
 from __future__ import annotations
 
-import inspect
+from typing import Any
 
-from torch import Tensor, cat
+import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-CACHE = "cache" if "cache" in inspect.signature(Qwen2DecoderLayer.forward).parameters else "past_key_values"
+from vita_audio.models.compat import CACHE
+from vita_audio.models.configuration import Qwen2MTPConfig
+
+__all__ = ["CACHE", "HeadCache", "MCTPCache", "cache_length"]
 
 
 class HeadCache(DynamicCache):
     """What one head has seen: its keys and values, and the hidden states waiting for it.
 
-    The head's layer bears its place in the whole stack as layer index; here it is the only layer.
+    In the model, the index of the head's layer is its place in the whole stack; here it is the only layer.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.waiting: list[Tensor] = []
 
-    def update(self, key_states, value_states, layer_idx=0, *args, **kwargs):
+    @property
+    def length(self) -> int:
+        """Positions seen and positions waiting."""
+        return self.get_seq_length() + sum(part.shape[1] for part in self.waiting)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int = 0, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values, (batch, heads, new, d_head) each; returns all of them."""
         return super().update(key_states, value_states, 0, *args, **kwargs)
 
     def add(self, hidden: Tensor) -> None:
@@ -35,19 +46,139 @@ class HeadCache(DynamicCache):
     def take(self) -> Tensor:
         """All hidden states waiting, (batch, new, d); the queue is empty afterwards."""
         waiting, self.waiting = self.waiting, []
-        return waiting[0] if len(waiting) == 1 else cat(waiting, dim=1)
+        return waiting[0] if len(waiting) == 1 else torch.cat(waiting, dim=1)
+
+    def crop_to(self, seen: int, known: int) -> None:
+        """Keep at most ``seen`` positions seen, and of those waiting the ones before position ``known``."""
+        if (surplus := self.get_seq_length() - seen) > 0:
+            self.crop(-surplus)
+            self.waiting = []  # they follow positions that are gone
+        elif self.waiting:
+            self.waiting = [self.take()[:, : max(known - self.get_seq_length(), 0)]]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a copy of row ``beam_idx[i]``."""
+        super().reorder_cache(beam_idx)
+        self.waiting = [part.index_select(0, beam_idx.to(part.device)) for part in self.waiting]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times."""
+        super().batch_repeat_interleave(repeats)
+        self.waiting = [part.repeat_interleave(repeats, dim=0) for part in self.waiting]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at ``indices``."""
+        super().batch_select_indices(indices)
+        self.waiting = [part[indices] for part in self.waiting]
+
+
+class FirstHeadCache(HeadCache):
+    """Head 0's cache in a conversation. It keeps what the backbone has given, so that a crop can give it again.
+
+    One state per position: 12% on top of the backbone's keys and values at 7B.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Tensor] = []
+
+    def add(self, hidden: Tensor) -> None:
+        """See :class:`HeadCache`."""
+        super().add(hidden)
+        self.given.append(hidden)
+
+    def crop_to(self, seen: int, known: int) -> None:
+        """See :class:`HeadCache`; positions between ``seen`` and ``known`` wait again."""
+        super().crop_to(seen, known)
+        given = torch.cat(self.given, dim=1)[:, :known] if self.given else None
+        self.given = [] if given is None else [given]
+        self.waiting = [] if given is None else [given[:, self.get_seq_length() :]]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """See :class:`HeadCache`."""
+        super().reorder_cache(beam_idx)
+        self.given = [part.index_select(0, beam_idx.to(part.device)) for part in self.given]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """See :class:`HeadCache`."""
+        super().batch_repeat_interleave(repeats)
+        self.given = [part.repeat_interleave(repeats, dim=0) for part in self.given]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See :class:`HeadCache`."""
+        super().batch_select_indices(indices)
+        self.given = [part[indices] for part in self.given]
 
 
 class MCTPCache(DynamicCache):
     """Keys and values of the backbone, and a :class:`HeadCache` per head.
 
-    Pass one as ``past_key_values`` (or ``cache``) to ``generate`` to keep it for the next turn, whose prompt is
-    then the whole conversation so far; only its unseen end is computed.
+    Pass one as ``past_key_values`` (or ``cache``) to ``generate``, or to the model's ``forward``, to keep it for the
+    next turn, whose prompt is then the whole conversation so far; only its unseen end is computed.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: Qwen2MTPConfig) -> None:
         super().__init__(config=config)
-        self.heads = [HeadCache() for _ in range(config.num_nextn_predict_layers)]
+        self.config = config
+        num_heads = config.num_nextn_predict_layers
+        self.heads = [HeadCache() if k else FirstHeadCache() for k in range(num_heads)]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append a backbone layer's keys and values, (batch, heads, new, d_head) each; returns all it holds.
+
+        Raises:
+            ValueError: the heads have missed an earlier pass.
+        """
+        if layer_idx == 0:
+            self.check()
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check(self) -> None:
+        """Whether the heads know of every position that the backbone holds.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if self.heads and self.heads[0].length != self.get_seq_length():
+            raise ValueError(
+                f"MCTPCache: the backbone holds {self.get_seq_length()} positions, its heads know of "
+                f"{self.heads[0].length}; fill it with generate() or the whole model's forward, not the backbone's"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` positions, in the backbone and in the heads."""
+        super().crop(tokens_to_remove)
+        length = self.get_seq_length()
+        # At position t head k has read token t + k + 1: what the heads saw of the last K positions is open again.
+        seen, known = max(length - len(self.heads), 0), length
+        for head in self.heads:
+            head.crop_to(seen, known)
+            known = head.get_seq_length()  # the next head knows of what this one has seen
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a copy of row ``beam_idx[i]``."""
+        super().reorder_cache(beam_idx)
+        for head in self.heads:
+            head.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times."""
+        super().batch_repeat_interleave(repeats)
+        for head in self.heads:
+            head.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at ``indices``."""
+        super().batch_select_indices(indices)
+        for head in self.heads:
+            head.batch_select_indices(indices)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        fresh = MCTPCache(self.config)
+        self.layers, self.heads = fresh.layers, fresh.heads
 
 
 def cache_length(cache: Cache | None) -> int:

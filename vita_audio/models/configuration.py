@@ -1,11 +1,13 @@
 """Configuration of Qwen2 with cross-modal token prediction heads.
 
 The released files count the heads among the decoder layers: ``num_hidden_layers`` is backbone
-plus heads (28 + 10 = 38 at 7B). The field keeps that meaning here, so that every config.json
-ever written for these models loads unchanged; code asks for ``num_backbone_layers``.
+plus heads (28 + 10 = 38 at 7B). The field keeps that meaning here, so that every released
+config.json loads unchanged; code asks for ``num_backbone_layers``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config
@@ -17,7 +19,7 @@ from vita_audio.audio.sensevoice.checkpoint import SenseVoiceEncoderConfig
 class Qwen2MTPConfig(Qwen2Config):
     """Qwen2 with ``num_nextn_predict_layers`` heads (0: a plain Qwen2 under this class).
 
-    Args:
+    Attributes:
         num_nextn_predict_layers: number of heads K. The last K of ``num_hidden_layers`` are theirs.
         mtp_loss_weight: weight of the mean of the head losses in the training loss.
         mtp_detach_backbone: in joint training, keep the heads' gradients out of the backbone and
@@ -34,7 +36,7 @@ class Qwen2MTPConfig(Qwen2Config):
     mtp_loss_weight: float | int = 1.0
     mtp_detach_backbone: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if not 0 <= self.num_nextn_predict_layers < self.num_hidden_layers:
             raise ValueError(
@@ -47,13 +49,31 @@ class Qwen2MTPConfig(Qwen2Config):
         """Decoder layers of the language model itself."""
         return self.num_hidden_layers - self.num_nextn_predict_layers
 
+    @property
+    def continuous_input(self) -> bool:
+        """Whether user speech enters as continuous SenseVoice features (the Plus family)."""
+        return False
+
+    # transformers sizes a cache by ``num_hidden_layers``. The heads' layers run outside the backbone and keep their
+    # keys elsewhere (:class:`~vita_audio.models.cache.HeadCache`), which is what it calls layers that share others'
+    # keys: in this property until 5.22, and from 5.23 on in the next.
+    @property
+    def num_kv_shared_layers(self) -> int:
+        """Layers at the end that a backbone's cache has no room for: the heads'."""
+        return self.num_nextn_predict_layers
+
+    @property
+    def kv_sharing_modes(self) -> list[str | None]:
+        """For each layer "reuse" if a backbone's cache has no room for it, else None."""
+        return [None] * self.num_backbone_layers + ["reuse"] * self.num_nextn_predict_layers
+
 
 @strict
 class Qwen2MTPSenseVoiceConfig(Qwen2MTPConfig):
     """The Plus family: Qwen2 with heads, SenseVoice encoder and adapter.
 
-    Args:
-        audio_encoder: sizes of the encoder under FunASR's names, SenseVoiceSmall's where left out.
+    Attributes:
+        audio_encoder: sizes of the encoder under FunASR's names; those left out are SenseVoiceSmall's.
         mtp_detach_backbone: see :class:`Qwen2MTPConfig`; this family detaches.
 
     Raises:
@@ -63,8 +83,13 @@ class Qwen2MTPSenseVoiceConfig(Qwen2MTPConfig):
     model_type = "qwen2_mtp_sensevoice"
 
     mtp_detach_backbone: bool = True
-    audio_encoder: dict | None = None
+    audio_encoder: dict[str, Any] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.audio_encoder = SenseVoiceEncoderConfig.from_dict(self.audio_encoder or {}).to_dict()
+
+    @property
+    def continuous_input(self) -> bool:
+        """See :class:`Qwen2MTPConfig`."""
+        return True

@@ -1,6 +1,6 @@
 """Qwen2 with cross-modal token prediction heads, for transformers.
 
-In memory every module bears its released name, so checkpoints need no key mapping: the layers of
+Every module has its released name, so checkpoints need no key mapping: the layers of
 the heads follow the backbone's in ``model.layers`` (head k at ``model.layers.{L+k}``), and
 ``mtp_projs.k``, ``mtp_embed_norms.k`` and ``mtp_hidden_norms.k`` stand beside ``lm_head``.
 Everything is checked against tests/goldens/mctp (SPEC.md there).
@@ -9,20 +9,29 @@ Everything is checked against tests/goldens/mctp (SPEC.md there).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2RMSNorm
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from vita_audio.constants import IGNORE_INDEX
 from vita_audio.models.attention import PACKED_SDPA, attention_masks, document_ids, is_packed
-from vita_audio.models.cache import CACHE, cache_length
+from vita_audio.models.cache import MCTPCache, cache_length
+from vita_audio.models.compat import (
+    CACHE,
+    GenerationHooks,
+    attention_implementation,
+    backbone_forward,
+    checkpointing_function,
+    keep_initialized_mark,
+    recorded_outputs,
+    set_attention_implementation,
+)
 from vita_audio.models.configuration import Qwen2MTPConfig
 from vita_audio.models.generation import MTPGenerationMixin
 from vita_audio.models.loss import LanguageModelHead, shifted_targets
@@ -45,35 +54,43 @@ class Qwen2MTPModel(Qwen2Model):
     """Token embedding, all decoder layers, final norm; its forward is the backbone's."""
 
     config_class = Qwen2MTPConfig
+    _can_record_outputs = recorded_outputs("num_backbone_layers")
 
-    def __init__(self, config: Qwen2MTPConfig):
+    def __init__(self, config: Qwen2MTPConfig) -> None:
         super().__init__(config)
-        if config._attn_implementation == "sdpa":
-            config._attn_implementation = PACKED_SDPA
+        if attention_implementation(config) == "sdpa":
+            set_attention_implementation(config, PACKED_SDPA)
 
-    @merge_with_config_defaults
-    @capture_outputs
+    @backbone_forward
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | dict | None = None,
+        attention_mask: Tensor | dict[str, object] | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Backbone pass; ``last_hidden_state`` (batch, time, d) is h^0, after the final norm.
 
         Args as for Qwen2Model; ``attention_mask`` may be the dict of ready masks, and ``past_key_values`` is
         the older name of ``cache``.
+
+        Raises:
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, or no positions in them.
         """
         cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError(
+                f"no new positions: the cache holds {cache_length(cache)} already; pass a longer prompt or go back "
+                "with cache.crop(-n)"
+            )
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
@@ -103,7 +120,7 @@ class Qwen2MTPModel(Qwen2Model):
         return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + cache_length(cache)
 
 
-class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
+class Qwen2MTPForCausalLM(MTPGenerationMixin, GenerationHooks, Qwen2ForCausalLM):
     """Qwen2ForCausalLM with K heads; see SPEC.md for what it computes.
 
     Subclasses with further inputs (audio) override :meth:`embed_inputs` and name those inputs in
@@ -116,8 +133,9 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
 
     model_class = Qwen2MTPModel
 
-    def __init__(self, config: Qwen2MTPConfig):
-        super(Qwen2ForCausalLM, self).__init__(config)
+    def __init__(self, config: Qwen2MTPConfig) -> None:
+        # Not Qwen2ForCausalLM's, which would build a second backbone and head only to drop them.
+        PreTrainedModel.__init__(self, config)
         num_heads, d = config.num_nextn_predict_layers, config.hidden_size
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
@@ -140,7 +158,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MTPOutput:
         """Backbone logits, or with labels the training loss over the backbone and all heads.
 
@@ -149,7 +167,8 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
             attention_mask: (batch, past + time) of 0 and 1 for padded rows. Leave out for packed rows.
             position_ids: (batch, time). Where they restart, a new document begins: attention and
                 predictions stay inside it.
-            cache: keys and values of earlier positions; ``past_key_values`` is its older name.
+            cache: keys and values of earlier positions; ``past_key_values`` is its older name. An
+                :class:`MCTPCache` also takes the hidden states that its heads will need in ``generate``.
             inputs_embeds: (batch, time, d), the backbone's input. Heads always read the plain
                 embeddings of ``input_ids``, which labels and K > 0 therefore require.
             labels: (batch, time), not shifted, -100 where there is no supervision.
@@ -185,30 +204,37 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
                 **kwargs,
             )
         hidden = outputs.last_hidden_state
+        if isinstance(cache, MCTPCache) and cache.heads:
+            cache.heads[0].add(hidden)
 
-        result = MTPOutput(
-            **{CACHE: outputs.get(CACHE)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        loss = main_loss = mtp_losses = logits = None
         if labels is not None:
-            result.loss, result.main_loss, result.mtp_losses = self.training_loss(
+            loss, main_loss, mtp_losses = self.training_loss(
                 input_ids, hidden, labels, position_ids, masks, num_items_in_batch, **kwargs
             )
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            result.logits = self.lm_head(hidden[:, kept])
-        return result
+            logits = self.lm_head(hidden[:, kept])
+        # Indices and tuples follow the order in which fields are set: all at once, in the order of the class.
+        return MTPOutput(
+            loss=loss,
+            logits=logits,
+            **{CACHE: outputs.get(CACHE)},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            main_loss=main_loss,
+            mtp_losses=mtp_losses,
+        )
 
     def training_loss(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         hidden: Tensor,
         labels: Tensor,
         position_ids: Tensor,
-        masks: dict,
+        masks: dict[str, object],
         num_items_in_batch: Tensor | int | None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """loss = CE_main + (mtp_loss_weight / K) sum_k CE_k, without the main term when the LM is frozen.
 
@@ -218,7 +244,12 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
 
         Returns:
             The loss; the main loss or None; the head losses (K,), the last two detached.
+
+        Raises:
+            ValueError: labels came shifted, or no token ids.
         """
+        if kwargs.pop("shift_labels", None) is not None:
+            raise ValueError("shift_labels: pass labels only; each head shifts them by its own distance")
         num_heads = self.config.num_nextn_predict_layers
         with_main = not self.has_frozen_backbone
         states = [hidden] if with_main else []
@@ -247,19 +278,28 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         return loss, losses[0] if with_main else None, losses[1:] if with_main else losses
 
     def head_states(
-        self, input_ids: Tensor, hidden: Tensor, position_ids: Tensor, masks: dict, **kwargs
+        self,
+        input_ids: Tensor | None,
+        hidden: Tensor,
+        position_ids: Tensor,
+        masks: dict[str, object],
+        **kwargs: Any,
     ) -> list[Tensor]:
-        """Hidden states h^1 … h^K over whole rows, each (batch, time, d)."""
+        """Hidden states h^1 … h^K over whole rows, each (batch, time, d).
+
+        Raises:
+            ValueError: no token ids, or head layers of several attention types.
+        """
         if input_ids is None:
             raise ValueError(
                 "labels with inputs_embeds: pass input_ids too, the heads read plain token embeddings"
             )
         token_embeds = self.get_input_embeddings()(input_ids)
+        checkpoint = checkpointing_function(self.model) if self.training else None
         if self.config.mtp_detach_backbone or self.has_frozen_backbone:
             token_embeds, hidden = token_embeds.detach(), hidden.detach()
-        checkpoint = None
-        if self.training and self.model.gradient_checkpointing:
-            checkpoint = self.model._gradient_checkpointing_func
+            # A reentrant checkpoint gives its parameters no gradient unless one of its inputs takes one.
+            hidden.requires_grad_(checkpoint is not None)
         layer_types = self.config.layer_types[self.config.num_backbone_layers :]
         if len(set(layer_types)) > 1:
             raise ValueError(f"config: all head layers must share one layer type, got {layer_types}")
@@ -298,9 +338,10 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         return self.config.num_nextn_predict_layers > 0 and not self.lm_head.weight.requires_grad
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Install an LM head (resizing the vocabulary makes a plain Linear) as one that computes losses."""
+        """Install an LM head as one that computes losses; resizing the vocabulary makes a plain Linear."""
         head = LanguageModelHead(
             new_embeddings.in_features, new_embeddings.out_features, bias=False, device="meta"
         )
         head.weight = new_embeddings.weight
+        keep_initialized_mark(new_embeddings, head)
         self.lm_head = head

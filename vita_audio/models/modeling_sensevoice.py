@@ -10,21 +10,19 @@ Checked against tests/goldens/sensevoice (SPEC.md there, sections 4 and 5).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vita_audio.audio.sensevoice.checkpoint import SenseVoiceEncoderConfig
 from vita_audio.audio.sensevoice.encoder import NUM_QUERY_FRAMES, SenseVoiceEncoder
-from vita_audio.models.checkpoint import CheckpointError, copy_parameters
 from vita_audio.models.configuration import Qwen2MTPSenseVoiceConfig
 from vita_audio.models.modeling import MTPOutput, Qwen2MTPForCausalLM, Qwen2MTPModel
-
-_ENCODER_PREFIX, _ADAPTER_PREFIX = "model.audio_model.", "model.audio_projection."
 
 
 class Qwen2MTPSenseVoiceModel(Qwen2MTPModel):
@@ -36,6 +34,7 @@ class Qwen2MTPSenseVoiceModel(Qwen2MTPModel):
         super().__init__(config)
         self.audio_model = AudioModel(config)
         self.audio_projection = AudioProjection(self.audio_model.model.config.output_size, config.hidden_size)
+        self.post_init()
 
     def encode_audio(self, audios: Sequence[Tensor]) -> Tensor:
         """What the backbone reads in place of speech.
@@ -67,13 +66,13 @@ class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache=None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         audios: Sequence[Tensor] | None = None,
         audio_indices: Sequence[Tensor] | None = None,
-        past_key_values=None,
-        **kwargs,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
     ) -> MTPOutput | tuple:
         """As :meth:`Qwen2MTPForCausalLM.forward`, with audio.
 
@@ -109,7 +108,7 @@ class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
 
         Without audio, a frame of ones passes through encoder and adapter and adds zero (SPEC 5.4):
         their parameters stay in every rank's graph, so ranks with and without audio run the same
-        collectives, and none waits for ever.
+        collectives and none waits for another.
         """
         embeds = super().embed_inputs(input_ids)
         if audios:
@@ -121,7 +120,9 @@ class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
             return embeds + 0 * self.model.encode_audio([silent]).mean().to(embeds.dtype)
         return embeds
 
-    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """As the base class does; clips whose tokens a given cache already holds are left out."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
@@ -134,59 +135,24 @@ class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
             inputs["audio_indices"] = [torch.stack([places[0], places[1] - cached]) for _, places in new]
         return inputs
 
-    def start_new_parts(self, missing: set[str], audio_model_path: str | Path | None) -> list[str]:
-        """Start what a folder without audio lacks: the encoder from its own weights, the adapter fresh.
-
-        Args:
-            missing: names of all parameters that the folder lacks.
-            audio_model_path: SenseVoiceSmall's folder; used only if the whole encoder is missing.
-
-        Returns:
-            Prefixes of the parameters that now have their start.
-
-        Raises:
-            CheckpointError: the encoder is missing and no path is given.
-        """
-        names = [name for name, _ in self.named_parameters()]
-        started = [
-            prefix
-            for prefix in (_ENCODER_PREFIX, _ADAPTER_PREFIX)
-            if missing.issuperset(name for name in names if name.startswith(prefix))
-        ]
-        if _ENCODER_PREFIX in started:
-            if audio_model_path is None:
-                raise CheckpointError(
-                    "the model folder holds no SenseVoice encoder: pass audio_model_path "
-                    "(--audio_model_name_or_path), the folder of SenseVoiceSmall"
-                )
-            copy_parameters(SenseVoiceEncoder.from_pretrained(audio_model_path), self.model.audio_model.model)
-        return started
-
-    def _expand_inputs_for_generation(
-        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs
-    ):
+    def expand_inputs(
+        self,
+        expand: Callable[..., Any],
+        expand_size: int,
+        audios: Sequence[Tensor] | None = None,
+        audio_indices: Sequence[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Several sequences per prompt: row r becomes rows r * size … r * size + size - 1, clips likewise."""
-        audios, indices = model_kwargs.pop("audios", None), model_kwargs.pop("audio_indices", None)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
+        input_ids, model_kwargs = super().expand_inputs(expand, expand_size, **kwargs)
         if audios:
             model_kwargs["audios"] = [audio for audio in audios for _ in range(expand_size)]
             model_kwargs["audio_indices"] = [
                 torch.stack([each[0] * expand_size + copy, each[1]])
-                for each in indices
+                for each in audio_indices or []
                 for copy in range(expand_size)
             ]
         return input_ids, model_kwargs
-
-
-def freeze_audio_encoder(model: Qwen2MTPSenseVoiceForCausalLM) -> Qwen2MTPSenseVoiceForCausalLM:
-    """Keep the SenseVoice encoder as it is: no gradients, and no dropout even in ``train()``.
-
-    The adapter goes on training.
-    """
-    model.model.audio_model.requires_grad_(False).eval()
-    return model
 
 
 def gather_indices(audios: Sequence[Tensor], audio_indices: Sequence[Tensor] | None) -> Tensor:

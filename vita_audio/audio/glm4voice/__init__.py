@@ -7,7 +7,6 @@ from vita_audio.audio.glm4voice.streaming import (
     StreamingDecoder,
     StreamSchedule,
     StreamState,
-    push_streams,
 )
 from vita_audio.audio.glm4voice.tokenizer import GLM4VoiceTokenizer
 from vita_audio.audio.glm4voice.vocoder import Vocoder
@@ -24,5 +23,4 @@ __all__ = [
     "StreamingDecoder",
     "VQEncoder",
     "Vocoder",
-    "push_streams",
 ]

@@ -8,54 +8,60 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from vita_audio.audio.base import AudioLike, AudioTokenizer
-from vita_audio.audio.glm4voice.config import load_decoder_config
+from vita_audio.audio.base import AudioLike, AudioStream, AudioTokenizer, check_codes
+from vita_audio.audio.folders import GLM4VOICE_DECODER, GLM4VOICE_TOKENIZER, check_folder
+from vita_audio.audio.glm4voice.config import CONFIG_FILES, load_decoder_config
 from vita_audio.audio.glm4voice.flow import DEFAULT_SEED, FlowDecoder
 from vita_audio.audio.glm4voice.streaming import (
     GLM4VoiceStream,
     StreamingDecoder,
     StreamSchedule,
-    check_codes,
-    push_streams,
+    push_many,
 )
 from vita_audio.audio.glm4voice.vocoder import Vocoder
-from vita_audio.audio.glm4voice.vq_encoder import SAMPLE_RATE, VQEncoder
-from vita_audio.audio.glm4voice.weights import WeightsError, content_fingerprint
+from vita_audio.audio.glm4voice.vq_encoder import SAMPLE_RATE, EncoderStream, VQEncoder
+from vita_audio.audio.glm4voice.weights import WeightsError, content_fingerprint, find_weights
 from vita_audio.audio.io import load_audio
 
+_ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
+_FINGERPRINTED = ("config.json", "preprocessor_config.json", "model.safetensors")  # the order is kept
+_DECODER_FILES = (CONFIG_FILES, ("flow.safetensors", "flow.pt"), ("hift.safetensors", "hift.pt"))
 _Part = TypeVar("_Part", bound=nn.Module)
 
 
 class GLM4VoiceTokenizer(AudioTokenizer):
     """Speech to GLM-4-Voice codes and back.
 
-    Nothing is loaded before it is used, and what is loaded does not travel when the codec is pickled: so
-    a codec can be handed to loader workers, each of which opens the weights for itself.
+    Nothing is loaded before it is used, and loaded weights are not pickled: a codec can be handed to loader
+    workers, each of which opens the weights for itself.
 
     Args:
-        path: folder of the tokenizer (``config.json``, ``model.safetensors``, ``preprocessor_config.json``).
-        flow_path: folder of the decoder (``config.yaml``, ``flow.pt``, ``hift.pt``); needed to decode.
+        path: folder of the tokenizer (``config.json``, ``model.safetensors``, ``preprocessor_config.json``);
+            None for a codec that only decodes.
+        flow_path: folder of the decoder (``config.yaml``, ``flow.pt``, ``hift.pt``); None for a codec that
+            only encodes.
         device: where to compute.
         encoder_dtype: of the tokenizer network.
         schedule: chunks and steps of streaming decoding.
     """
 
     kind = "glm4voice"
+    input_sample_rate = SAMPLE_RATE
 
     def __init__(
         self,
-        path: str | PathLike[str],
+        path: str | PathLike[str] | None = None,
         flow_path: str | PathLike[str] | None = None,
         device: str | torch.device = "cpu",
         encoder_dtype: torch.dtype = torch.float32,
         schedule: StreamSchedule | None = None,
     ):
-        self.path = Path(path)
+        self.path = None if path is None else Path(path)
         self.flow_path = None if flow_path is None else Path(flow_path)
         self.device = torch.device(device)
         self.encoder_dtype = encoder_dtype
@@ -66,42 +72,54 @@ class GLM4VoiceTokenizer(AudioTokenizer):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | PathLike[str] | None,
+        path: str | PathLike[str] | None = None,
         *,
         flow_path: str | PathLike[str] | None = None,
         device: str | torch.device = "cpu",
-        **options,
+        encoder_dtype: torch.dtype = torch.float32,
+        schedule: StreamSchedule | None = None,
     ) -> GLM4VoiceTokenizer:
-        """Open the released folders; ``options`` as in the constructor.
+        """Open the released folders; arguments as in the constructor.
 
         Raises:
-            WeightsError: a folder is not given or does not exist.
+            WeightsError: neither folder is given, or one does not exist, is incomplete, or holds something
+                else.
         """
-        if path is None:
-            raise WeightsError("the glm4voice codec needs the folder of the tokenizer's weights")
-        for folder in (path, flow_path):
-            if folder is not None and not Path(folder).is_dir():
-                raise WeightsError(f"{folder}: no such folder of GLM-4-Voice weights")
-        return cls(path, flow_path, device, **options)
+        if path is None and flow_path is None:
+            raise WeightsError(
+                "the glm4voice codec needs the folder of the tokenizer's weights to encode, "
+                "or the decoder's (flow_path) to decode; neither was given"
+            )
+        if path is not None:
+            check_folder(path, GLM4VOICE_TOKENIZER, cls.kind, _ENCODER_FILES)
+        if flow_path is not None:
+            check_folder(flow_path, GLM4VOICE_DECODER, cls.kind, _DECODER_FILES)
+        return cls(path, flow_path, device, encoder_dtype, schedule)
 
     @cached_property
-    def sample_rate(self) -> int:
+    def sample_rate(self) -> int:  # type: ignore[override]  # read from a file on first use
         """Of decoded audio, in Hz."""
         return 22050 if self.flow_path is None else load_decoder_config(self.flow_path).vocoder.sampling_rate
 
     @cached_property
-    def codebook_size(self) -> int:
-        """Number of codes of the encoder."""
-        config = self.path / "config.json"
-        if not config.is_file():
-            raise WeightsError(f"{self.path}: config.json is missing; point it at the tokenizer's folder")
-        return json.loads(config.read_text(encoding="utf-8"))["quantize_vocab_size"]
+    def codebook_size(self) -> int:  # type: ignore[override]  # read from a file on first use
+        """Number of codes."""
+        if self.path is None:
+            return load_decoder_config(self._decoder_folder()).flow.vocab_size
+        config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        return int(config["quantize_vocab_size"])
 
     @cached_property
     def fingerprint(self) -> str:
-        """``glm4voice-`` and a digest of the encoder's files; the same wherever they lie."""
-        names = ("config.json", "preprocessor_config.json", "model.safetensors")
-        digest = content_fingerprint(self.path / name for name in names)
+        """``glm4voice-`` and a digest of the encoder's files; the same wherever they lie.
+
+        A codec that only decodes makes no codes; its fingerprint names the decoder's weights.
+        """
+        if self.path is None:
+            folder = self._decoder_folder()
+            weights = content_fingerprint(find_weights(folder, stem) for stem in ("flow", "hift"))
+            return f"{self.kind}-decoder-{weights}"
+        digest = content_fingerprint(self.path / name for name in _FINGERPRINTED)
         return f"{self.kind}-{digest}" + ("" if self.encoder_dtype == torch.float32 else "-low-precision")
 
     @property
@@ -109,7 +127,9 @@ class GLM4VoiceTokenizer(AudioTokenizer):
         """The tokenizer network."""
         return self._part(
             VQEncoder,
-            lambda: VQEncoder.from_pretrained(self.path, device=self.device, dtype=self.encoder_dtype),
+            lambda: VQEncoder.from_pretrained(
+                self._encoder_folder(), device=self.device, dtype=self.encoder_dtype
+            ),
         )
 
     @property
@@ -132,8 +152,17 @@ class GLM4VoiceTokenizer(AudioTokenizer):
 
     def encode_batch(self, audios: Sequence[AudioLike]) -> list[list[int]]:
         """Codes of several clips of any length, rate and channel count (the first channel is used)."""
+        self._encoder_folder()  # a codec that only decodes says so before it reads audio
         waveforms = [load_audio(audio, SAMPLE_RATE, channels="first")[0] for audio in audios]
         return self.encoder.encode(waveforms)
+
+    def encode_stream(self, sample_rate: int | None = None) -> EncoderStream:
+        """See :meth:`AudioTokenizer.encode_stream`; codes come in blocks of 4 s.
+
+        They differ from the offline codes only where later, louder speech raises the loudness floor of the
+        features; see :class:`EncoderStream`.
+        """
+        return self.encoder.stream(sample_rate or SAMPLE_RATE)
 
     @torch.no_grad()
     def decode(
@@ -156,28 +185,39 @@ class GLM4VoiceTokenizer(AudioTokenizer):
         decoder = StreamingDecoder(self.flow, self.vocoder, schedule.prompt_tokens)
         return GLM4VoiceStream(decoder, schedule, generator)
 
-    def push_streams(
+    def push_many(
         self,
-        streams: Sequence[GLM4VoiceStream],
+        streams: Sequence[AudioStream],
         tokens: Sequence[Sequence[int]],
         last: Sequence[bool],
     ) -> list[Tensor]:
-        """Push to several streams of this codec at once, in shared batches."""
-        return push_streams(streams, tokens, last)
+        """See :meth:`AudioTokenizer.push_many`; chunks that are due together share a batch."""
+        own = [stream for stream in streams if isinstance(stream, GLM4VoiceStream)]
+        if len(own) != len(streams):
+            raise TypeError("push_many takes streams that this codec's stream() returned")
+        return push_many(own, tokens, last)
+
+    def _encoder_folder(self) -> Path:
+        if self.path is None:
+            raise WeightsError("this glm4voice codec only decodes: encoding needs the tokenizer's folder")
+        return self.path
 
     def _decoder_folder(self) -> Path:
         if self.flow_path is None:
-            raise WeightsError("decoding needs the folder of the decoder's weights: give flow_path")
+            raise WeightsError(
+                "this glm4voice codec only encodes: decoding needs the decoder's folder, flow_path"
+            )
         return self.flow_path
 
     def _part(self, kind: type[_Part], load: Callable[[], _Part]) -> _Part:
         with self._lock:
-            if kind not in self._parts:
-                self._parts[kind] = load()
-            return self._parts[kind]
+            part = self._parts.get(kind)
+            if not isinstance(part, kind):
+                part = self._parts[kind] = load()
+            return part
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_parts", "_lock")}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _parts={}, _lock=threading.Lock())

@@ -1,7 +1,7 @@
-"""The frozen ears: 16 kHz speech to 12.5 codes a second (section 3 of the GLM-4-Voice specification).
+"""Speech to codes: 16 kHz to 12.5 codes a second (section 3 of the GLM-4-Voice specification).
 
-A Whisper encoder made streamable. Both stem convolutions look left only, attention sees the past and the
-rest of its own 4 s block, four states are averaged into one, and the nearest codebook row names the code.
+A Whisper encoder made streamable. Both stem convolutions look left only, attention sees the past and its own
+4 s block, four states are averaged into one, and the index of the nearest codebook row is the code.
 Speech is cut into independent segments of 30 s. The layers and the log-mel front end are transformers'
 Whisper; the stem, the mask, pooling and the codebook are here.
 """
@@ -12,14 +12,19 @@ import json
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
+from vita_audio.audio.base import EncodeStream
 from vita_audio.audio.glm4voice.weights import WeightsError, load_strictly, read_state_dict
+from vita_audio.audio.memory import to_piece
+from vita_audio.audio.resampling import StreamResampler
 
 SAMPLE_RATE = 16000
 SEGMENT_SAMPLES = 30 * SAMPLE_RATE
@@ -39,7 +44,7 @@ class VQEncoder(nn.Module):
     Args:
         config: Whisper configuration with the released folder's extra keys (``pooling_kernel_size``,
             ``quantize_position``, ...).
-        feature_extractor: log-mel front end; Whisper's with ``config.num_mel_bins`` bins when absent.
+        feature_extractor: log-mel front end; defaults to Whisper's with ``config.num_mel_bins`` bins.
 
     Raises:
         ValueError: the configuration asks for a variant that the released tokenizer does not use.
@@ -116,7 +121,7 @@ class VQEncoder(nn.Module):
             For each clip ``ceil(samples / 1280)`` codes (counted per segment); none for no samples.
         """
         segments = [segment for waveform in waveforms for segment in _segments(waveform)]
-        # Neighbours in length share a pass, so that little of it is padding.
+        # Segments of similar length share a pass, so that little of it is padding.
         order = sorted(range(len(segments)), key=lambda index: len(segments[index]))
         codes: list[list[int]] = [[] for _ in segments]
         for start in range(0, len(order), batch_size):
@@ -127,15 +132,15 @@ class VQEncoder(nn.Module):
         remaining = iter(codes)
         return [[code for _ in _segments(waveform) for code in next(remaining)] for waveform in waveforms]
 
-    def stream(self) -> EncoderStream:
-        """A fresh streaming encoder for one clip."""
-        return EncoderStream(self)
+    def stream(self, sample_rate: int = SAMPLE_RATE) -> EncoderStream:
+        """A fresh streaming encoder for clips whose pieces have this rate in Hz."""
+        return EncoderStream(self, sample_rate)
 
     def features(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Log-mel features of clips, one row per segment of 30 s (section 2).
 
-        Each segment is padded to whole codes on its own and only then to the longest of the batch, with
-        the value that silence has in its row: so features and codes do not depend on the company.
+        Each segment is padded to whole codes first and then to the longest of the batch, with the value that
+        silence has in its row. So features and codes do not depend on the other clips of the batch.
 
         Args:
             waveforms: each of shape (samples,), 16 kHz, at least one sample.
@@ -171,7 +176,7 @@ class VQEncoder(nn.Module):
 
         Args:
             input_features: (rows, mel bins, frames).
-            mask: (rows, frames), non-zero at real frames; all real when absent.
+            mask: (rows, frames), non-zero at real frames; None if all are.
 
         Returns:
             Codes (rows, ceil(frames / 8)), long; those of padding are meaningless.
@@ -244,28 +249,28 @@ class VQEncoder(nn.Module):
         return {key: value for key, value in stripped.items() if not key.startswith((*unused, "layer_norm."))}
 
 
-class EncoderStream:
+class EncoderStream(EncodeStream):
     """Codes of speech that is still being spoken.
 
     Codes come out when their attention block (4 s) is complete, and never change afterwards. They equal
-    the offline codes of the audio heard so far; the only way in which later audio could have changed
-    them is the loudness floor of the features, 80 dB below the loudest frame of the segment.
+    the offline codes of the audio heard so far. Later audio could have changed them in one way only: the
+    features have a floor 80 dB below the loudest frame of the segment.
     A finished segment of 30 s is forgotten, so memory and cost per block stay bounded.
+
+    Args:
+        encoder: the tokenizer network.
+        sample_rate: of the pieces in Hz.
     """
 
-    def __init__(self, encoder: VQEncoder):
+    def __init__(self, encoder: VQEncoder, sample_rate: int = SAMPLE_RATE):
         self._encoder = encoder
-        self._heard = torch.empty(0)  # samples of the segment in progress
+        self._resampler = StreamResampler(sample_rate, SAMPLE_RATE)
+        self._heard = torch.empty(0)  # samples of the segment in progress, at 16 kHz
         self._emitted = 0  # codes of that segment already returned
 
-    def push(self, waveform: Tensor, last: bool = False) -> list[int]:
-        """Hear more, return the codes that became final.
-
-        Args:
-            waveform: (samples,), float, 16 kHz; may be empty.
-            last: whether the clip ends here; returns the remaining codes.
-        """
-        self._heard = torch.cat([self._heard, waveform.detach().float().cpu()])
+    def push(self, waveform: Tensor | np.ndarray, last: bool = False) -> list[int]:
+        """See :meth:`EncodeStream.push`."""
+        self._heard = torch.cat([self._heard, self._resampler.push(to_piece(waveform), last)])
         codes: list[int] = []
         while len(self._heard) > SEGMENT_SAMPLES or (len(self._heard) == SEGMENT_SAMPLES and last):
             codes += self._take(self._heard[:SEGMENT_SAMPLES], final=True)
@@ -287,7 +292,7 @@ class EncoderStream:
         return codes
 
     def _complete(self, samples: int) -> int:
-        """Codes whose block lies wholly in the first ``samples``, whatever follows."""
+        """Codes whose block lies wholly in the first ``samples``."""
         config, pool = self._encoder.config, self._encoder.pool
         # A frame's window reaches half an FFT past its centre.
         frames = max(0, samples - self._encoder.feature_extractor.n_fft // 2) // _HOP + 1
@@ -299,24 +304,25 @@ class EncoderStream:
 
 def released_config() -> WhisperConfig:
     """Sizes of the released tokenizer (section 8), for building it without its weights."""
-    return WhisperConfig(
-        d_model=1280,
-        encoder_attention_heads=20,
-        encoder_ffn_dim=5120,
-        encoder_layers=32,
-        num_mel_bins=128,
-        max_source_positions=1500,
-        encoder_causal_convolution=True,
-        encoder_causal_attention=False,
-        pooling_kernel_size=4,
-        pooling_type="avg",
-        pooling_position=16,
-        quantize_position=16,
-        quantize_vocab_size=16384,
-        quantize_causal_block_size=200,
-        quantize_causal_encoder=False,
-        quantize_encoder_only=True,
-    )
+    settings: dict[str, Any] = {  # some of them are this tokenizer's own
+        "d_model": 1280,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
+        "encoder_layers": 32,
+        "num_mel_bins": 128,
+        "max_source_positions": 1500,
+        "encoder_causal_convolution": True,
+        "encoder_causal_attention": False,
+        "pooling_kernel_size": 4,
+        "pooling_type": "avg",
+        "pooling_position": 16,
+        "quantize_position": 16,
+        "quantize_vocab_size": 16384,
+        "quantize_causal_block_size": 200,
+        "quantize_causal_encoder": False,
+        "quantize_encoder_only": True,
+    }
+    return WhisperConfig(**settings)
 
 
 def _check_config(config: WhisperConfig) -> None:
@@ -338,7 +344,7 @@ def _check_config(config: WhisperConfig) -> None:
             raise ValueError(f"config.json: {key} must be a positive integer, got {value!r}")
     if config.pooling_position > config.quantize_position:
         raise ValueError(
-            f"config.json: pooling_position={config.pooling_position} lies behind "
+            f"config.json: pooling_position={config.pooling_position} comes after "
             f"quantize_position={config.quantize_position}"
         )
 

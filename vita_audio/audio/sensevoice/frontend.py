@@ -1,7 +1,7 @@
 """Speech to the 560-wide frames that the SenseVoice encoder reads.
 
 Kaldi filter banks every 10 ms, seven neighbours stacked into one frame every 60 ms, then
-the per-feature shift and scale that the released ``am.mvn`` file lists. All of it is fixed
+the per-feature shift and scale that the released ``am.mvn`` file lists. This is fixed
 arithmetic without weights, so it runs in the data loader's workers and the model receives
 frames, not samples.
 
@@ -20,8 +20,10 @@ import kaldi_native_fbank as knf
 import numpy as np
 import torch
 
-from vita_audio.audio.base import AudioLike
+from vita_audio.audio.base import AudioLike, FeatureStream
 from vita_audio.audio.io import load_audio
+from vita_audio.audio.memory import to_piece
+from vita_audio.audio.resampling import StreamResampler
 
 SAMPLE_RATE = 16_000
 NUM_MELS = 80
@@ -32,6 +34,7 @@ STACKED_FRAME_SECONDS = 0.06
 
 _WINDOW_MS = 25.0
 _SHIFT_MS = 10.0
+_WINDOW_SAMPLES, _SHIFT_SAMPLES = 400, 160
 _INT16_SCALE = 32_768.0
 # The filters need a 512-point transform (below it some hold no frequency bin), which Kaldi
 # chooses for windows of 257 samples and more. Shorter clips, under 16.1 ms, get silence behind.
@@ -66,12 +69,15 @@ class Frontend:
         """Short stable name of the normalisation; keys caches of features."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
 
+    def stream(self, sample_rate: int = SAMPLE_RATE) -> FrontendStream:
+        """A fresh stream of the features of one clip, whose pieces have this rate in Hz."""
+        return FrontendStream(self, sample_rate)
+
     def __call__(self, audio: AudioLike | torch.Tensor | np.ndarray) -> torch.Tensor:
         """Features of one clip.
 
         Args:
-            audio: a path, ``(waveform, sample_rate)``, or a bare waveform at 16 kHz; samples in
-                [-1, 1], shape (samples,) or (channels, samples), any length but zero.
+            audio: a clip in any form of :data:`~vita_audio.audio.AudioLike`, or a bare waveform at 16 kHz.
 
         Returns:
             float32 of shape (ceil(windows / 6), 560), one frame per 60 ms.
@@ -87,6 +93,66 @@ class Frontend:
     def normalize(self, frames: torch.Tensor) -> torch.Tensor:
         """Shift and scale stacked frames (frames, 560)."""
         return (frames + self.shift) * self.scale
+
+
+class FrontendStream(FeatureStream):
+    """Features of speech that is still being spoken, equal to those of the whole clip.
+
+    A frame of 60 ms comes out once the windows that it stacks are complete, 55 ms after its start. With
+    dither the noise differs from the whole clip's; without it the features are equal.
+
+    Args:
+        frontend: the extractor.
+        sample_rate: of the pieces in Hz.
+    """
+
+    _heard: torch.Tensor
+
+    def __init__(self, frontend: Frontend, sample_rate: int = SAMPLE_RATE) -> None:
+        self._frontend = frontend
+        self._resampler = StreamResampler(sample_rate, SAMPLE_RATE)
+        self._start()
+
+    def push(self, waveform: torch.Tensor | np.ndarray, last: bool = False) -> torch.Tensor:
+        """See :meth:`FeatureStream.push`."""
+        self._heard = torch.cat([self._heard, self._resampler.push(to_piece(waveform), last)])
+        ready = (len(self._heard) - _WINDOW_SAMPLES) // _SHIFT_SAMPLES + 1
+        # The first and the last window are repeated at the ends of a clip only.
+        if last and self._windows is None and len(self._heard):
+            stacked = stack_frames(filter_bank(self._heard, self._frontend.dither))
+        else:
+            stacked = self._stack(max(0, ready), last)
+        if last:
+            self._start()
+        return self._frontend.normalize(stacked)
+
+    def _start(self) -> None:
+        self._heard = torch.empty(0)  # samples from the first window that is not computed yet
+        self._windows: torch.Tensor | None = None  # that further frames need, (windows, 80)
+        self._first = 0  # index of the first of them
+        self._frames = 0  # already returned
+
+    def _stack(self, ready: int, last: bool) -> torch.Tensor:
+        """Compute the next ``ready`` windows and the frames that they complete."""
+        if ready:
+            used = (ready - 1) * _SHIFT_SAMPLES + _WINDOW_SAMPLES
+            fresh = filter_bank(self._heard[:used], self._frontend.dither)
+            self._heard = self._heard[ready * _SHIFT_SAMPLES :]
+            self._windows = fresh if self._windows is None else torch.cat([self._windows, fresh])
+        if self._windows is None:
+            return torch.empty(0, FEATURE_DIM)
+        known = self._first + len(self._windows)
+        reach = STACKED_FRAMES // 2
+        complete = -(-known // FRAME_STRIDE) if last else max(0, (known - 1 - reach) // FRAME_STRIDE + 1)
+        centres = torch.arange(self._frames, max(self._frames, complete)) * FRAME_STRIDE
+        around = torch.arange(STACKED_FRAMES) - reach
+        index = (centres[:, None] + around).clamp(0, known - 1) - self._first
+        stacked = self._windows[index].flatten(1)
+        self._frames = max(self._frames, complete)
+        needed = max(self._first, self._frames * FRAME_STRIDE - reach)
+        self._windows = self._windows[needed - self._first :]
+        self._first = needed
+        return stacked
 
 
 def filter_bank(waveform: torch.Tensor, dither: float = 0.0) -> torch.Tensor:

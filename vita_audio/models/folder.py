@@ -1,0 +1,279 @@
+"""What lies in a model folder, judged before anything is loaded.
+
+transformers opens many folders that cannot be what their owner means: of two sets of weights it takes one, a LoRA
+adapter makes it look for another model, and a torn file shows after minutes. Here each such folder is refused
+in one line that says what is there and what to do. Only headers are read, except where two tensors must be compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, GenerationConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+ARCHITECTURES = ("qwen2", "qwen2_mtp", "qwen2_mtp_sensevoice")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SAMPLING_FIELDS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+_COMPARED_BYTES = 2**24
+
+
+class CheckpointError(ValueError):
+    """A folder cannot serve as a model; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: bytes ``start`` to ``end`` of a file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a Qwen2 language model, with or without heads.
+
+    Raises:
+        CheckpointError: config.json is missing or broken, or describes another architecture.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        adapter = folder / "adapter_config.json"
+        if adapter.is_file():
+            raise CheckpointError(_adapter_message(adapter))
+        raise CheckpointError(f"{file}: not found; give a folder with config.json and safetensors weights")
+    model_type = read_object(file).get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{file}: model_type {model_type!r} is not a Qwen2 language model; use a folder of type "
+            f"{', '.join(ARCHITECTURES[:-1])} or {ARCHITECTURES[-1]}"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+        raise CheckpointError(f"{file}: {one_line(error)}") from error
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); fetch the file again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: not a JSON object; fetch the file again")
+    return content
+
+
+def check_weights(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse weights that are missing, torn, ambiguous, or not those of the configuration's LM head.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        tensors |= read_header(file)
+    check_head(folder, tensors, config.tie_word_embeddings)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model.
+
+    Raises:
+        CheckpointError: there are none, some are missing, or others lie beside them.
+    """
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        raise CheckpointError(_adapter_message(adapter))
+    names, index = [WEIGHTS], folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(read_object(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not an index of weight files; copy it again") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    shards = sorted(file.name for file in folder.glob("model-*-of-*.safetensors"))
+    if missing:
+        if not index.is_file():
+            _refuse_other_formats(folder, shards)
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(names)} weight files are missing ({', '.join(missing)}); "
+            "copy the complete folder"
+        )
+    if index.is_file() and WEIGHTS not in names and (folder / WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{folder}: holds two sets of weights, {WEIGHTS} and the {len(names)} files of {INDEX}; "
+            "delete the one that is out of date"
+        )
+    stray = [name for name in shards if name not in names]
+    if stray:
+        raise CheckpointError(
+            f"{folder}: {len(stray)} weight files are left over from another save, the first is {stray[0]}; "
+            "delete them, or copy the complete folder again"
+        )
+    return [folder / name for name in names]
+
+
+def _refuse_other_formats(folder: Path, shards: Sequence[str]) -> None:
+    if shards:
+        raise CheckpointError(
+            f"{folder}: {len(shards)} weight files without {INDEX}; copy that file from where they came"
+        )
+    pickled = sorted(file.name for file in folder.glob("*.bin"))
+    if pickled:
+        raise CheckpointError(
+            f"{folder}: weights as {pickled[0]}, which are not read here; convert them with AutoModelForCausalLM"
+            ".from_pretrained(folder).save_pretrained(folder), which writes safetensors"
+        )
+
+
+def _adapter_message(file: Path) -> str:
+    base = read_object(file).get("base_model_name_or_path")
+    return (
+        f"{file}: a LoRA adapter of {base}, not a whole model; merge it first with peft "
+        "(PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(new_folder))"
+    )
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, which must be as long as its header says; a torn download is not.
+
+    Raises:
+        CheckpointError: it is shorter, or no such file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        try:
+            if header_size > size:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(stream.read(header_size))
+            data = 8 + header_size
+            tensors = {
+                name: StoredTensor(
+                    file,
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    *(data + offset for offset in entry["data_offsets"]),
+                )
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file}: not a safetensors file; copy it again") from error
+    end = max((tensor.end for tensor in tensors.values()), default=8 + header_size)
+    if size < end:
+        raise CheckpointError(f"{file}: {size} bytes of {end}, cut short; copy it again")
+    return tensors
+
+
+def check_head(folder: Path, tensors: dict[str, StoredTensor], tied: bool) -> None:
+    """The LM head must be where config.json says: its own tensor, or the embedding.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    config_file = folder / "config.json"
+    if not tied and head is None and embedding is not None:
+        raise CheckpointError(
+            f"{config_file}: tie_word_embeddings is false or missing, but the weights hold no lm_head.weight; set it "
+            "to true if this model shares its embedding, else copy the complete folder"
+        )
+    if tied and head is not None and embedding is not None and not same_content(head, embedding):
+        raise CheckpointError(
+            f"{config_file}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight; "
+            "set it to false to keep this head, or delete the tensor"
+        )
+
+
+def same_content(first: StoredTensor, second: StoredTensor) -> bool:
+    """Whether two stored tensors are equal byte for byte."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with first.file.open("rb") as a, second.file.open("rb") as b:
+        a.seek(first.start)
+        b.seek(second.start)
+        for offset in range(0, first.end - first.start, _COMPARED_BYTES):
+            count = min(_COMPARED_BYTES, first.end - first.start - offset)
+            if a.read(count) != b.read(count):
+                return False
+    return True
+
+
+def check_vocabulary(folder: Path, vocab_size: int) -> None:
+    """The tokenizer stored in the folder, if any, must fit its embedding matrix.
+
+    Raises:
+        CheckpointError: it has more tokens, or is not readable.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    content = read_object(file)
+    try:
+        ids = [token["id"] for token in content.get("added_tokens", ())]
+        vocabulary = content.get("model", {}).get("vocab", {})
+        ids.extend(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+        needed = max(ids, default=-1) + 1
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: not a tokenizer; fetch the file again") from error
+    if needed > vocab_size:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: vocab_size {vocab_size} is smaller than the {needed} tokens of "
+            f"{file.name}; use the tokenizer this model was trained with"
+        )
+
+
+def useless_sampling_fields(folder: Path) -> list[str]:
+    """Fields of generation_config.json that say how to sample although it asks for greedy search.
+
+    They change nothing, but transformers does not save a configuration that has them.
+
+    Raises:
+        CheckpointError: the configuration cannot be saved for another reason.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return []
+    read_object(file)
+    try:
+        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        useless = [name for name in SAMPLING_FIELDS if getattr(config, name, None) is not None]
+        useless = [] if config.do_sample else useless
+        for name in useless:
+            setattr(config, name, None)
+        config.validate(strict=True)
+    except (ValueError, TypeError, OSError) as error:
+        raise CheckpointError(f"{file}: {one_line(error)}; correct this field or delete the file") from error
+    return useless
+
+
+def one_line(error: Exception) -> str:
+    """The first sentence of a message that says something, without line breaks."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    # Validation messages of transformers and huggingface_hub open with a title that ends in a colon.
+    telling = [line for line in lines if not line.endswith(":")] or lines or [type(error).__name__]
+    return telling[0].rstrip(".")
