@@ -146,8 +146,8 @@ def inspect(options: argparse.Namespace) -> Inspection:
         cache = None
         if config.token_cache:
             cache = TokenCache.find(config.token_cache, codec.kind, codec.fingerprint())
-        reader = SpeechReader(codec, cache, config.data_root, config.max_audio_seconds)
-    mix = Mix(read_mix(config.dataset_path, config.data_root), options.seed)
+        reader = SpeechReader(codec, cache, config.root, config.longest_clip)
+    mix = Mix(read_mix(config.dataset_path, config.root), options.seed)
     rows = PackedRows(config, mix, tokenizer, reader, rank=0, world_size=1)
 
     sources: dict[str, SourceView] = defaultdict(SourceView)
@@ -168,7 +168,7 @@ def inspect(options: argparse.Namespace) -> Inspection:
             refusals.setdefault(error["reason"], f"{error['file']}, row {error['row']}: {error['message']}")
             continue
         example, length = document.example, len(document.example)
-        audios = _audio_files(mix, place, config.data_root)
+        audios = _audio_files(mix, place, config.root)
         view.used += 1
         view.tokens += length
         view.supervised += sum(label != IGNORE_INDEX for label in example.labels)

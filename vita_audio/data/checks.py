@@ -14,7 +14,7 @@ from pathlib import Path
 from vita_audio.audio import is_continuous_kind
 from vita_audio.chat import Sample, SampleError, locate, parse_sample
 from vita_audio.data.mixing import FileState, Mix, MixError
-from vita_audio.data.speech import SpeechReader, coded_audios
+from vita_audio.data.speech import Part, SpeechReader, coded_audios
 from vita_audio.distributed import gather_objects
 
 _SAMPLES_LOOKED_AT = 64
@@ -30,13 +30,13 @@ def check_codec(mix: Mix, reader: SpeechReader, data_root: str | Path) -> bool:
     Raises:
         ValueError: it does not open. The message names a sample that needs it, and the option to set.
     """
-    opened = {"codes": False, "features": False}
+    opened: dict[Part, bool] = {"codes": False, "features": False}
     continuous = is_continuous_kind(reader.kind)
     for source, spec in enumerate(mix.specs):
         for row, sample in _some_samples(mix, source):
             sample = locate(sample, data_root, spec.path.parent)
             coded = list(coded_audios(sample, assistant_only=continuous))
-            needed = {
+            needed: dict[Part, str | None] = {
                 "codes": next((audio for audio in coded if not reader.has_codes(audio)), None),
                 "features": str(sample.audios[0]) if len(coded) < len(sample.audios) else None,
             }

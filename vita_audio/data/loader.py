@@ -32,17 +32,15 @@ from vita_audio.chat import (
     Reason,
     SampleError,
     build_example,
-    default_data_root,
     locate,
     parse_sample,
 )
-from vita_audio.chat.interleave import check_ratio
-from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
 from vita_audio.data.checks import DataIdentity, check_codec, check_ranks_agree
 from vita_audio.data.collator import collate_rows
+from vita_audio.data.config import DataConfig
 from vita_audio.data.faults import MachineError, first_line, machine_fault
 from vita_audio.data.mixing import Mix, Place, read_mix
-from vita_audio.data.packing import OPEN_ROWS, PATIENCE, OpenRow, RowPacker
+from vita_audio.data.packing import OpenRow, RowPacker
 from vita_audio.data.report import ErrorFile, FileJudge, Report
 from vita_audio.data.sharding import ShardState, reshard
 from vita_audio.data.speech import CodecSpec, SpeechReader, check_codec_matches, codec_fingerprint
@@ -51,62 +49,12 @@ from vita_audio.data.token_cache import TokenCache
 logger = logging.getLogger(__name__)
 
 _STATE_VERSION = 1
-_LOWEST_FRAME_RATE = 12.5
-"""Speech codes per second of all codecs here; sets the longest clip that a row could hold."""
 _ERRORS_BEFORE_NOTICE = 64
 """A worker that finds this many bad samples reports them even without a full batch."""
 
 
 class ResumeError(ValueError):
     """A place in the data that this run cannot continue from."""
-
-
-@dataclass
-class DataConfig:
-    """What to train on, and how it becomes rows.
-
-    Attributes:
-        dataset_path: YAML of the mix.
-        seq_length: tokens in a row.
-        text_audio_interval_ratio: text and speech run lengths of interleaved replies.
-        num_workers: worker processes of this rank; 0 works in the trainer's own.
-        micro_batch_size: rows in a batch.
-        max_error_share: the run stops when more samples than this are unusable.
-        strict: refuse to start when a file of the mix is missing.
-        token_cache: folder that tools/tokenize_audio.py wrote.
-        data_root: where relative paths start; defaults to ``$ROOT_PATH``, else the YAML's folder.
-        default_system_message: for samples without a system message.
-        max_audio_seconds: longer clips are refused unread; defaults to what a row could hold.
-        open_rows: the packer's look-ahead.
-        patience: rows after which a waiting row is finished, see :mod:`vita_audio.data.packing`.
-        arrow_cache: where ``datasets`` keeps its memory-mapped copies; defaults to its HF_DATASETS_CACHE.
-    """
-
-    dataset_path: str | Path
-    seq_length: int = 8192
-    text_audio_interval_ratio: Sequence[int] = DEFAULT_TEXT_AUDIO_RATIO
-    num_workers: int = 8
-    micro_batch_size: int = 1
-    max_error_share: float = 0.05
-    strict: bool = False
-    token_cache: str | Path | None = None
-    data_root: str | Path | None = None
-    default_system_message: str | None = None
-    max_audio_seconds: float | None = None
-    open_rows: int = OPEN_ROWS
-    patience: int = PATIENCE
-    arrow_cache: str | None = None
-
-    def __post_init__(self) -> None:
-        check_ratio(self.text_audio_interval_ratio)
-        if self.seq_length < 1 or self.micro_batch_size < 1 or self.num_workers < 0:
-            raise ValueError("seq_length and micro_batch_size must be positive, num_workers not negative")
-        if not 0 <= self.max_error_share <= 1:
-            raise ValueError(f"max_error_share must lie between 0 and 1, it is {self.max_error_share}")
-        if self.data_root is None:
-            self.data_root = default_data_root(self.dataset_path)
-        if self.max_audio_seconds is None:
-            self.max_audio_seconds = self.seq_length / _LOWEST_FRAME_RATE
 
 
 def build_train_loader(
@@ -138,7 +86,7 @@ def build_train_loader(
     """
     if codec is not None:
         check_codec_matches(codec, ChatTokens.of(tokenizer).context is not None)
-    specs = read_mix(config.dataset_path, config.data_root)
+    specs = read_mix(config.dataset_path, config.root)
     mix = Mix(specs, seed, strict=config.strict, cache_dir=config.arrow_cache)
     reader, settings = None, {"seed": str(seed), "row length": str(config.seq_length)}
     if codec is not None:
@@ -148,8 +96,8 @@ def build_train_loader(
                 config.token_cache, codec.kind, codec_fingerprint(codec), config.arrow_cache
             )
             settings["token cache"] = cache.fingerprint
-        reader = SpeechReader(codec, cache, config.data_root, config.max_audio_seconds)
-        if check_codec(mix, reader, config.data_root):
+        reader = SpeechReader(codec, cache, config.root, config.longest_clip)
+        if check_codec(mix, reader, config.root):
             settings["codec"] = f"{codec.kind} {codec_fingerprint(codec)}"
     identity = DataIdentity.of(mix, settings)
     rows = PackedRows(config, mix, tokenizer, reader, rank, world_size)
@@ -409,7 +357,7 @@ class PackedRows(IterableDataset):
         spec = self.mix.specs[place.source]
         report.position = max(report.position, place.position)
         try:
-            sample = locate(parse_sample(self.mix.raw(place)), self.config.data_root, spec.path.parent)
+            sample = locate(parse_sample(self.mix.raw(place)), self.config.root, spec.path.parent)
             example = build_example(
                 sample,
                 self.tokenizer,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vita_audio.audio import get_audio_tokenizer, is_continuous_kind
+from vita_audio.audio import AudioLike, get_audio_tokenizer, is_continuous_kind
 from vita_audio.audio.io import audio_duration
 from vita_audio.chat.sample import Reason, Sample, SampleError
 from vita_audio.constants import AUDIO_CODEBOOK_SIZE
@@ -75,7 +75,10 @@ class CodecSpec:
         return Frontend(self.frontend_path)
 
 
-_HOW_TO_GIVE = {
+Part = Literal["codes", "features"]
+"""What a codec makes of speech."""
+
+_HOW_TO_GIVE: dict[Part, str] = {
     "codes": "give the codec's folder (audio_tokenizer_path), or codes made ahead (audio_token_cache)",
     "features": "give SenseVoice's folder (audio_model_name_or_path)",
 }
@@ -113,23 +116,26 @@ class SpeechReader:
         self._feature_cache: FeatureCache | None = None
         self.sources: Counter[str] = Counter()
 
-    def encode(self, audio: str) -> list[int]:
+    def encode(self, audio: AudioLike) -> list[int]:
         """Codes of a file.
 
         Raises:
             SampleError: it is too long.
             AudioError: it cannot be read.
+            MachineError: the codec does not open.
         """
+        audio = _path(audio)
         for name, find in (("cache", self._from_cache), ("file", self._from_file)):
-            codes = find(audio)
-            if codes is not None:
+            found = find(audio)
+            if found is not None:
                 self.sources[name] += 1
-                return codes
+                return found
         self._check_length(audio)
         if self._discrete is None:
             self._discrete = self._open("codes")
         self.sources["codec"] += 1
-        return self._discrete.encode(audio)
+        codes: list[int] = self._discrete.encode(audio)
+        return codes
 
     def has_codes(self, audio: str) -> bool:
         """Whether a file's codes were made ahead; nothing is counted."""
@@ -137,13 +143,15 @@ class SpeechReader:
         self.sources.clear()
         return found
 
-    def features(self, audio: str) -> Tensor:
+    def features(self, audio: AudioLike) -> Tensor:
         """Continuous features of a file, shape (frames, feature_dim).
 
         Raises:
             SampleError: it is too long.
             AudioError: it cannot be read.
+            MachineError: the front end does not open.
         """
+        audio = _path(audio)
         self._check_length(audio)
         if self._frontend is None:
             self._frontend = self._open("features")
@@ -163,7 +171,7 @@ class SpeechReader:
         self._feature_cache.put(key, size, features)
         return features
 
-    def check_opens(self, part: Literal["codes", "features"], needed: str) -> None:
+    def check_opens(self, part: Part, needed: str) -> None:
         """Open what makes codes or features, and let it go.
 
         Args:
@@ -184,7 +192,7 @@ class SpeechReader:
         except MachineError as error:
             raise ValueError(f"{error}; {needed}") from error
 
-    def _open(self, part: Literal["codes", "features"]) -> Any:
+    def _open(self, part: Part) -> Any:
         """What makes codes, or features.
 
         Raises:
@@ -242,6 +250,12 @@ class SpeechReader:
             raise SampleError(
                 Reason.AUDIO_TOO_LONG, f"{audio}: {seconds:.0f} s, the limit is {self._max_seconds:.0f} s"
             )
+
+
+def _path(audio: AudioLike) -> str:
+    if not isinstance(audio, str):
+        raise TypeError(f"training reads audio from files, this is of type {type(audio).__name__}")
+    return audio
 
 
 def coded_audios(sample: Sample, assistant_only: bool) -> Iterator[str]:
