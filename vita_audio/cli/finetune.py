@@ -36,6 +36,7 @@ from vita_audio.data import (
     build_train_loader,
     extend_tokenizer,
 )
+from vita_audio.data.faults import MachineError
 from vita_audio.data.loader import TrainLoader
 from vita_audio.data.mixing import MixError
 from vita_audio.data.token_cache import TokenCacheError
@@ -67,7 +68,7 @@ logger = logging.getLogger("finetune_sts")
 
 AT_THE_DOOR = (ValueError, OSError, ImportError)
 """What wrong input raises while options, folders, codec, tokenizer and model are opened."""
-WHILE_TRAINING = (MixError, TokenCacheError, ResumeError, TooManyBadSamples, FloatingPointError)
+WHILE_TRAINING = (MixError, TokenCacheError, ResumeError, TooManyBadSamples, MachineError, FloatingPointError)
 """What input may raise later; any other error keeps its traceback."""
 
 
@@ -103,7 +104,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         with told_in_one_line(*AT_THE_DOOR), agreed(*AT_THE_DOOR):
             tokenizer, codec = open_tokenizers(model_args, data_args)
             loader = open_rows(data_args, stage_args, tokenizer, codec)
-            require_codec(codec, loader)
             run = describe(model_args, data_args, stage_args, dtype, loader, checkpoint)
             if checkpoint is not None:
                 logger.info("continuing from %s", checkpoint)
@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     logger.warning("%s", line)
                 states = load_loader_states(checkpoint)
                 loader.load_state_dict(states[rank()] if len(states) == world_size() else states)
+        with told_in_one_line(*AT_THE_DOOR):
+            loader.check_ranks_agree()
         if is_first():
             folder.reopen()
             write_json(folder.path / RUN_FILE, run)
@@ -223,20 +225,6 @@ def open_tokenizers(
             ) from error
     extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
     return tokenizer, codec
-
-
-def require_codec(codec: CodecSpec, loader: TrainLoader) -> None:
-    """Refuse a codec's folder that is not there when the mix holds speech and no codes were made ahead.
-
-    Raises:
-        ArgumentError: it names the folder.
-    """
-    missing = codec.path is not None and not Path(codec.path).exists()
-    if missing and loader.needs_codec():
-        raise ArgumentError(
-            f"--audio_tokenizer_path {codec.path}: no such folder, and the mix holds speech; "
-            "give the codec's folder, or codes made ahead with --audio_token_cache"
-        )
 
 
 def open_rows(
