@@ -91,7 +91,7 @@ step() { # NAME COMMAND…
   echo "[$name] took $((SECONDS - from)) s"
 }
 
-prepare_environment eval
+prepare_environment quickstart
 PATH=$VENV/bin:$PATH
 export PYTHON=$VENV/bin/python PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -5,8 +5,8 @@
     python tools/codec.py round-trip speech.wav --tokenizer ... --flow ... --output again.wav
     python tools/codec.py stream codes.json --flow ... --output speech.wav
 
-Codes are JSON lists, one per clip. Each command prints its real-time factor (seconds of work per second
-of speech; below 1 is faster than speech), ``stream`` the time of every chunk too.
+Codes are JSON lists, one per clip. Each command prints its real-time factor: seconds of work per second of
+speech, so below 1 is faster than speech. ``stream`` also prints the time of every chunk.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from rich.table import Table
 from vita_audio.audio import (
     AudioError,
     AudioTokenizer,
+    audio_duration,
     available_kinds,
     get_audio_tokenizer,
-    load_audio,
     save_audio,
 )
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 def encode(codec: AudioTokenizer, arguments: argparse.Namespace) -> None:
     """Audio files to a JSON list of code lists; with ``--compare-bf16``, how many codes bfloat16 keeps."""
-    seconds = sum(_duration(path) for path in arguments.inputs)
+    seconds = sum(map(audio_duration, arguments.inputs))
     codec.encode((torch.zeros(1600), 16000))  # loads the weights, so that only work is timed
     start = time.perf_counter()
     codes = codec.encode_batch(arguments.inputs)
@@ -70,7 +70,7 @@ def decode(codec: AudioTokenizer, arguments: argparse.Namespace) -> None:
 
 def round_trip(codec: AudioTokenizer, arguments: argparse.Namespace) -> None:
     """Audio to codes to audio."""
-    seconds = _duration(arguments.inputs[0])
+    seconds = audio_duration(arguments.inputs[0])
     codec.decode(codec.encode((torch.zeros(1600), 16000)), steps=1)
     start = time.perf_counter()
     codes = codec.encode(arguments.inputs[0])
@@ -114,11 +114,6 @@ def _report(what: str, work: float, speech: float, codes: int) -> None:
     console.print(
         f"{what}: {codes} codes, {speech:.2f} s of speech in {work:.2f} s, real-time factor {factor:.3f}"
     )
-
-
-def _duration(path: Path) -> float:
-    waveform, rate = load_audio(path)
-    return len(waveform) / rate
 
 
 def _read_codes(path: Path) -> list[int]:
@@ -165,14 +160,18 @@ def _parse() -> argparse.Namespace:
         command.add_argument("inputs", type=Path, nargs="+" if several else 1, help="audio or codes (JSON)")
         command.add_argument("--output", type=Path, required=not several, help="file to write")
         command.add_argument("--tokenizer-type", choices=available_kinds(), default="glm4voice")
-        command.add_argument("--tokenizer", type=Path, help="folder of the codec's weights")
-        command.add_argument("--flow", type=Path, help="folder of the decoder's weights")
+        command.add_argument(
+            "--tokenizer", type=Path, help="folder of the codec's weights; not needed to decode glm4voice"
+        )
+        command.add_argument(
+            "--flow", type=Path, help="folder of the decoder's weights, where they lie apart"
+        )
         command.add_argument("--device", default="cpu")
         if several:
             command.add_argument("--compare-bf16", action="store_true", help="print bfloat16's agreement")
         else:
             command.add_argument("--steps", type=int, default=10, help="solver steps")
-            command.add_argument("--seed", type=int, help="of the decoder's noise")
+            command.add_argument("--seed", type=int, help="seed of the decoder's noise")
         if name == "stream":
             command.add_argument("--piece", type=int, default=10, help="codes that arrive at a time")
     return parser.parse_args()

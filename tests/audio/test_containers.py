@@ -124,9 +124,10 @@ def test_joined_files_are_all_heard(tmp_path, format_name):
         b"LIST\x04\x00\x00\x00abcdid3 \x05\x00\x00\x00abcde\x00",
         b"TAG".ljust(128, b"x"),
         b"ID3\x04\x00\x00\x00\x00\x00\x0aabcdefghij",
+        b"LIST\xff\x00\x00\x00abcd",
         bytes(512),
     ],
-    ids=["list", "two chunks", "ID3v1", "ID3v2", "padding"],
+    ids=["list", "two chunks", "ID3v1", "ID3v2", "cut list", "padding"],
 )
 def test_what_follows_the_samples_of_a_wav_is_not_heard(tmp_path, tail):
     check_all_is_heard(tmp_path, encoded("WAV") + tail, NOISE)
@@ -143,6 +144,12 @@ def test_a_wav_without_samples_is_empty_although_chunks_follow(tmp_path):
     with pytest.raises(AudioError) as caught:
         load_audio(content)
     assert caught.value.reason == "empty"
+
+
+def test_an_au_header_that_points_at_itself_is_refused():
+    content = patched(restated("AU", 0), 4, 0, ">I")
+    with pytest.raises(AudioError, match="audio bytes"):
+        load_audio(content)
 
 
 def test_headers_that_a_pipe_left_in_front_are_skipped(tmp_path):

@@ -236,7 +236,9 @@ def _check_answers(answers: Any) -> tuple[str, ...]:
 def _split_answers(messages: Any) -> tuple[Any, tuple[str, ...]]:
     """Messages whose last content is text, and the answers if it was a list of them."""
     last = messages[-1] if isinstance(messages, list) and messages else None
-    content = _first_present(last, "content", "value") if isinstance(last, Mapping) else None
+    if not isinstance(last, Mapping):
+        return messages, ()
+    content = _first_present(last, "content", "value")
     if not isinstance(content, list):
         return messages, ()
     answers = _check_answers(content)

@@ -59,6 +59,7 @@ from vita_audio.training import (
 )
 from vita_audio.training.checkpoints import load_loader_states, steps_done
 from vita_audio.training.command_line import parse_arguments
+from vita_audio.training.quiet import hush_libraries
 from vita_audio.training.result import check_result
 
 logger = logging.getLogger("finetune_sts")
@@ -72,6 +73,7 @@ WHILE_TRAINING = (MixError, TokenCacheError, ResumeError, TooManyBadSamples, Flo
 def main(argv: Sequence[str] | None = None) -> None:
     """Train one stage from command-line options; ``sys.argv`` by default."""
     end_with_launcher()
+    hush_libraries()
     # 1. Options, and whether this machine can serve them.
     with told_in_one_line(*AT_THE_DOOR):
         model_args, data_args, stage_args = parse_arguments(argv)

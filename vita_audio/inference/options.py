@@ -10,7 +10,13 @@ from transformers import GenerationConfig
 
 from vita_audio.models.schedule import Schedule
 
-_NEUTRAL = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+_NEUTRAL: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from vita_audio.audio.sensevoice.checkpoint import SenseVoiceEncoderConfig
 class Qwen2MTPConfig(Qwen2Config):
     """Qwen2 with ``num_nextn_predict_layers`` heads (0: a plain Qwen2 under this class).
 
-    Args:
+    Attributes:
         num_nextn_predict_layers: number of heads K. The last K of ``num_hidden_layers`` are theirs.
         mtp_loss_weight: weight of the mean of the head losses in the training loss.
         mtp_detach_backbone: in joint training, keep the heads' gradients out of the backbone and
@@ -72,7 +72,7 @@ class Qwen2MTPConfig(Qwen2Config):
 class Qwen2MTPSenseVoiceConfig(Qwen2MTPConfig):
     """The Plus family: Qwen2 with heads, SenseVoice encoder and adapter.
 
-    Args:
+    Attributes:
         audio_encoder: sizes of the encoder under FunASR's names; those left out are SenseVoiceSmall's.
         mtp_detach_backbone: see :class:`Qwen2MTPConfig`; this family detaches.
 

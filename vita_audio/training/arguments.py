@@ -13,10 +13,11 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.utils import strtobool
 
 from vita_audio.audio import available_kinds, is_continuous_kind
 from vita_audio.chat.interleave import check_ratio
@@ -202,6 +203,9 @@ class DataArguments:
 class StageArguments(TrainingArguments):
     """transformers' own options, with the defaults of this recipe, and those of the stages."""
 
+    if TYPE_CHECKING:  # never None: transformers' own __post_init__ sees to that
+        output_dir: str = ""
+
     do_train: bool = field(default=True, metadata={"help": "Always true: this tool trains."})
     overwrite_output_dir: bool = field(
         default=False,
@@ -270,6 +274,7 @@ class StageArguments(TrainingArguments):
         except DeepSpeedConfigError as error:
             raise ArgumentError(str(error)) from error
         self._check_scheduler()
+        self._use_current_names()
         check_devices(self.ddp_backend, self.use_cpu)
         self.average_tokens_across_devices = self.loss_average == "global"
         # transformers knows only its own schedules by name.
@@ -283,7 +288,7 @@ class StageArguments(TrainingArguments):
     def _prepare_deepspeed_and_device(self) -> None:
         """Check the DeepSpeed config, take its schedule, and settle for what CPUs have where they are chosen."""
         replaced = []
-        self.use_cpu = self.use_cpu or os.environ.get("DS_ACCELERATOR") == "cpu"
+        self.use_cpu = self.use_cpu or strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")) == 1
         if self.deepspeed:
             name = self.deepspeed if isinstance(self.deepspeed, str) else "(a dict)"
             config = read_deepspeed_config(self.deepspeed)
@@ -344,12 +349,31 @@ class StageArguments(TrainingArguments):
                 self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs)
             except ValueError as error:
                 raise self._unfit_scheduler_arguments(error) from error
+        if not isinstance(self.lr_scheduler_kwargs, dict | None):
+            raise self._unfit_scheduler_arguments(TypeError("not a JSON object"))
+
+    @property
+    def scheduler_arguments(self) -> dict[str, Any]:
+        """``--lr_scheduler_kwargs``, read and checked."""
+        return self.lr_scheduler_kwargs if isinstance(self.lr_scheduler_kwargs, dict) else {}
+
+    def _use_current_names(self) -> None:
+        """Hand ``--gradient_checkpointing`` on under the name that newer transformers asks for.
+
+        The stage scripts keep the published name, which transformers 5.23 takes with a warning and 5.17 has alone.
+        """
+        for published, current in (
+            ("gradient_checkpointing", "activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ):
+            if hasattr(self, current) and getattr(self, current) is None:
+                setattr(self, current, getattr(self, published))
 
     def _check_scheduler(self) -> None:
         """Build the schedule for a dummy optimizer: a wrong argument would otherwise show after the model is loaded."""
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         try:
-            build_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)
+            build_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.scheduler_arguments)
         except (TypeError, ValueError) as error:
             raise self._unfit_scheduler_arguments(error) from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +86,8 @@ class Continue(TrainerCallback):
 class ContinuedProgress(ProgressCallback):
     """A progress bar whose rate and remaining time count the steps of this run alone."""
 
+    training_bar: Any  # its type is None in the base class
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -107,7 +108,7 @@ class ContinuedTensorBoard(TensorBoardCallback):
         if state.is_world_process_zero and self.tb_writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            folder = self.logging_dir or str(Path(args.output_dir) / "runs")
+            folder = self.logging_dir or f"{args.output_dir}/runs"
             redone = state.global_step + 1 if state.global_step else None
             self.tb_writer = SummaryWriter(log_dir=folder, purge_step=redone)
         super().on_train_begin(args, state, control, **kwargs)

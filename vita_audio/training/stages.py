@@ -15,6 +15,7 @@ The SenseVoice encoder stays frozen throughout unless asked for.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from torch import nn
 
@@ -39,7 +40,7 @@ def parameter_groups(
     head_multiplier: float = 1.0,
     *,
     decay_norms: bool = False,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters.
 
     Heads learn at ``learning_rate * head_multiplier``. Norms and biases (tensors of one dimension) are not decayed;
@@ -73,7 +74,8 @@ def parameter_groups(
 
 def describe_trainable(model: nn.Module) -> str:
     """One line for the log: how many parameters of each part train."""
-    trained, total = Counter(), Counter()
+    trained: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if is_head_parameter(model, name):
             part = "heads"

@@ -9,16 +9,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import (
+    PreTrainedModel,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -64,10 +63,11 @@ class SpeechTrainer(Trainer):
     Args:
         loader: this rank's rows, where the run shall begin or go on.
         run: what ``run.json`` says of this run; it is put into every checkpoint and into the model card.
-        Other arguments are the Trainer's.
+        **kwargs: the Trainer's own arguments, ``model`` among them.
     """
 
     args: StageArguments
+    model: PreTrainedModel
 
     def __init__(
         self, *, loader: ResumableLoader, run: Mapping[str, Any] | None = None, **kwargs: Any
@@ -95,14 +95,15 @@ class SpeechTrainer(Trainer):
 
     # -- data ---------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """Train to ``max_steps``, from the start or from a complete checkpoint's folder."""
         if resume_from_checkpoint is not None:
             self.add_callback(_ObeyArguments(self._planned_rates))
-        with _without_comparison():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def get_train_dataloader(self) -> ResumableLoader:
+    def get_train_dataloader(self) -> Any:  # the Trainer's signature asks for a DataLoader
         """This rank's loader, which shards and shuffles itself."""
         return self._loader
 
@@ -134,15 +135,18 @@ class SpeechTrainer(Trainer):
         What it plans is noted, since a checkpoint would replace it.
         """
         if self.lr_scheduler is None:
-            self.lr_scheduler = build_scheduler(
+            if optimizer is None:
+                optimizer = self.create_optimizer()
+            scheduler = build_scheduler(
                 self.args.lr_scheduler_type,
-                self.optimizer if optimizer is None else optimizer,
+                optimizer,
                 self.args.get_warmup_steps(num_training_steps),
                 num_training_steps,
-                self.args.lr_scheduler_kwargs,
+                self.args.scheduler_arguments,
             )
             self._created_lr_scheduler = True
-            self._planned_rates[:] = [PlannedRates(self.lr_scheduler)]
+            self._planned_rates[:] = [PlannedRates(scheduler)]
+            self.lr_scheduler = cast(LambdaLR, scheduler)  # the base class says so of every scheduler
         return self.lr_scheduler
 
     # -- loss ---------------------------------------------------------------------------------------------
@@ -198,9 +202,9 @@ class SpeechTrainer(Trainer):
 
     # -- checkpoints --------------------------------------------------------------------------------------
 
-    def save_model(self, output_dir: str | None = None, **kwargs: Any) -> None:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save a folder that others can use: weights, config, tokenizer, model card."""
-        super().save_model(output_dir, **kwargs)
+        super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:
             write_model_card(output_dir or self.args.output_dir, self._run)
 
@@ -230,18 +234,3 @@ class _ObeyArguments(TrainerCallback):
     ) -> None:
         for rates in self._planned:
             rates.restore()
-
-
-@contextmanager
-def _without_comparison() -> Iterator[None]:
-    """Silence the Trainer's own comparison of arguments: it warns of intervals that are obeyed all the same."""
-    logger = logging.getLogger("transformers.trainer_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Warning: The following arguments do not match")
-
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)

@@ -60,7 +60,7 @@ def load_strictly(
         module: every parameter and persistent buffer is replaced.
         state: tensors by name; must match the module exactly.
         path: where ``state`` came from, for messages.
-        ignore: keys of ``module`` that may be absent from ``state``.
+        ignore: keys of ``module`` that ``state`` may lack.
 
     Raises:
         WeightsError: names the first key, in the module's order, that is missing or of another
@@ -85,7 +85,7 @@ def load_strictly(
 
 
 def content_fingerprint(paths: Iterable[Path]) -> str:
-    """Short digest of files: their sizes and evenly spaced blocks, so that gigabytes cost milliseconds."""
+    """Short digest of files: their sizes and evenly spaced blocks, so that gigabytes take milliseconds."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

@@ -1,7 +1,7 @@
 """Speech to the 560-wide frames that the SenseVoice encoder reads.
 
 Kaldi filter banks every 10 ms, seven neighbours stacked into one frame every 60 ms, then
-the per-feature shift and scale that the released ``am.mvn`` file lists. All of it is fixed
+the per-feature shift and scale that the released ``am.mvn`` file lists. This is fixed
 arithmetic without weights, so it runs in the data loader's workers and the model receives
 frames, not samples.
 
@@ -105,6 +105,8 @@ class FrontendStream(FeatureStream):
         frontend: the extractor.
         sample_rate: of the pieces in Hz.
     """
+
+    _heard: torch.Tensor
 
     def __init__(self, frontend: Frontend, sample_rate: int = SAMPLE_RATE) -> None:
         self._frontend = frontend
