@@ -346,7 +346,6 @@ def test_wrong_options_are_told_without_the_list_of_all_options(refusal):
 
 def test_what_the_machine_lacks_is_told_before_the_model_is_loaded(refusal, monkeypatch):
     monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     if not torch.cuda.is_available():
         assert "--ddp_backend nccl: this machine shows no NVIDIA GPU" in refusal(
             ddp_backend="nccl", use_cpu=None

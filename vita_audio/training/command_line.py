@@ -42,7 +42,7 @@ def parse_arguments(
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("--") and words[0].endswith(".json"):
         words = [*_words_of_json(words[0]), *words[1:]]
-    groups: Any = (ModelArguments, DataArguments, StageArguments)
+    groups: list[Any] = [ModelArguments, DataArguments, StageArguments]
     parser = _Parser(groups, prog="finetune_sts.py", allow_abbrev=False)
     try:
         rest = [word for flag, values in _flags(words) for word in _without_built_in(flag, values)]

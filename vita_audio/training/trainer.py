@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import (
     PreTrainedModel,
     ProgressCallback,
@@ -136,24 +136,20 @@ class SpeechTrainer(Trainer):
 
         What it plans is noted, since a checkpoint would replace it.
         """
-        if self.lr_scheduler is not None:
-            return self.lr_scheduler
-        optimizer = self.optimizer if optimizer is None else optimizer
-        arguments = self.args.lr_scheduler_kwargs
-        # The Trainer has made the optimizer by now, and the options have read the arguments' JSON.
-        assert optimizer is not None
-        assert not isinstance(arguments, str)
-        scheduler = build_scheduler(
-            self.args.lr_scheduler_type,
-            optimizer,
-            self.args.get_warmup_steps(num_training_steps),
-            num_training_steps,
-            arguments,
-        )
-        self.lr_scheduler = scheduler  # type: ignore[assignment]  # the Trainer names its most frequent kind
-        self._created_lr_scheduler = True
-        self._planned_rates[:] = [PlannedRates(scheduler)]
-        return scheduler
+        if self.lr_scheduler is None:
+            if optimizer is None:
+                optimizer = self.create_optimizer()
+            scheduler = build_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer,
+                self.args.get_warmup_steps(num_training_steps),
+                num_training_steps,
+                self.args.scheduler_arguments,
+            )
+            self._created_lr_scheduler = True
+            self._planned_rates[:] = [PlannedRates(scheduler)]
+            self.lr_scheduler = cast(LambdaLR, scheduler)  # the base class says so of every scheduler
+        return self.lr_scheduler
 
     # -- loss ---------------------------------------------------------------------------------------------
 
