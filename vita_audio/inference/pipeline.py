@@ -187,21 +187,34 @@ def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, code
         raise ValueError(
             f"the checkpoint is a plain {config.model_type}; give one that training has saved (qwen2_mtp)"
         )
-    tokens = ChatTokens.of(tokenizer)
-    if tokens.codebook_size != codec.codebook_size:
-        raise ValueError(
-            f"the tokenizer has {tokens.codebook_size} speech tokens, the {codec.kind} codec {codec.codebook_size} "
-            "codes; give the codec the model was trained with"
-        )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {config.vocab_size}; "
             "give the tokenizer saved with the model"
         )
     if codec.continuous_input != config.continuous_input:
-        kind = codec.kind.removeprefix("sensevoice_")
-        fitting = f"sensevoice_{kind}" if config.continuous_input else kind
+        raise ValueError(_other_family(f"a {config.model_type} model", codec, config.continuous_input))
+    check_codec(tokenizer, codec)
+
+
+def check_codec(tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
+    """Whether tokenizer and codec belong together.
+
+    Raises:
+        ValueError: they do not; the message says what to give instead.
+    """
+    tokens = ChatTokens.of(tokenizer)
+    if tokens.codebook_size != codec.codebook_size:
         raise ValueError(
-            f"a {config.model_type} model does not read the {codec.kind} codec; "
-            f"give --audio_tokenizer_type {fitting}"
+            f"the tokenizer has {tokens.codebook_size} speech tokens, the {codec.kind} codec {codec.codebook_size} "
+            "codes; give the codec the model was trained with"
         )
+    continuous_input = tokens.context is not None
+    if codec.continuous_input != continuous_input:
+        raise ValueError(_other_family("a model with this tokenizer", codec, continuous_input))
+
+
+def _other_family(model: str, codec: AudioTokenizer, continuous_input: bool) -> str:
+    kind = codec.kind.removeprefix("sensevoice_")
+    fitting = f"sensevoice_{kind}" if continuous_input else kind
+    return f"{model} does not read the {codec.kind} codec; give --audio_tokenizer_type {fitting}"
