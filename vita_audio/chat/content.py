@@ -59,9 +59,13 @@ def as_clip(audio: Any, sampling_rate: int | None = None) -> AudioLike:
     """An audio as transformers' users give it: also ``file://`` URLs, and bare arrays with the call's rate.
 
     Raises:
-        SampleError: it lies on another machine.
+        SampleError: it lies on another machine, or is an array of unknown rate.
     """
-    if isinstance(audio, np.ndarray | Tensor) and sampling_rate is not None:
+    if isinstance(audio, np.ndarray | Tensor):
+        if sampling_rate is None:
+            raise SampleError(
+                "audio_rate", "in-memory audio: an array without its sample rate; give sampling_rate=…"
+            )
         return audio, sampling_rate
     if isinstance(audio, str) and _SCHEME.match(audio):
         url = urlsplit(audio)

@@ -138,7 +138,7 @@ class VitaAudioProcessor(ProcessorMixin):
         Raises:
             ValueError: see the class; or there is no tokenizer.
         """
-        values = {
+        values: dict[str, Any] = {
             "audio_tokenizer_type": audio_tokenizer_type,
             "audio_tokenizer_path": audio_tokenizer_path,
             "flow_path": flow_path,
@@ -197,10 +197,9 @@ class VitaAudioProcessor(ProcessorMixin):
         """
         options |= processor_kwargs or {}
         sampling_rate = _check_options(options, sampling_rate)
-        batch = _is_batch(conversation)
+        given, batch = _listed(conversation)
         conversations = [
-            one if isinstance(one, Conversation) else read_content(one, sampling_rate)
-            for one in (conversation if batch else [conversation])
+            one if isinstance(one, Conversation) else read_content(one, sampling_rate) for one in given
         ]
         if not tokenize:
             texts = [write_chatml(one, add_generation_prompt) for one in conversations]
@@ -208,7 +207,7 @@ class VitaAudioProcessor(ProcessorMixin):
         inputs = self._inputs([(one, add_generation_prompt) for one in conversations])
         return inputs if return_dict else inputs["input_ids"]
 
-    def __call__(  # type: ignore[override]  # the base class takes images first
+    def __call__(
         self,
         text: str | Sequence[str],
         audio: AudioLike | Sequence[AudioLike] | Sequence[Sequence[AudioLike]] | None = None,
@@ -334,12 +333,14 @@ def _check_options(options: Mapping[str, Any], sampling_rate: int | None) -> int
     return sampling_rate
 
 
-def _is_batch(conversation: Any) -> bool:
-    return (
+def _listed(conversation: Any) -> tuple[list[Messages], bool]:
+    """The conversations, and whether they were given as a batch."""
+    batch = (
         isinstance(conversation, (list, tuple))
         and len(conversation) > 0
         and isinstance(conversation[0], (list, tuple, Conversation))
     )
+    return list(conversation) if batch else [conversation], batch
 
 
 def _deal(audio: Any, tags: Sequence[int]) -> list[list[Any]]:
