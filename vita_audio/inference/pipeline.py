@@ -244,29 +244,42 @@ def check_family(config: PreTrainedConfig, kind: str) -> None:
             f"the checkpoint is a plain {config.model_type}; give one that training has saved (qwen2_mtp)"
         )
     if is_continuous_kind(kind) != config.continuous_input:
-        discrete = kind.removeprefix("sensevoice_")
-        fitting = f"sensevoice_{discrete}" if config.continuous_input else discrete
-        raise ValueError(
-            f"a {config.model_type} model does not read the {kind} codec; give --audio_tokenizer_type {fitting}"
-        )
+        raise ValueError(_other_family(f"a {config.model_type} model", kind, config.continuous_input))
 
 
 def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
     """Refuse a model, a tokenizer and a codec that do not belong together.
 
     Raises:
-        ValueError: speech tokens of another codec, or more tokens than the model embeds; see also
-            :func:`check_family`.
+        ValueError: more tokens than the model embeds; see also :func:`check_family` and :func:`check_codec`.
     """
     check_family(config, codec.kind)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {config.vocab_size}; "
+            "give the tokenizer saved with the model"
+        )
+    check_codec(tokenizer, codec)
+
+
+def check_codec(tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
+    """Refuse a tokenizer and a codec that do not belong together.
+
+    Raises:
+        ValueError: speech tokens of another codec, or of the other family.
+    """
     tokens = ChatTokens.of(tokenizer)
     if tokens.codebook_size != codec.codebook_size:
         raise ValueError(
             f"the tokenizer has {tokens.codebook_size} speech tokens, the {codec.kind} codec {codec.codebook_size} "
             "codes; give the codec the model was trained with"
         )
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {config.vocab_size}; "
-            "give the tokenizer saved with the model"
-        )
+    continuous_input = tokens.context is not None
+    if codec.continuous_input != continuous_input:
+        raise ValueError(_other_family("a model with this tokenizer", codec.kind, continuous_input))
+
+
+def _other_family(model: str, kind: str, continuous_input: bool) -> str:
+    discrete = kind.removeprefix("sensevoice_")
+    fitting = f"sensevoice_{discrete}" if continuous_input else discrete
+    return f"{model} does not read the {kind} codec; give --audio_tokenizer_type {fitting}"
