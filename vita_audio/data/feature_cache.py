@@ -3,7 +3,8 @@
 ``FOLDER/FRONTEND/ab/abcd….safetensors`` holds the features of one clip, float32 (frames, 560): about 38 kB for a
 second of speech. FRONTEND is the fingerprint of the normalisation, the file's name a hash of the clip's path
 relative to the data root. Files are added as clips are read, by any number of workers and
-machines on one folder; each is whole or absent. A cache that cannot be written, and a damaged file in it, cost time only.
+machines on one folder; each is whole or absent. A cache that cannot be written, and a damaged file in it, cost
+time only.
 """
 
 from __future__ import annotations
