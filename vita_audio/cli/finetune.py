@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from vita_audio.audio import is_continuous_kind
@@ -42,7 +42,7 @@ from vita_audio.data.mixing import MixError
 from vita_audio.data.token_cache import TokenCacheError
 from vita_audio.distributed import agreed, barrier, is_first, local_rank, rank, world_size
 from vita_audio.files import write_json
-from vita_audio.models import load_with_heads, resize_vocabulary
+from vita_audio.models import load_with_heads, open_tokenizer, resize_vocabulary
 from vita_audio.models.compat import disable_shared_memory_allreduce
 from vita_audio.provenance import RUN_FILE, describe_run
 from vita_audio.training import (
@@ -60,6 +60,7 @@ from vita_audio.training import (
 )
 from vita_audio.training.checkpoints import load_loader_states, steps_done
 from vita_audio.training.command_line import parse_arguments
+from vita_audio.training.deepspeed_config import builds_optimizer
 from vita_audio.training.quiet import hush_libraries
 from vita_audio.training.result import check_result
 
@@ -74,13 +75,13 @@ WHILE_TRAINING = (MixError, TokenCacheError, ResumeError, TooManyBadSamples, Mac
 def main(argv: Sequence[str] | None = None) -> None:
     """Train one stage from command-line options; ``sys.argv`` by default."""
     end_with_launcher()
-    hush_libraries()
     # 1. Options, and whether this machine can serve them.
     with told_in_one_line(*AT_THE_DOOR):
         model_args, data_args, stage_args = parse_arguments(argv)
         check_input_folder(model_args.model_name_or_path)
         dtype, attention = choose_numerics(model_args, stage_args)
         check_launch(stage_args)
+    hush_libraries()
     set_up_logging(stage_args)
     connect(stage_args)
     set_seed(stage_args.seed)
@@ -206,9 +207,7 @@ def open_tokenizers(
     Raises:
         ValueError, OSError: a folder cannot serve.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.tokenizer_name_or_path or model_args.model_name_or_path
-    )
+    tokenizer = open_tokenizer(model_args.tokenizer_name_or_path or model_args.model_name_or_path)
     codec = CodecSpec(
         kind=data_args.audio_tokenizer_type,
         path=data_args.audio_tokenizer_path,
@@ -266,14 +265,13 @@ def describe(
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """What ``run.json`` says."""
-    config = stage_args.hf_deepspeed_config.config if stage_args.deepspeed else {}
     arguments = {
         **asdict(model_args),
         **asdict(data_args),
         **stage_args.to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
-        "deepspeed_zero_stage": config.get("zero_optimization", {}).get("stage"),
-        "deepspeed_builds_optimizer": "optimizer" in config,
+        "deepspeed_builds_optimizer": isinstance(stage_args.deepspeed, dict)
+        and builds_optimizer(stage_args.deepspeed),
     }
     data = {"fingerprint": loader.mix.fingerprint, "samples_per_epoch": len(loader.mix)}
     resumed = None if checkpoint is None else checkpoint.name

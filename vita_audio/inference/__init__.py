@@ -1,4 +1,14 @@
-"""From a question to a spoken answer: prompts, generation, streaming."""
+"""From a question to a spoken answer: prompts, generation, streaming.
+
+Importing it registers the processor with transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoProcessor
 
 from vita_audio.chat import Conversation, prompts
 from vita_audio.inference.backend import (
@@ -12,24 +22,57 @@ from vita_audio.inference.backend import (
     Timings,
     collect,
 )
-from vita_audio.inference.options import GenerationOptions
+from vita_audio.inference.options import (
+    AUTO_SYSTEM,
+    CodecOptions,
+    GenerationOptions,
+    RuntimeOptions,
+    default_system,
+)
 from vita_audio.inference.pipeline import SpeechPipeline
-from vita_audio.models.schedule import SCHEDULES, Schedule
+from vita_audio.lazy import LazyClass
+from vita_audio.models import (
+    SCHEDULES,
+    Qwen2MTPConfig,
+    Qwen2MTPSenseVoiceConfig,
+    Schedule,
+    schedules_for,
+)
+
+if TYPE_CHECKING:
+    from vita_audio.inference.processor import VitaAudioProcessor
+
+for config_class in (Qwen2MTPConfig, Qwen2MTPSenseVoiceConfig):
+    # transformers' processors import its modeling code, see vita_audio/models/__init__.py.
+    processor: Any = LazyClass("vita_audio.inference.processor", "VitaAudioProcessor")
+    AutoProcessor.register(config_class, processor, exist_ok=True)
 
 __all__ = [
+    "AUTO_SYSTEM",
     "SCHEDULES",
     "AudioChunk",
     "Backend",
+    "CodecOptions",
     "Conversation",
     "Event",
     "GenerationOptions",
     "ReferenceBackend",
     "Reply",
     "Request",
+    "RuntimeOptions",
     "Schedule",
     "SpeechPipeline",
     "TextDelta",
     "Timings",
+    "VitaAudioProcessor",
     "collect",
+    "default_system",
     "prompts",
+    "schedules_for",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "VitaAudioProcessor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("vita_audio.inference.processor").VitaAudioProcessor
