@@ -17,7 +17,7 @@ Prompts are rendered where everybody's are (:mod:`vita_audio.chat`), so that the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import dropwhile, islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, P
 from vita_audio.audio import AudioLike, AudioTokenizer, get_audio_tokenizer
 from vita_audio.chat import ChatTokens, Conversation, build_prompt, split_reply
 from vita_audio.chat.content import as_clip, read_chatml, read_content, write_chatml
-from vita_audio.constants import IM_START
 from vita_audio.inference.backend import collate_prompts
 from vita_audio.inference.pipeline import check_codec
 from vita_audio.models import check_device, open_tokenizer
@@ -277,7 +276,9 @@ class VitaAudioProcessor(ProcessorMixin):
         ids = _to_list(token_ids)
         if ids and isinstance(ids[0], list):
             raise ValueError(f"got a batch of {len(ids)} replies; give one row at a time")
-        if self.tokenizer.convert_tokens_to_ids(IM_START) in ids:
+        tokens = ChatTokens.of(self.tokenizer)
+        unpadded = list(dropwhile(lambda token: token == tokens.pad, ids))
+        if any(unpadded[: len(opening)] == opening for opening in tokens.turn_openings.values()):
             raise ValueError(
                 "the ids begin with the prompt; give generated[row, inputs['input_ids'].shape[1]:]"
             )
