@@ -144,12 +144,21 @@ class VitaAudioProcessor(ProcessorMixin):
             "frontend_path": frontend_path,
         }
         saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub)
-        chosen = {name: saved.get(name) if value is None else value for name, value in values.items()}
+        for name, value in values.items():
+            kept = saved.get(name)
+            if value is not None or kept is None:
+                continue
+            if name.endswith("_path") and not (isinstance(kept, str) and Path(kept).is_dir()):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: processor_config.json says {name}={kept!r}, which is no folder "
+                    f"of this machine; give {name}=…"
+                )
+            values[name] = kept
         if Path(pretrained_model_name_or_path).is_dir():
             tokenizer = open_tokenizer(pretrained_model_name_or_path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
-        return cls(tokenizer, **chosen, device=device)
+        return cls(tokenizer, **values, device=device)
 
     def to_dict(self) -> dict[str, Any]:
         """What processor_config.json keeps: the codec's kind and its folders' absolute paths."""
