@@ -10,7 +10,7 @@ def with_digits(words: Iterable[str]) -> list[str]:
     """The same words with every number as digits: "twenty", "one" become "21"; "three", "five" stay two numbers.
 
     Args:
-        words: lower-case; ideographs one by one.
+        words: lower-case; Chinese numerals that stand side by side are one word.
     """
     words = list(words)
     result: list[str] = []
@@ -44,7 +44,7 @@ _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10
 _CHINESE_DIGITS = {digit: value for value, digit in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 _CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000}
 _CHINESE_GROUPS = {"万": 10**4, "亿": 10**8}
-_CHINESE = {**_CHINESE_DIGITS, **_CHINESE_SCALES, **_CHINESE_GROUPS}
+CHINESE_NUMERALS = frozenset({**_CHINESE_DIGITS, **_CHINESE_SCALES, **_CHINESE_GROUPS})
 
 
 def _read_digits(words: Sequence[str], start: int) -> tuple[str, int]:
@@ -113,14 +113,12 @@ def _read_below_hundred(words: Sequence[str], start: int) -> tuple[int, int]:
 
 
 def _read_chinese(words: Sequence[str], start: int) -> tuple[str, int]:
-    """A run of Chinese numerals: 一百二十 by value, 一九九九 digit by digit."""
-    end = start
-    while _at(words, end) in _CHINESE:
-        end += 1
-    numerals = words[start:end]
+    """Chinese numerals: 一百二十 by value, 一九九九 digit by digit."""
+    numerals = words[start]
+    if not CHINESE_NUMERALS.issuperset(numerals):
+        return "", start
     if all(numeral in _CHINESE_DIGITS for numeral in numerals):
-        digits = "".join(str(_CHINESE_DIGITS[numeral]) for numeral in numerals)
-        return (_plain(Decimal(digits)), end) if digits else ("", start)
+        return _plain(Decimal("".join(str(_CHINESE_DIGITS[numeral]) for numeral in numerals))), start + 1
     total = section = 0
     digit: int | None = None
     for numeral in numerals:
@@ -132,7 +130,7 @@ def _read_chinese(words: Sequence[str], start: int) -> tuple[str, int]:
         else:
             total = (total + section + (digit or 0) or 1) * _CHINESE_GROUPS[numeral]
             section, digit = 0, None
-    return str(total + section + (digit or 0)), end
+    return str(total + section + (digit or 0)), start + 1
 
 
 _READERS: tuple[Callable[[Sequence[str], int], tuple[str, int]], ...] = (
