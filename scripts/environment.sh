@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Sourced by quickstart.sh and test.sh: makes the virtual environment and installs the package. REPOSITORY is set.
-#   prepare_environment EXTRAS     EXTRAS such as "eval" or "eval,dev"
+#   prepare_environment EXTRA      an extra of setup.py: "quickstart" or "dev"
 # VENV names the folder (default .venv in the repository); PYTHON_BOOTSTRAP the interpreter.
 VENV=${VENV:-$REPOSITORY/.venv}
 
 # The versions that are tested: newer releases have changed behaviour under us before.
-PINNED=$REPOSITORY/requirements_ds_gpu.txt
+PINNED=$REPOSITORY/constraints-cpu.txt
 TORCH_VERSION=$(sed -n 's/^torch==//p' "$PINNED")
 
 die() {
@@ -43,10 +43,10 @@ pip_install() {
 }
 
 prepare_environment() {
-  local extras=$1 python stamp wanted
+  local extra=$1 python stamp wanted
   python=$(find_python) || exit 1
   wanted=$(cat "$REPOSITORY/setup.py" "$REPOSITORY/scripts/environment.sh" "$PINNED" | cksum)
-  for stamp in "$VENV/.installed-eval,dev" "$VENV/.installed-$extras"; do # the first has all there is
+  for stamp in "$VENV/.installed-dev" "$VENV/.installed-$extra"; do # dev has all there is
     if [[ -x $VENV/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
       return 0
     fi
@@ -68,7 +68,7 @@ prepare_environment() {
     die "cannot install DeepSpeed; see pip's message above"
   fi
   echo "  the package and what else it needs (3 of 3)"
-  pip_install --no-build-isolation -e "${REPOSITORY}[$extras]" || die "cannot install the package; see pip's message above"
-  echo "$wanted" >"$VENV/.installed-$extras"
+  pip_install --no-build-isolation -e "${REPOSITORY}[$extra]" || die "cannot install the package; see pip's message above"
+  echo "$wanted" >"$VENV/.installed-$extra"
   echo "installing took $((SECONDS - from)) s"
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up one node of a GPU cluster: pinned packages, FlashAttention, NCCL and DeepSpeed settings.
 #   source scripts/set_env_ds_gpu.sh     then run a stage script in the same shell
-# Everything can be set beforehand; nothing here overrides a variable that is there already.
+# Every variable can be set beforehand; none that is set is changed.
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$REPOSITORY/.venv}
@@ -25,6 +25,18 @@ if [[ ! -f $VENV/.cluster || $requirements -nt $VENV/.cluster ]]; then
   pip install --quiet --no-build-isolation --no-deps -e "$REPOSITORY" || return 1
   touch "$VENV/.cluster"
 fi
+
+# torchrun's arguments, for scripts that read them: on a cluster that sets NPROC_PER_NODE, WORLD_SIZE and RANK are the
+# number of nodes and this node's rank; elsewhere one node with a process for each of its GPUs.
+# shellcheck source=deepspeed/devices.sh
+source "$REPOSITORY/scripts/deepspeed/devices.sh"
+read_nodes
+if [[ -z ${NPROC_PER_NODE:-} ]]; then
+  NPROC_PER_NODE=$(count_gpus)
+  [[ $NPROC_PER_NODE -gt 0 ]] || NPROC_PER_NODE=8
+fi
+[[ $NNODES != 1 ]] || export MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
+export NNODES NODE_RANK NPROC_PER_NODE MASTER_PORT=${MASTER_PORT:-34567}
 
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export NCCL_ASYNC_ERROR_HANDLING=${NCCL_ASYNC_ERROR_HANDLING:-1}

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# The tests: style, layers, shell scripts, then pytest. Self-contained on a fresh machine.
+# What every change must pass: style, layers, types, shell scripts, documentation, then pytest. Self-contained on a
+# fresh machine.
 #   bash scripts/test.sh            everything but the slow tests
-#   bash scripts/test.sh --all      the slow ones too, among them the whole chain in small (what CI runs)
+#   bash scripts/test.sh --all      the slow ones too, line coverage, and the whole chain in small (what CI runs)
 #   bash scripts/test.sh -- ARGS    pytest with these arguments only
 set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$REPOSITORY/scripts/environment.sh"
 cd "$REPOSITORY"
+LEAST_COVERAGE=80 # percent of the lines of each file of vita_audio/
 
 all=false
 case ${1:-} in
@@ -15,7 +17,7 @@ case ${1:-} in
   *) die "unknown option $1; see the head of scripts/test.sh" ;;
 esac
 
-prepare_environment "eval,dev"
+prepare_environment dev
 PATH=$VENV/bin:$PATH
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu
 # The tests' processes are CPU processes wherever they run.
@@ -35,14 +37,21 @@ echo "== shell scripts"
 mapfile -t shell_scripts < <(git ls-files '*.sh' .ci/run)
 for script in "${shell_scripts[@]}"; do bash -n "$script"; done
 shellcheck "${shell_scripts[@]}"
+echo "== documentation"
+NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 echo "== tests"
-if $all; then
-  python -m pytest
-  echo "== the whole chain of the Plus variant, in small"
-  smoke_folder=$(mktemp -d)
-  trap 'rm -rf "$smoke_folder"' EXIT
-  bash scripts/quickstart.sh --smoke --variant plus --out "$smoke_folder/plus"
-else
-  python -m pytest -m "not slow"
+if ! $all; then
+  exec python -m pytest -m "not slow"
 fi
+rm -rf build/coverage && mkdir -p build/coverage
+coverage run -m pytest
+echo "== line coverage; no file below $LEAST_COVERAGE%"
+coverage combine --quiet
+coverage report | tee build/coverage/report.txt
+awk -v least="$LEAST_COVERAGE" '/^vita_audio/ && $NF + 0 < least { print "below " least "%: " $1; low = 1 } END { exit low }' \
+  build/coverage/report.txt
+echo "== the whole chain of the Plus variant, in small"
+smoke_folder=$(mktemp -d)
+trap 'rm -rf "$smoke_folder"' EXIT
+bash scripts/quickstart.sh --smoke --variant plus --out "$smoke_folder/plus"

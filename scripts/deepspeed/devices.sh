@@ -10,7 +10,7 @@ count_gpus() {
     return
   fi
   IFS=, read -r -a visible <<<"$CUDA_VISIBLE_DEVICES"
-  # -1 and whatever stands behind it are invisible.
+  # -1 and what follows it are invisible.
   local count=0 device
   for device in "${visible[@]}"; do
     [[ $device != -1 ]] || break
@@ -19,11 +19,22 @@ count_gpus() {
   echo "$count"
 }
 
+# NNODES and NODE_RANK: as they are set, else from a cluster that sets NPROC_PER_NODE and means nodes by WORLD_SIZE
+# and RANK, else one node.
+read_nodes() {
+  if [[ -n ${NPROC_PER_NODE:-} ]]; then
+    NNODES=${NNODES:-${WORLD_SIZE:-}}
+    NODE_RANK=${NODE_RANK:-${RANK:-}}
+  fi
+  NNODES=${NNODES:-1}
+  NODE_RANK=${NODE_RANK:-0}
+}
+
 # RENDEZVOUS becomes torchrun's flags for NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. One node without
 # a port takes a free one.
 # shellcheck disable=SC2034  # used by those who source this
 set_rendezvous() { # DEFAULT_PORT
-  NNODES=${NNODES:-1}
+  read_nodes
   if ! [[ $NNODES =~ ^[1-9][0-9]*$ ]]; then
     echo "error: NNODES=$NNODES: give the number of nodes, 1 or more" >&2
     exit 1
@@ -37,7 +48,7 @@ set_rendezvous() { # DEFAULT_PORT
     exit 1
   fi
   RENDEZVOUS=(
-    --nnodes "$NNODES" --node_rank "${NODE_RANK:-0}"
+    --nnodes "$NNODES" --node_rank "$NODE_RANK"
     --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-$1}"
   )
 }

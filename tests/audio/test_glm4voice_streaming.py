@@ -120,6 +120,45 @@ def test_every_chunk_of_a_bounded_stream_is_the_same_work(codec, monkeypatch):
     assert len(stream.state.tokens) == 0
 
 
+def test_chunks_grow_and_are_solved_in_more_and_more_steps(codec, monkeypatch):
+    seen = []
+    generate = FlowDecoder.generate
+
+    def recording(self, inputs, steps):
+        seen.append((sum(len(row.tokens) for row in inputs), steps))
+        return generate(self, inputs, steps)
+
+    monkeypatch.setattr(FlowDecoder, "generate", recording)
+    stream = codec.stream(schedule=StreamSchedule(prompt_tokens=None))
+    stream.push(_codes(210), last=True)
+    # All codes so far, and the solver steps: the public demo's schedule.
+    assert seen == [(10, 1), (20, 3), (40, 5), (70, 7), (110, 9), (160, 10), (210, 10)]
+
+
+@pytest.mark.parametrize("window", [13, 23, 50])
+def test_a_prompt_window_begins_at_a_block_of_the_token_encoder(codec, monkeypatch, window):
+    """Block attention counts from the first code it is given, so another start would regroup all codes."""
+    reply = torch.tensor(_codes(140))
+    starts, heard = [], 0
+    generate = FlowDecoder.generate
+
+    def recording(self, inputs, steps):
+        (row,) = inputs
+        starts.append(heard - len(row.tokens))
+        assert torch.equal(row.tokens, reply[starts[-1] : heard])
+        return generate(self, inputs, steps)
+
+    monkeypatch.setattr(FlowDecoder, "generate", recording)
+    stream = codec.stream(schedule=StreamSchedule(((7, 1),), prompt_tokens=window))
+    for first in range(0, 140, 7):
+        heard = first + 7
+        stream.push(reply[first:heard].tolist(), last=heard == 140)
+    assert len(starts) == 20
+    block = codec.flow.config.encoder.block_size
+    assert starts == [max(0, first - window) // block * block for first in range(0, 140, 7)]
+    assert len({start % 7 for start in starts}) > 1, "the chunks' own edges do not give the alignment"
+
+
 @pytest.mark.parametrize("piece", [1, 7, 10, 64, 200])
 def test_samples_do_not_depend_on_how_codes_arrive(codec, piece):
     codes = _codes(97)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vita_audio.audio import AudioError, AudioTokenizer
+from vita_audio.audio import AudioError, AudioTokenizer, get_audio_tokenizer
 from vita_audio.audio.sensevoice import Frontend, SenseVoiceInputTokenizer
 from vita_audio.audio.sensevoice.frontend import (
     estimate_cmvn,
@@ -180,3 +180,23 @@ def test_features_come_from_the_front_end_and_the_rest_from_the_discrete_codec(f
 def test_a_continuous_codec_without_front_end_is_refused():
     with pytest.raises(ValueError, match="frontend_path"):
         SenseVoiceInputTokenizer(Echo(), None)
+
+
+def test_the_noise_of_a_plus_reply_follows_its_generator():
+    glm4voice = Path(__file__).parents[1] / "goldens" / "glm4voice" / "decoder"
+    plus = get_audio_tokenizer("sensevoice_glm4voice", flow_path=glm4voice, frontend_path=GOLDENS)
+    codes = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+
+    def seeded(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    speak = {
+        "decode": lambda codec, generator: codec.decode(codes, 2, generator),
+        "stream": lambda codec, generator: codec.stream(generator).push(codes, last=True),
+    }
+    for name, run in speak.items():
+        first, again, other, default = (run(plus, g) for g in (seeded(1), seeded(1), seeded(2), None))
+        assert torch.equal(first, again), name
+        assert torch.equal(first, run(plus.discrete, seeded(1))), name
+        assert not torch.equal(first, other), name
+        assert not torch.equal(first, default), name

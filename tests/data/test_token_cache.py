@@ -1,8 +1,7 @@
-"""Codes ahead of time: the tool that makes them, the cache that finds them, and what happens without."""
+"""Codes ahead of time: the command that makes them, the cache that finds them, and what happens without."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from vita_audio.audio import AudioError
 from vita_audio.audio.mel_vq import MelVQConfig, MelVQTokenizer
+from vita_audio.cli import tokenize_audio
 from vita_audio.data import CodecSpec, DataConfig, build_train_loader
 from vita_audio.data.speech import SpeechReader
 from vita_audio.data.token_cache import (
@@ -25,16 +25,7 @@ from vita_audio.data.token_cache import (
     write_shard,
 )
 
-TOOL = Path(__file__).parents[2] / "tools" / "tokenize_audio.py"
 CLIPS = 14
-
-
-@pytest.fixture(scope="module")
-def tool():
-    specification = importlib.util.spec_from_file_location("tokenize_audio", TOOL)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -72,14 +63,14 @@ def corpus(tmp_path, write_lines, monkeypatch, arrow_cache):
 
 
 @pytest.fixture
-def run_tool(tool, corpus):
+def run_tool(corpus):
     def run(rank: int = 0, world_size: int = 1, kind: str = "mel_vq", **options):
         arguments = ["--dataset_name", corpus / "mix.yaml", "--audio_tokenizer_type", kind]
         arguments += ["--audio_tokenizer_path", corpus / "codec", "--output_dir", corpus / "tokens"]
         for name, value in options.items():
             arguments += [f"--{name}", value]
-        parsed = tool.parse_options([str(argument) for argument in arguments])
-        return tool.tokenize(tool.read_mix(parsed.dataset_name), parsed, rank, world_size)
+        parsed = tokenize_audio.parse_options([str(argument) for argument in arguments])
+        return tokenize_audio.tokenize(tokenize_audio.read_mix(parsed.dataset_name), parsed, rank, world_size)
 
     return run
 

@@ -203,50 +203,6 @@ def test_single_benchmarks_write_their_scores(run_tool, tiny_world, codec_flags,
     assert scores[good[0]] == good[1]
 
 
-def test_inference_answers_every_kind_of_request(run_tool, tiny_world, codec_flags, tmp_path):
-    run_tool(
-        "inference_sts", "--model_name_or_path", tiny_world.model_dir, *codec_flags, "--output_dir", tmp_path,
-        "--text", "hello", "--question", tiny_world.audio("question.wav"), "--asr", tiny_world.audio("question.wav"),
-        "--tts", "the quiet river runs", "--voice", tiny_world.audio("answer.wav"),
-        "--samples", tiny_world.data_dir / "sqa.jsonl", "--system_prompt", "none", "--max_new_tokens", 60,
-    )  # fmt: skip
-    records = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
-    assert [(record["task"], record["streaming"]) for record in records] == [
-        (task, streaming)
-        for task in ("text", "speech QA", "ASR", "TTS", "voice clone", "speech QA")
-        for streaming in (False, True)
-    ]
-    for record in records:
-        if record["task"] in ("TTS", "speech QA"):
-            assert (tmp_path / record["wav"]).is_file()
-    assert {record["text"] for record in records if record["task"] == "ASR"} == {"the blue key"}
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--tts", "x", "--mode", "fast"], "error: mtp_inference_mode='fast'"),
-        (["--asr", "nowhere.wav"], "error: nowhere.wav: no such file"),
-        ([], "error: nothing to answer: give --text"),
-        (["--text", "x", "--voice", "voice.wav"], "error: --voice is the voice of the --tts texts"),
-        (["--samples", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
-    ],
-)
-def test_bad_requests_end_in_one_line(run_tool, tiny_world, codec_flags, tmp_path, flags, message):
-    with pytest.raises(SystemExit) as exit_:
-        run_tool(
-            "inference_sts",
-            "--model_name_or_path",
-            tiny_world.model_dir,
-            *codec_flags,
-            "--output_dir",
-            tmp_path,
-            *flags,
-        )
-    assert str(exit_.value).startswith(message)
-    assert "\n" not in str(exit_.value)
-
-
 @pytest.mark.parametrize(
     ("variables", "message"),
     [

@@ -1,8 +1,8 @@
 """transformers' own model tests (``tests/test_modeling_common.py`` of the pinned version) on both families.
 
-The wheel holds no tests, so the sdist is fetched once into the user's cache. Offline the test is skipped, in CI
-(environment variable ``CI``) it fails. The sdist has neither the generation tests nor the export tests that file imports;
-their mixins are empty here, and generation has its own tests in ``test_mctp_generation.py``.
+The wheel holds no tests, so the sdist is fetched once into the user's cache. Offline the test is skipped; in CI
+(environment variable ``CI``) it fails. The sdist lacks the generation and export tests that the file imports, so their
+mixins are empty here. Generation has its own tests in ``test_mctp_generation.py``.
 """
 
 import importlib.util
@@ -27,10 +27,11 @@ MIXINS = {
 PASSED_PER_FAMILY = 100
 
 DEVIATIONS = {
-    "test_sdpa_can_dispatch_non_composite_models": "sdpa is replaced by packed_sdpa when a model is built: same kernel, "
-    "and documents in one row stay apart without a dense mask",
-    "test_causal_lm_loss_honors_shift_labels": "each head predicts another distance, so labels shifted by one cannot "
-    "serve; shift_labels is refused",
+    "test_sdpa_can_dispatch_non_composite_models": "building a model replaces sdpa by packed_sdpa: the same kernel, "
+    "which keeps documents in one row apart without a dense mask",
+    "test_causal_lm_loss_honors_shift_labels": "each head predicts another distance, so labels shifted by one "
+    "cannot serve; shift_labels is refused",
+    "test_bc_cache_name_forward": "past_key_values and cache are both taken, without a warning (5.24 renamed it)",
 }
 
 pytestmark = pytest.mark.slow

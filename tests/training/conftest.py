@@ -3,9 +3,12 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -15,12 +18,18 @@ TOKENIZER = REPOSITORY / "tests/goldens/data/tokenizer/glm4voice"
 STAGES = REPOSITORY / "scripts/deepspeed/sts_qwen25"
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @dataclass
 class TinyWorld:
     """Folders of a run, and a way to start its stages."""
 
     root: Path
-    port: int = 29630
+    port: int = field(default_factory=_free_port)
 
     def environment(self, **settings: str) -> dict[str, str]:
         return {
@@ -38,6 +47,8 @@ class TinyWorld:
             "DATALOADER_NUM_WORKERS": "0",
             "MAX_STEPS": "4",
             "LEARNING_RATE": "1e-3",
+            # The published schedule spends the first two updates at rate 0, half of these runs.
+            "LR_SCHEDULER_TYPE": "cosine_with_min_lr",
             "REPORT_TO": "none",
             "MASTER_PORT": str(self.port),
             **settings,
@@ -100,13 +111,48 @@ class TinyWorld:
         return self.root / "out" / f"finetune_glm4voice_{name}" / "run"
 
     def losses(self, name: str) -> list[dict[str, float]]:
-        return logged(self.result(name))
+        return self.logged(self.result(name))
+
+    @staticmethod
+    def logged(folder: Path) -> list[dict[str, float]]:
+        """The log lines of all steps."""
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return [line for line in history if "loss" in line]
 
 
-def logged(folder: Path) -> list[dict[str, float]]:
-    """The log lines of all steps."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [line for line in history if "loss" in line]
+class Processes:
+    """What runs on this machine."""
+
+    @staticmethod
+    def children(process: int) -> list[str]:
+        try:
+            return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        except OSError:
+            return []
+
+    @staticmethod
+    def of(folder: Path) -> list[str]:
+        """Processes with the folder in their command line."""
+        found = []
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if str(folder).encode() in file.read_bytes():
+                    found.append(file.parent.name)
+            except OSError:
+                continue
+        return found
+
+    @staticmethod
+    def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Processes:
+    return Processes()
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +179,103 @@ def tiny_world(tmp_path_factory) -> TinyWorld:
             file.write(json.dumps({"messages": messages}) + "\n")
     (root / "mix.yaml").write_text("dataset:\n  text:\n    ratio: 1.0\n    data_paths:\n      - text.jsonl\n")
     return TinyWorld(root)
+
+
+@dataclass
+class Call:
+    """One call of a stage script, up to the launch of its processes."""
+
+    status: int
+    words: list[str]
+    environment: dict[str, str]
+    printed: str
+
+    @property
+    def launcher(self) -> list[str]:
+        return self.words[: self._program()]
+
+    @property
+    def flags(self) -> list[str]:
+        return self.words[self._program() + 1 :]
+
+    def value(self, flag: str) -> str:
+        """What follows a flag where it is given last."""
+        last = len(self.words) - 1 - self.words[::-1].index(flag)
+        return self.words[last + 1]
+
+    def _program(self) -> int:
+        return next(i for i, word in enumerate(self.words) if word.endswith("tools/finetune_sts.py"))
+
+
+class StandIns:
+    """Calls stage scripts in a clean environment, with stand-ins for the GPUs and for Python.
+
+    Nothing is trained: the stand-in for Python notes its arguments and its environment.
+
+    Args:
+        root: ROOT_PATH of all calls; the folders that stages look for are made in it, empty.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._tools = root / "stand_ins"
+        self._tools.mkdir()
+        for folder in ("models/Qwen/Qwen2.5-7B-Instruct", "models/FunAudioLLM/SenseVoiceSmall"):
+            (root / folder).mkdir(parents=True)
+
+    def call(
+        self,
+        name: str | Path,
+        *words: str,
+        gpus: int = 8,
+        typed_in: Path | None = None,
+        without: tuple[str, ...] = (),
+        **settings: str,
+    ) -> Call:
+        """Call a script by its name or path.
+
+        Args:
+            words: its arguments.
+            gpus: how many the machine has.
+            typed_in: the working folder.
+            without: variables that are not set, ROOT_PATH for one.
+            settings: variables that are.
+        """
+        listed = "".join(f"echo 'GPU {i}: NVIDIA H100 (UUID: GPU-{i})'\n" for i in range(gpus))
+        self._write("nvidia-smi", listed)
+        noted = self.root / "noted"
+        self._write("python", f"printf '%s\\0' \"$@\" >{noted}.words\nenv -0 >{noted}.environment\n")
+        words_file, environment_file = Path(f"{noted}.words"), Path(f"{noted}.environment")
+        words_file.unlink(missing_ok=True)
+        environment = {
+            "PATH": f"{self._tools}:/usr/local/bin:/usr/bin:/bin",
+            "ROOT_PATH": str(self.root),
+            **settings,
+        }
+        run = subprocess.run(
+            ["bash", str(name if Path(name).is_absolute() or typed_in else STAGES / f"{name}.sh"), *words],
+            cwd=typed_in or self.root,
+            env={name: value for name, value in environment.items() if name not in without},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if not words_file.is_file():
+            return Call(run.returncode, [], {}, run.stdout + run.stderr)
+        entries = environment_file.read_text().split("\0")
+        return Call(
+            run.returncode,
+            words_file.read_text().split("\0")[:-1],
+            dict(entry.split("=", 1) for entry in entries if "=" in entry),
+            run.stdout + run.stderr,
+        )
+
+    def _write(self, tool: str, body: str) -> None:
+        (self._tools / tool).write_text(f"#!/bin/sh\n{body}")
+        (self._tools / tool).chmod(0o755)
+
+
+@pytest.fixture
+def stand_ins(tmp_path) -> StandIns:
+    return StandIns(tmp_path)

@@ -52,6 +52,17 @@ def test_heads_learn_at_their_own_rate_and_vectors_are_not_decayed(model):
         assert decay == (0.1 if parameter.dim() > 1 else 0.0), name
 
 
+def test_norms_are_decayed_where_the_published_rule_is_asked_for(model):
+    model.layer_norm = nn.LayerNorm(4)  # the Plus adapter's kind, which that rule exempts
+    groups = parameter_groups(model, learning_rate=1e-3, weight_decay=0.1, decay_norms=True)
+    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    spared = {name for name, p in model.named_parameters() if decay_of[id(p)] == 0}
+    assert spared == {name for name, _ in model.named_parameters() if name.endswith("bias")} | {
+        "layer_norm.weight"
+    }
+    assert any(name.endswith("norm.weight") for name, _ in model.named_parameters() if name not in spared)
+
+
 def test_frozen_parameters_are_in_no_group_and_no_group_is_empty(model):
     apply_stage(model, language_model_freeze=True)
     groups = parameter_groups(model, learning_rate=1e-3, weight_decay=0.0)

@@ -38,6 +38,7 @@ from torch.nn.functional import cross_entropy
 from vita_audio.constants import IGNORE_INDEX
 from vita_audio.models import Qwen2MTPConfig, Qwen2MTPForCausalLM, freeze_backbone
 from vita_audio.models.attention import attention_masks, document_ids
+from vita_audio.models.compat import checkpointing_function
 from vita_audio.models.loss import shifted_targets
 from vita_audio.models.mctp import run_cascade
 
@@ -162,7 +163,7 @@ def plain_loss(model: Qwen2MTPForCausalLM, input_ids: Tensor, position_ids: Tens
         return cross_entropy(logits.flatten(0, 1), shifted_targets(labels, documents, shift).flatten())
 
     main_loss = loss_of(hidden, 1)
-    checkpoint = model.model._gradient_checkpointing_func if model.model.gradient_checkpointing else None
+    checkpoint = checkpointing_function(model.model)
     states = run_cascade(
         model.heads,
         embeds.detach() if frozen else embeds,

@@ -19,6 +19,7 @@ from vita_audio.audio import mp3
 from vita_audio.audio.base import AudioError
 
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICS")
+_CHUNKS_BEHIND = (b"LIST", b"id3 ", b"bext", b"iXML", b"_PMX")  # known even if they are cut off
 _PADDING_BYTES = 4096  # zeros up to here behind the samples are padding, not silence
 
 
@@ -157,9 +158,10 @@ def _sized_parts(file: BinaryIO, start: int, end: int, name: str) -> Iterator[Pa
     yield Part(start, end)
 
 
-def _au_field(file: BinaryIO, start: int) -> tuple[int, int, int]:
-    """(offset of the size, its bytes, start of the samples)."""
-    return start + 8, 4, start + int.from_bytes(_read(file, start + 4, 4), "big")
+def _au_field(file: BinaryIO, start: int) -> tuple[int, int, int] | None:
+    """(offset of the size, its bytes, start of the samples); None for a damaged header."""
+    header = int.from_bytes(_read(file, start + 4, 4), "big")
+    return (start + 8, 4, start + header) if header >= 24 else None
 
 
 def _size_field(file: BinaryIO, start: int, end: int, layout: _Layout) -> tuple[int, int, int] | None:
@@ -183,7 +185,8 @@ def _true_length(
 ) -> tuple[int, int]:
     """Bytes that the chunk of samples really has, and where the recording ends."""
     room = end - begin
-    if declared > room and not _is_placeholder(declared):
+    written = declared + (layout.header if layout.own_header else 0)
+    if declared > room and not _is_placeholder(written):
         raise AudioError(f"{name}: cut off, {room} of {declared} bytes are there", "truncated")
     stated = max(declared, layout.lead)
     stop = _end_of_tail(file, begin + stated, end, layout) if stated <= room else None
@@ -215,7 +218,7 @@ def _end_of_chunks(file: BinaryIO, at: int, end: int, layout: _Layout) -> int | 
             return None
         chunk, size = _chunk(file, at, layout)
         if not all(0x20 <= letter < 0x7F for letter in chunk) or not 0 <= size <= end - at - layout.header:
-            return end if _read(file, at, 8).startswith(_TAGS) else None
+            return end if _read(file, at, 8).startswith(_TAGS + _CHUNKS_BEHIND) else None
         at = _aligned(at + layout.header + size, at, layout)
     return end
 

@@ -131,8 +131,21 @@ def _recordings(clip: Clip) -> Iterator[soundfile.SoundFile]:
         size = file.seek(0, os.SEEK_END)
         for part in find_parts(file, clip.name):
             untouched = clip.path is not None and part == Part(0, size)
-            with soundfile.SoundFile(clip.path if untouched else BytesIO(part.read(file))) as sound:
+            with soundfile.SoundFile(clip.path if untouched else _MemoryFile(part.read(file))) as sound:
                 yield sound
+
+
+class _MemoryFile(BytesIO):
+    """Stays where it is when a damaged file makes libsndfile seek outside of it.
+
+    An exception could not leave libsndfile's callback; it would be printed.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return self.tell()
 
 
 def _open(clip: Clip) -> BinaryIO:
@@ -168,14 +181,16 @@ def _decode(sound: soundfile.SoundFile, name: str) -> Tensor:
 def _read_with_ffmpeg(clip: Clip, cause: Exception) -> tuple[Tensor, int]:
     """Formats libsndfile does not know (M4A, AAC, WMA, ...): shape (channels, samples), and rate."""
     import audioread
+    from audioread.rawread import RawAudioFile  # reads what libsndfile has refused
 
+    backends = [backend for backend in audioread.available_backends() if backend is not RawAudioFile]
     if clip.path is None:
         with tempfile.NamedTemporaryFile() as file:
             file.write(clip.encoded or b"")
             file.flush()
             return _read_with_ffmpeg(Clip(clip.name, path=Path(file.name)), cause)
     try:
-        stream = audioread.audio_open(clip.path)
+        stream = audioread.audio_open(clip.path, backends)
     except (audioread.DecodeError, EOFError, OSError) as error:
         hint = "" if shutil.which("ffmpeg") else "; if it is M4A, AAC or the like, install ffmpeg"
         raise AudioError(f"{clip.name}: not a readable audio file: {cause}{hint}", "unreadable") from error

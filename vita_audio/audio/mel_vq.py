@@ -1,9 +1,9 @@
 """The embedded codec: k-means over patches of log-mel, Griffin-Lim back to sound.
 
-It stands where a neural codec stands, behind the same interface, and needs no download: a minute
-of fitting on the training audio makes it. A code is the nearest of a few hundred patches of 80 ms.
-Each code also remembers the mean linear spectrum of its patches, so that decoding starts
-from spectra with the harmonics of real voices and not from an inverted mel filterbank.
+It takes the place of a neural codec behind the same interface and needs no download: it is fitted on the
+training audio in a minute. A code is the nearest of a few hundred patches of 80 ms. Each code also keeps the
+mean linear spectrum of its patches, so that decoding starts from spectra with the harmonics of real voices
+and not from an inverted mel filterbank.
 
 Loudness is normalised before encoding: the same word spoken softly gets the same codes. So a code depends on
 the whole clip, and :meth:`MelVQTokenizer.encode_stream` gives all codes at the end.
@@ -35,7 +35,7 @@ _BATCH_PATCHES = 4096  # in a step of the k-means
 
 @dataclass(frozen=True)
 class MelVQConfig:
-    """Everything but the codebook.
+    """Settings of analysis and synthesis.
 
     Attributes:
         sample_rate: in Hz, of analysis and of decoded speech.
@@ -109,7 +109,7 @@ class MelVQTokenizer(AudioTokenizer):
         """
         if path is None:
             raise WeightsError(
-                "the mel_vq codec needs the folder that tools/fit_mel_vq.py wrote; none was given"
+                "the mel_vq codec needs the folder that tools/quickstart/fit_mel_vq.py wrote; none was given"
             )
         folder = check_folder(path, MEL_VQ, cls.kind, (_CONFIG_FILE, _WEIGHTS_FILE))
         try:
@@ -186,7 +186,7 @@ class MelVQTokenizer(AudioTokenizer):
 
 
 class MelVQStream(AudioStream):
-    """Decoding piece by piece; gives exactly the samples of :meth:`MelVQTokenizer.decode`.
+    """Decoding piece by piece; the samples are exactly those of :meth:`MelVQTokenizer.decode`.
 
     Sound lags at most ``block_codes + lookahead_codes`` codes behind what was pushed.
     """

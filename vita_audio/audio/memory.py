@@ -22,7 +22,7 @@ from vita_audio.audio.base import AudioError, AudioLike
 MOST_CHANNELS = 32
 """With more columns than this, a 2-D waveform is not (samples, channels)."""
 
-_LOUDEST = 16.0  # 24 dB over full scale; floats beyond are integers that nobody scaled
+_LOUDEST = 100.0  # 40 dB over full scale; floats beyond are integers that nobody scaled
 # Types whose range says their scale: (zero level, full scale). Wider integers usually hold narrower samples.
 _INTEGERS = {
     "int8": (0.0, 2.0**7),
@@ -67,7 +67,8 @@ def identify(audio: AudioLike) -> Clip:
     if isinstance(audio, Mapping):
         return _identify_mapping(audio)
     if hasattr(audio, "get_all_samples"):
-        samples = audio.get_all_samples()
+        decoder: Any = audio
+        samples = decoder.get_all_samples()
         return _samples(samples.data, samples.sample_rate)
     if callable(getattr(audio, "read", None)):
         return _identify_file_object(audio)

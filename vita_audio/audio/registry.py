@@ -1,4 +1,4 @@
-"""From a codec's name to the codec, without importing the others."""
+"""Opens a codec by its name, without importing the others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from os import PathLike
 
 from vita_audio.audio.base import AudioTokenizer, is_continuous_kind
 
-# kind -> "module:class"; imported on first use, so that one codec's needs are not another's.
+# kind -> "module:class"; imported on first use, so that one codec does not load the libraries of another.
 _DISCRETE_CODECS = {
     "glm4voice": "vita_audio.audio.glm4voice:GLM4VoiceTokenizer",
     "mel_vq": "vita_audio.audio.mel_vq:MelVQTokenizer",

@@ -1,12 +1,11 @@
 """Spectrogram to waveform and back, for codecs without a neural vocoder.
 
-Framing is exact: ``hop * n`` samples give ``n`` frames, frame ``i`` centred on the middle of its hop,
-so that frames, patches of frames and samples count the same time.
+Framing is exact: ``hop * n`` samples give ``n`` frames, and frame ``i`` is centred on the middle of its hop.
 
-:class:`GriffinLim` finds phases for magnitudes block by block. Frames of solved blocks stay as they
-are and take part in the overlap-add of the next; so a sample depends on the frames before it and a
-short look-ahead, never on how a caller slices its calls. Streamed speech is therefore equal to
-offline speech, its work is linear, and there are no seams to cross-fade.
+:class:`GriffinLim` finds phases for magnitudes block by block. Solved frames are fixed
+and take part in the overlap-add of the next block. So a sample depends on the frames before it and a short
+look-ahead, not on how a caller slices its calls: streamed speech equals offline speech, the work is linear,
+and there are no seams to cross-fade.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ class GriffinLim:
     def push(self, magnitudes: Tensor, last: bool = False) -> Tensor:
         """Add magnitudes of shape (frames, fft_size // 2 + 1); return the samples that are now final.
 
-        With ``last``, ``hop`` samples have come out for every frame that went in.
+        After ``last``, ``hop`` samples have been returned for every frame pushed.
         """
         self._pending = torch.cat([self._pending, magnitudes])
         pieces = []
@@ -133,7 +132,7 @@ class GriffinLim:
         return total.flatten()
 
     def _initial_phases(self, frames: int) -> Tensor:
-        """Uniform noise from the frames' own numbers, so that results do not depend on calls before."""
+        """Uniform noise seeded with the index of the first frame, so that results do not depend on earlier calls."""
         bins = self.fft_size // 2 + 1
         generator = torch.Generator().manual_seed(self._solved)
         angles = torch.rand(frames, bins, generator=generator) * 2 * math.pi

@@ -96,7 +96,8 @@ def check_ratio(ratio: Sequence[int] | None) -> tuple[list[int], list[int]]:
 
 
 def _chunks(ids: list[int], sizes: list[int]) -> list[list[int]]:
-    chunks, start = [], 0
+    chunks: list[list[int]] = []
+    start = 0
     for size in chain(sizes, repeat(sizes[-1])):
         if start >= len(ids):
             return chunks

@@ -21,7 +21,15 @@ from vita_audio.audio import AudioError, AudioLike, is_continuous_kind
 from vita_audio.audio.sensevoice.encoder import NUM_QUERY_FRAMES
 from vita_audio.chat.interleave import interleave_text_audio
 from vita_audio.chat.prompts import is_blank_request, requested_text
-from vita_audio.chat.sample import Conversation, Message, Reason, Sample, SampleError, parse_sample
+from vita_audio.chat.sample import (
+    Conversation,
+    Message,
+    Reason,
+    Sample,
+    SampleError,
+    check_messages,
+    parse_sample,
+)
 from vita_audio.chat.tokens import ChatTokens, encode_text
 from vita_audio.constants import CONTEXT_OF_AUDIO, DEFAULT_TEXT_AUDIO_RATIO, IGNORE_INDEX
 
@@ -112,7 +120,7 @@ def build_prompt(
     Raises:
         SampleError: roles, tags and audios do not fit, or an audio cannot be used.
     """
-    conversation = Conversation(tuple(messages), tuple(audios))
+    conversation = Conversation(check_messages(messages), tuple(audios))
     if is_blank_request(conversation.messages[-1]):
         raise SampleError(Reason.NO_TEXT, "the text to be read aloud is blank; give some words")
     renderer = _Renderer(tokenizer, codec, ratio)
@@ -163,10 +171,10 @@ class _Renderer:
 
     def _add_given(self, example: Example, message: Message, audios: Iterator[AudioLike]) -> None:
         """A system or user content and the end of its turn, not supervised."""
-        continuous = self.codec is not None and is_continuous_kind(self.codec.kind)
+        codec = self.codec
         for index, text in enumerate(message.texts):
-            if index and continuous:
-                self._add_features(example, next(audios))
+            if index and codec is not None and is_continuous_kind(codec.kind):
+                self._add_features(example, codec, next(audios))
             elif index:
                 example.input_ids += self._codes(next(audios))
             example.input_ids += encode_text(self.tokenizer, text)
@@ -191,12 +199,12 @@ class _Renderer:
         first = self.tokens.first_code
         return [self.tokens.begin, *(first + code for code in codes), self.tokens.end]
 
-    def _add_features(self, example: Example, audio: AudioLike) -> None:
+    def _add_features(self, example: Example, codec: Codec, audio: AudioLike) -> None:
         """Placeholders for one continuous audio, its features and where they go."""
         if self.tokens.context is None:
             raise ValueError(f"the tokenizer has no {CONTEXT_OF_AUDIO}; extend it with continuous_input=True")
         try:
-            features = self.codec.features(audio)
+            features = codec.features(audio)
         except AudioError as error:
             raise SampleError(f"audio_{error.reason}", str(error)) from error
         if features.ndim != 2 or not torch.isfinite(features).all():

@@ -44,7 +44,8 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, continuous_input: bool,
     )
     # Speech tokens are ordinary tokens: decoding with skip_special_tokens keeps them (section 2).
     added += tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in codes])
-    ids = tokenizer.convert_tokens_to_ids([*specials, *codes])
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[token] for token in (*specials, *codes)]
     if ids != list(range(ids[0], ids[0] + len(ids))):
         raise ValueError(
             "the tokenizer already holds speech tokens of another kind or size; "
@@ -91,27 +92,28 @@ class ChatTokens:
 
 @lru_cache(maxsize=8)
 def _chat_tokens(tokenizer: PreTrainedTokenizerBase, _size: int) -> ChatTokens:
-    added = tokenizer.get_added_vocab()
-    missing = [token for token in (IM_START, IM_END, BEGIN_OF_AUDIO, audio_token(0)) if token not in added]
+    vocabulary = tokenizer.get_vocab()
+    needed = (IM_START, IM_END, END_OF_TEXT, BEGIN_OF_AUDIO, audio_token(0))
+    missing = [token for token in needed if token not in vocabulary]
     if missing:
         raise ValueError(f"the tokenizer has no {' '.join(missing)}; call extend_tokenizer on it first")
-    first_code, codebook_size = added[audio_token(0)], 0
-    while added.get(audio_token(codebook_size)) == first_code + codebook_size:
+    first_code, codebook_size = vocabulary[audio_token(0)], 0
+    while vocabulary.get(audio_token(codebook_size)) == first_code + codebook_size:
         codebook_size += 1
     newline = encode_text(tokenizer, "\n")
     return ChatTokens(
         turn_openings={
-            role: [added[IM_START], *encode_text(tokenizer, role), *newline]
+            role: [vocabulary[IM_START], *encode_text(tokenizer, role), *newline]
             for role in ("system", "user", "assistant")
         },
-        turn_end=[added[IM_END], *newline],
-        begin=added[BEGIN_OF_AUDIO],
-        end=added[END_OF_AUDIO],
-        context=added.get(CONTEXT_OF_AUDIO),
+        turn_end=[vocabulary[IM_END], *newline],
+        begin=vocabulary[BEGIN_OF_AUDIO],
+        end=vocabulary[END_OF_AUDIO],
+        context=vocabulary.get(CONTEXT_OF_AUDIO),
         first_code=first_code,
         codebook_size=codebook_size,
-        pad=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
-        stops=tuple(tokenizer.convert_tokens_to_ids([IM_END, END_OF_TEXT])),
+        pad=vocabulary[END_OF_TEXT],
+        stops=(vocabulary[IM_END], vocabulary[END_OF_TEXT]),
     )
 
 

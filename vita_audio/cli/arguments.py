@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from vita_audio.audio import available_kinds
 from vita_audio.chat.prompts import SYSTEM_PROMPTS
+from vita_audio.cli.launch import LAUNCHER_VARIABLE, refuse
 from vita_audio.inference.options import AUTO_SYSTEM, CodecOptions, GenerationOptions, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -184,8 +185,10 @@ def run_command(main: Callable[[], None]) -> None:
 def one_line_refusals() -> Iterator[None]:
     """End the process with the first line of an error of the input, without a traceback.
 
+    Below the launcher the line goes to the launcher, which prints it once for all processes.
+
     Raises:
-        SystemExit: with that line; status 1.
+        SystemExit: with that line.
     """
     try:
         yield
@@ -193,7 +196,10 @@ def one_line_refusals() -> Iterator[None]:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         lines = str(error).strip().splitlines()
-        sys.exit(f"error: {lines[0] if lines else type(error).__name__}")
+        message = f"error: {lines[0] if lines else type(error).__name__}"
+        if LAUNCHER_VARIABLE in os.environ:
+            refuse(message)
+        sys.exit(message)
     except KeyboardInterrupt:
         sys.exit(130)
 

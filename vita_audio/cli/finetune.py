@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from vita_audio.audio import is_continuous_kind
@@ -36,12 +36,14 @@ from vita_audio.data import (
     build_train_loader,
     extend_tokenizer,
 )
+from vita_audio.data.faults import MachineError
 from vita_audio.data.loader import TrainLoader
 from vita_audio.data.mixing import MixError
 from vita_audio.data.token_cache import TokenCacheError
 from vita_audio.distributed import agreed, barrier, is_first, local_rank, rank, world_size
 from vita_audio.files import write_json
-from vita_audio.models import load_with_heads, resize_vocabulary
+from vita_audio.models import load_with_heads, open_tokenizer, resize_vocabulary
+from vita_audio.models.compat import disable_shared_memory_allreduce
 from vita_audio.provenance import RUN_FILE, describe_run
 from vita_audio.training import (
     ArgumentError,
@@ -57,13 +59,16 @@ from vita_audio.training import (
     fit_to_processes,
 )
 from vita_audio.training.checkpoints import load_loader_states, steps_done
+from vita_audio.training.command_line import parse_arguments
+from vita_audio.training.deepspeed_config import builds_optimizer
+from vita_audio.training.quiet import hush_libraries
 from vita_audio.training.result import check_result
 
 logger = logging.getLogger("finetune_sts")
 
 AT_THE_DOOR = (ValueError, OSError, ImportError)
 """What wrong input raises while options, folders, codec, tokenizer and model are opened."""
-WHILE_TRAINING = (MixError, TokenCacheError, ResumeError, TooManyBadSamples, FloatingPointError)
+WHILE_TRAINING = (MixError, TokenCacheError, ResumeError, TooManyBadSamples, MachineError, FloatingPointError)
 """What input may raise later; any other error keeps its traceback."""
 
 
@@ -72,10 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     end_with_launcher()
     # 1. Options, and whether this machine can serve them.
     with told_in_one_line(*AT_THE_DOOR):
-        model_args, data_args, stage_args = parse(argv)
+        model_args, data_args, stage_args = parse_arguments(argv)
         check_input_folder(model_args.model_name_or_path)
         dtype, attention = choose_numerics(model_args, stage_args)
         check_launch(stage_args)
+    hush_libraries()
     set_up_logging(stage_args)
     connect(stage_args)
     set_seed(stage_args.seed)
@@ -98,7 +104,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         with told_in_one_line(*AT_THE_DOOR), agreed(*AT_THE_DOOR):
             tokenizer, codec = open_tokenizers(model_args, data_args)
             loader = open_rows(data_args, stage_args, tokenizer, codec)
-            require_codec(codec, loader)
             run = describe(model_args, data_args, stage_args, dtype, loader, checkpoint)
             if checkpoint is not None:
                 logger.info("continuing from %s", checkpoint)
@@ -107,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     logger.warning("%s", line)
                 states = load_loader_states(checkpoint)
                 loader.load_state_dict(states[rank()] if len(states) == world_size() else states)
+        with told_in_one_line(*AT_THE_DOOR):
+            loader.check_ranks_agree()
         if is_first():
             folder.reopen()
             write_json(folder.path / RUN_FILE, run)
@@ -139,24 +146,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             with told_in_one_line(*AT_THE_DOOR):
                 check_result(folder.path)
             folder.finish()
-
-
-def parse(argv: Sequence[str] | None) -> tuple[ModelArguments, DataArguments, StageArguments]:
-    """The three groups of options.
-
-    Raises:
-        ValueError: an unknown option, or a value that cannot be served.
-    """
-    parser = _Parser(
-        (ModelArguments, DataArguments, StageArguments), prog="finetune_sts.py", description=__doc__
-    )
-    return parser.parse_args_into_dataclasses(args=None if argv is None else list(argv))
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong, without the names of all two hundred options."""
-        raise ArgumentError(message)
 
 
 def choose_numerics(model_args: ModelArguments, stage_args: StageArguments) -> tuple[torch.dtype, str]:
@@ -203,8 +192,7 @@ def connect(stage_args: StageArguments) -> None:
     if stage_args.deepspeed:
         import deepspeed
 
-        # On CPUs DeepSpeed would compile a shared-memory all-reduce that only its inference uses.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        disable_shared_memory_allreduce()
         deepspeed.init_distributed(dist_backend=stage_args.ddp_backend)
     _ = stage_args.device  # connects otherwise
 
@@ -219,9 +207,7 @@ def open_tokenizers(
     Raises:
         ValueError, OSError: a folder cannot serve.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.tokenizer_name_or_path or model_args.model_name_or_path
-    )
+    tokenizer = open_tokenizer(model_args.tokenizer_name_or_path or model_args.model_name_or_path)
     codec = CodecSpec(
         kind=data_args.audio_tokenizer_type,
         path=data_args.audio_tokenizer_path,
@@ -239,20 +225,6 @@ def open_tokenizers(
             ) from error
     extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
     return tokenizer, codec
-
-
-def require_codec(codec: CodecSpec, loader: TrainLoader) -> None:
-    """Refuse a codec's folder that is not there when the mix holds speech and no codes were made ahead.
-
-    Raises:
-        ArgumentError: it names the folder.
-    """
-    missing = codec.path is not None and not Path(codec.path).exists()
-    if missing and loader.needs_codec():
-        raise ArgumentError(
-            f"--audio_tokenizer_path {codec.path}: no such folder, and the mix holds speech; "
-            "give the codec's folder, or codes made ahead with --audio_token_cache"
-        )
 
 
 def open_rows(
@@ -293,14 +265,13 @@ def describe(
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """What ``run.json`` says."""
-    config = stage_args.hf_deepspeed_config.config if stage_args.deepspeed else {}
     arguments = {
         **asdict(model_args),
         **asdict(data_args),
         **stage_args.to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
-        "deepspeed_zero_stage": config.get("zero_optimization", {}).get("stage"),
-        "deepspeed_builds_optimizer": "optimizer" in config,
+        "deepspeed_builds_optimizer": isinstance(stage_args.deepspeed, dict)
+        and builds_optimizer(stage_args.deepspeed),
     }
     data = {"fingerprint": loader.mix.fingerprint, "samples_per_epoch": len(loader.mix)}
     resumed = None if checkpoint is None else checkpoint.name

@@ -9,10 +9,14 @@ from vita_audio.chat import (
     interleave_text_audio,
     split_reply,
 )
-from vita_audio.data.loader import DataConfig, ResumeError, TrainLoader, build_train_loader
-from vita_audio.data.packing import pack_lengths
-from vita_audio.data.report import TooManyBadSamples
-from vita_audio.data.speech import CodecSpec
+from vita_audio.extras import needs_extra
+
+with needs_extra("train"):
+    from vita_audio.data.config import DataConfig
+    from vita_audio.data.loader import ResumeError, TrainLoader, build_train_loader
+    from vita_audio.data.packing import pack_lengths
+    from vita_audio.data.report import TooManyBadSamples
+    from vita_audio.data.speech import CodecSpec
 
 __all__ = [
     "CodecSpec",

@@ -153,7 +153,9 @@ class PocketSphinxTranscriber(Transcriber):
         try:
             from pocketsphinx import Decoder
         except ImportError as error:
-            raise ValueError("pocketsphinx is not installed; pip install 'vita-audio[eval]'") from error
+            raise ValueError(
+                "pocketsphinx is not installed; run pip install -e '.[eval]' in the repository"
+            ) from error
         generator = torch.Generator().manual_seed(0)
         self._noise = _NOISE_LEVEL * torch.randn(RECOGNISER_RATE, generator=generator)
         # "batch": cepstral means over the whole clip.

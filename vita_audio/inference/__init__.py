@@ -1,4 +1,9 @@
-"""From a question to a spoken answer: prompts, generation, streaming."""
+"""From a question to a spoken answer: prompts, generation, streaming.
+
+Importing it registers the processor with transformers.
+"""
+
+from transformers import AutoProcessor
 
 from vita_audio.chat import Conversation, prompts
 from vita_audio.inference.backend import (
@@ -20,7 +25,12 @@ from vita_audio.inference.options import (
     default_system,
 )
 from vita_audio.inference.pipeline import SpeechPipeline
+from vita_audio.inference.processor import VitaAudioProcessor
+from vita_audio.models import Qwen2MTPConfig, Qwen2MTPSenseVoiceConfig
 from vita_audio.models.schedule import SCHEDULES, Schedule
+
+for config_class in (Qwen2MTPConfig, Qwen2MTPSenseVoiceConfig):
+    AutoProcessor.register(config_class, VitaAudioProcessor, exist_ok=True)
 
 __all__ = [
     "AUTO_SYSTEM",
@@ -39,6 +49,7 @@ __all__ = [
     "SpeechPipeline",
     "TextDelta",
     "Timings",
+    "VitaAudioProcessor",
     "collect",
     "default_system",
     "prompts",

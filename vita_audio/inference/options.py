@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.configuration_utils import PreTrainedConfig
 
 from vita_audio.chat.prompts import SYSTEM_PROMPTS
 from vita_audio.constants import OMNI_SYSTEM_PROMPT
 from vita_audio.models.schedule import Schedule
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+    from transformers.configuration_utils import PreTrainedConfig
+
 AUTO_SYSTEM = "auto"
 """In the place of a system message: the one that the model was trained with."""
 
-_NEUTRAL = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+_NEUTRAL: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ def default_system(config: PreTrainedConfig) -> str | None:
     named: str | None = getattr(config, "system_prompt", None)
     if named is not None:
         return named or None
-    return OMNI_SYSTEM_PROMPT if config.model_type.endswith("sensevoice") else None
+    return OMNI_SYSTEM_PROMPT if getattr(config, "continuous_input", False) else None
 
 
 def system_message(choice: str | None, config: PreTrainedConfig) -> str | None:

@@ -18,12 +18,14 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
+from vita_audio import models
 from vita_audio.audio import AudioLike, AudioTokenizer, get_audio_tokenizer, is_continuous_kind
 from vita_audio.chat import ChatTokens, Conversation, Example, build_prompt, prompts
 from vita_audio.distributed import local_rank
@@ -36,7 +38,10 @@ from vita_audio.inference.options import (
     RuntimeOptions,
     system_message,
 )
-from vita_audio.models.open import check_device, open_config, open_model, open_tokenizer
+from vita_audio.models.configuration import Qwen2MTPConfig
+
+if TYPE_CHECKING:
+    from vita_audio.models import Qwen2MTPForCausalLM
 
 
 class SpeechPipeline:
@@ -51,7 +56,7 @@ class SpeechPipeline:
         ValueError: model, tokenizer and codec do not belong together.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer):
+    def __init__(self, model: Qwen2MTPForCausalLM, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer):
         check_fit(model.config, tokenizer, codec)
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -97,9 +102,9 @@ class SpeechPipeline:
                 this machine lacks the device or the attention that was asked for.
         """
         codec, runtime = codec or CodecOptions(), runtime or RuntimeOptions()
-        device = check_device(runtime.device or default_device())
+        device = models.check_device(runtime.device or default_device())
         check_attention(runtime.attn_implementation, device)
-        config = open_config(model_dir)
+        config = models.open_config(model_dir)
         check_family(config, codec.audio_tokenizer_type)
         opened = get_audio_tokenizer(
             codec.audio_tokenizer_type,
@@ -108,9 +113,9 @@ class SpeechPipeline:
             frontend_path=codec.frontend_path,
             device=str(device),
         )
-        tokenizer = open_tokenizer(model_dir)
+        tokenizer = models.open_tokenizer(model_dir)
         check_fit(config, tokenizer, opened)
-        model = open_model(
+        model = models.open_model(
             model_dir, dtype=runtime.dtype, attn_implementation=runtime.attn_implementation, device=device
         )
         return cls(model, tokenizer, opened)
@@ -234,34 +239,47 @@ def check_family(config: PreTrainedConfig, kind: str) -> None:
     Raises:
         ValueError: a plain language model, or codes where the model reads features or the reverse.
     """
-    if not hasattr(config, "num_nextn_predict_layers"):
+    if not isinstance(config, Qwen2MTPConfig):
         raise ValueError(
             f"the checkpoint is a plain {config.model_type}; give one that training has saved (qwen2_mtp)"
         )
-    hears_features = config.model_type.endswith("sensevoice")
-    if is_continuous_kind(kind) != hears_features:
-        discrete = kind.removeprefix("sensevoice_")
-        raise ValueError(
-            f"a {config.model_type} model does not read the {kind} codec; "
-            f"give --audio_tokenizer_type {f'sensevoice_{discrete}' if hears_features else discrete}"
-        )
+    if is_continuous_kind(kind) != config.continuous_input:
+        raise ValueError(_other_family(f"a {config.model_type} model", kind, config.continuous_input))
 
 
 def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
     """Refuse a model, a tokenizer and a codec that do not belong together.
 
     Raises:
-        ValueError: speech tokens of another codec, or more tokens than the model embeds; see also
-            :func:`check_family`.
+        ValueError: more tokens than the model embeds; see also :func:`check_family` and :func:`check_codec`.
     """
     check_family(config, codec.kind)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {config.vocab_size}; "
+            "give the tokenizer saved with the model"
+        )
+    check_codec(tokenizer, codec)
+
+
+def check_codec(tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
+    """Refuse a tokenizer and a codec that do not belong together.
+
+    Raises:
+        ValueError: speech tokens of another codec, or of the other family.
+    """
     tokens = ChatTokens.of(tokenizer)
     if tokens.codebook_size != codec.codebook_size:
         raise ValueError(
             f"the tokenizer has {tokens.codebook_size} speech tokens, the {codec.kind} codec {codec.codebook_size} "
             "codes; give the codec the model was trained with"
         )
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {config.vocab_size}"
-        )
+    continuous_input = tokens.context is not None
+    if codec.continuous_input != continuous_input:
+        raise ValueError(_other_family("a model with this tokenizer", codec.kind, continuous_input))
+
+
+def _other_family(model: str, kind: str, continuous_input: bool) -> str:
+    discrete = kind.removeprefix("sensevoice_")
+    fitting = f"sensevoice_{discrete}" if continuous_input else discrete
+    return f"{model} does not read the {kind} codec; give --audio_tokenizer_type {fitting}"

@@ -19,7 +19,7 @@ from vita_audio.audio.sensevoice.checkpoint import SenseVoiceEncoderConfig
 class Qwen2MTPConfig(Qwen2Config):
     """Qwen2 with ``num_nextn_predict_layers`` heads (0: a plain Qwen2 under this class).
 
-    Args:
+    Attributes:
         num_nextn_predict_layers: number of heads K. The last K of ``num_hidden_layers`` are theirs.
         mtp_loss_weight: weight of the mean of the head losses in the training loss.
         mtp_detach_backbone: in joint training, keep the heads' gradients out of the backbone and
@@ -49,6 +49,11 @@ class Qwen2MTPConfig(Qwen2Config):
         """Decoder layers of the language model itself."""
         return self.num_hidden_layers - self.num_nextn_predict_layers
 
+    def layer_type(self, index: int) -> str:
+        """Attention type of a decoder layer: "full_attention" or "sliding_attention"."""
+        assert self.layer_types is not None  # __post_init__ fills it in
+        return self.layer_types[index]
+
     @property
     def continuous_input(self) -> bool:
         """Whether user speech enters as continuous SenseVoice features (the Plus family)."""
@@ -72,7 +77,7 @@ class Qwen2MTPConfig(Qwen2Config):
 class Qwen2MTPSenseVoiceConfig(Qwen2MTPConfig):
     """The Plus family: Qwen2 with heads, SenseVoice encoder and adapter.
 
-    Args:
+    Attributes:
         audio_encoder: sizes of the encoder under FunASR's names; those left out are SenseVoiceSmall's.
         mtp_detach_backbone: see :class:`Qwen2MTPConfig`; this family detaches.
 

@@ -11,23 +11,31 @@ and what each head has seen, so that a conversation can go on from it. The modul
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vita_audio.models.attention import attention_masks
 from vita_audio.models.cache import CACHE, HeadCache, MCTPCache, cache_length
+from vita_audio.models.compat import (
+    GenerationHooks,
+    detach_from_model_config,
+    has_unfinished_sequences,
+    pad_token,
+)
 from vita_audio.models.schedule import BACKBONE, Schedule
 
 Result = TypeVar("Result")
 
 
-class MTPGenerationMixin:
+class MTPGenerationMixin(GenerationHooks):
     """``generate()`` with a schedule, for a model with ``model``, ``lm_head`` and ``heads``."""
 
     embedding_inputs: tuple[str, ...] = ()
@@ -37,7 +45,14 @@ class MTPGenerationMixin:
         """Backbone input of a prompt, (batch, time) -> (batch, time, d)."""
         return self.get_input_embeddings()(input_ids)
 
-    def generate(self, inputs=None, generation_config=None, *args, mtp_inference_mode=None, **kwargs):
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        mtp_inference_mode: Schedule | Sequence[int] | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """transformers' ``generate`` with all its arguments, plus the schedule.
 
         Args:
@@ -55,8 +70,8 @@ class MTPGenerationMixin:
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def iterate(
-        self, inputs: Tensor, *, generators: Sequence[torch.Generator | None] | None = None, **arguments
-    ) -> Iterator[Tensor]:
+        self, inputs: Tensor, *, generators: Sequence[torch.Generator | None] | None = None, **arguments: Any
+    ) -> Generator[Tensor, None, Any]:
         """``generate()``, one token at a time: yields the new token ids, (batch,), when they exist.
 
         Closing the iterator ends generation at once. A row that has ended goes on with ``pad_token_id`` until
@@ -71,16 +86,8 @@ class MTPGenerationMixin:
             ValueError: see :meth:`generate`.
         """
 
-        def start(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-            return decode_in_rounds(
-                model,
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                generators=generators,
-                **model_kwargs,
-            )
+        def start(model: Any, input_ids: Tensor, **prepared: Any) -> Generator[Tensor, None, Any]:
+            return decode_in_rounds(model, input_ids, generators=generators, **prepared)
 
         return self.generate(inputs, custom_generate=start, **arguments)
 
@@ -91,25 +98,25 @@ class MTPGenerationMixin:
             ValueError: the schedule is malformed.
         """
         self.generation_config.mtp_inference_mode = Schedule.parse(mode).numbers
-        # Of a config that says it was made from the model's, transformers loads no field of ours.
-        self.generation_config._from_model_config = False
+        detach_from_model_config(self.generation_config)
 
-    def _prepare_generation_config(self, generation_config, **kwargs):
+    def read_generation_config(
+        self, read: Callable[..., Any], generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
         mode = kwargs.pop("mtp_inference_mode", None)
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        config, model_kwargs = read(generation_config, **kwargs)
         if mode is None:
-            mode = getattr(generation_config, "mtp_inference_mode", None)
-        generation_config.mtp_inference_mode = Schedule.parse("vanilla" if mode is None else mode).numbers
-        return generation_config, model_kwargs
+            mode = getattr(config, "mtp_inference_mode", None)
+        config.mtp_inference_mode = Schedule.parse("vanilla" if mode is None else mode).numbers
+        return config, model_kwargs
 
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+    def check_generation_mode(self, mode: GenerationMode, generation_config: GenerationConfig) -> None:
         if not self._uses_heads(generation_config):
             return
-        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise ValueError(
                 f"mtp_inference_mode={generation_config.mtp_inference_mode} emits tokens from heads, which works with "
-                f"greedy search and sampling, not {generation_mode.value}; pass mtp_inference_mode=[8192, 0] for that"
+                f"greedy search and sampling, not {mode.value}; pass mtp_inference_mode=[8192, 0] for that"
             )
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
@@ -117,12 +124,18 @@ class MTPGenerationMixin:
                 "or pass mtp_inference_mode=[8192, 0]"
             )
 
-    def _uses_heads(self, generation_config) -> bool:
-        return self.config.num_nextn_predict_layers > 0 and any(generation_config.mtp_inference_mode[1::2])
+    def _uses_heads(self, generation_config: GenerationConfig) -> bool:
+        schedule = Schedule.parse(generation_config.mtp_inference_mode)
+        return self.config.num_nextn_predict_layers > 0 and schedule.longest_head_run > 0
 
     def prepare_inputs_for_generation(
-        self, input_ids, *args, is_first_iteration=False, inputs_embeds=None, **kwargs
-    ):
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        is_first_iteration: bool = False,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """As in transformers; further inputs are passed on when the prompt itself is embedded.
 
         transformers reads from this signature that prompts may come as ``inputs_embeds``.
@@ -133,40 +146,12 @@ class MTPGenerationMixin:
             input_ids, *args, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
         )
 
-    def _sample(
-        self,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        synced_gpus=False,
-        streamer=None,
-        **model_kwargs,
-    ):
-        """Called for greedy search and sampling. Without heads, transformers' own loop does it."""
-        keeps_heads = isinstance(model_kwargs.get(CACHE), MCTPCache)
-        if not self._uses_heads(generation_config) and not keeps_heads:
-            return super()._sample(
-                input_ids,
-                logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria,
-                generation_config=generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                **model_kwargs,
-            )
-        return last_value(
-            decode_in_rounds(
-                self,
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                **model_kwargs,
-            )
-        )
+    def decode(self, decode: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Greedy search and sampling. Where heads have no part, transformers' own loop does it."""
+        keeps_heads = isinstance(kwargs.get(CACHE), MCTPCache)
+        if not self._uses_heads(kwargs["generation_config"]) and not keeps_heads:
+            return decode(input_ids, *args, **kwargs)
+        return last_value(decode_in_rounds(self, input_ids, *args, **kwargs))
 
 
 class Rounds:
@@ -181,7 +166,7 @@ class Rounds:
 
     def __init__(
         self,
-        model,
+        model: Any,
         backbone_cache: Cache | None,
         head_caches: list[HeadCache],
         position_ids: Tensor,
@@ -209,7 +194,7 @@ class Rounds:
         return self.position_ids[:, start:stop]
 
     def backbone(
-        self, input_ids: Tensor, attention_mask: Tensor | None, **outputs
+        self, input_ids: Tensor, attention_mask: Tensor | None, **outputs: bool
     ) -> tuple[Tensor, BaseModelOutputWithPast]:
         """Run all tokens not yet seen: the last one's hidden state (batch, d), and the backbone's whole output."""
         cached = self.backbone_cache is not None
@@ -276,16 +261,16 @@ class Rounds:
 
 @torch.no_grad()
 def decode_in_rounds(
-    model,
+    model: Any,
     input_ids: Tensor,
-    logits_processor,
-    stopping_criteria,
-    generation_config,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
     *,
     synced_gpus: bool = False,
-    streamer=None,
+    streamer: BaseStreamer | None = None,
     generators: Sequence[torch.Generator | None] | None = None,
-    **model_kwargs,
+    **model_kwargs: Any,
 ) -> Generator[Tensor, None, GenerateDecoderOnlyOutput | Tensor]:
     """The decoding loop: as transformers' ``_sample``, but the schedule says who makes each token.
 
@@ -312,7 +297,7 @@ def decode_in_rounds(
     record = dict.fromkeys(("scores", "logits", "attentions", "hidden_states"), ())
     wanted = {name for name in record if config.return_dict_in_generate and getattr(config, f"output_{name}")}
 
-    pad_token_id = config._pad_token_tensor
+    pad_token_id = pad_token(config)
     stops_at_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     final_length = None
@@ -347,9 +332,7 @@ def decode_in_rounds(
             if not unfinished.any():
                 final_length = input_ids.shape[1]
         # With ZeRO-3, a rank that is done runs on until all are: the others gather its part of the weights.
-        if not model._has_unfinished_sequences(
-            final_length is not None, synced_gpus, device=input_ids.device
-        ):
+        if not has_unfinished_sequences(model, final_length is not None, synced_gpus, input_ids.device):
             break
 
     if streamer is not None:
@@ -378,7 +361,7 @@ def last_value(steps: Generator[Tensor, None, Result]) -> Result:
             return end.value
 
 
-def prepare_rounds(model, input_ids: Tensor, num_heads: int, model_kwargs: dict) -> Rounds:
+def prepare_rounds(model: Any, input_ids: Tensor, num_heads: int, model_kwargs: dict[str, Any]) -> Rounds:
     """Caches and prompt embeddings for :func:`decode_in_rounds`.
 
     Args:

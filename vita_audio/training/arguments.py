@@ -1,23 +1,42 @@
 """Every option of a training run on one screen, each with its check beside it.
 
-Three groups, parsed together from the command line: what the model is, what it reads,
-and how it is trained. Whatever transformers' own ``TrainingArguments`` has (learning rate,
-steps, DeepSpeed config, …) keeps its name and meaning.
+Three groups, parsed together by :mod:`vita_audio.training.command_line`: what the model is, what it reads,
+and how it is trained. Options of transformers' own ``TrainingArguments`` (learning rate, steps, DeepSpeed
+config, …) keep their names and meanings; :mod:`vita_audio.training.served` says which are refused. Names that the
+published scripts use for the same thing are aliases.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments, get_scheduler
+from transformers import SchedulerType, TrainingArguments
+from transformers.utils import strtobool
 
 from vita_audio.audio import available_kinds, is_continuous_kind
 from vita_audio.chat.interleave import check_ratio
 from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
+from vita_audio.distributed import is_first
+from vita_audio.training.deepspeed_config import (
+    DeepSpeedConfigError,
+    builds_optimizer,
+    check_deepspeed_config,
+    published_schedule,
+    read_deepspeed_config,
+    use_pytorch_adam,
+)
 from vita_audio.training.machine import check_devices
+from vita_audio.training.published import check_architecture, heads_in_config
+from vita_audio.training.scheduler import SCHEDULER_NAMES, WARMUP_COSINE, build_scheduler
+from vita_audio.training.served import find_unserved
+
+logger = logging.getLogger(__name__)
 
 
 class ArgumentError(ValueError):
@@ -31,11 +50,26 @@ class ModelArguments:
     model_name_or_path: str = field(
         metadata={"help": "Folder of a plain Qwen2 model or of an earlier stage's result."}
     )
+    config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or JSON file of a config: its number of heads is taken and the rest must fit the model "
+            "(configs/models/)."
+        },
+    )
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder of the text tokenizer; the model's folder when absent."}
+        default=None,
+        metadata={
+            "help": "Folder of the text tokenizer (default: the model's folder).",
+            "aliases": ["--tokenizer_name"],
+        },
     )
     num_nextn_predict_layers: int = field(
-        default=0, metadata={"help": "MCTP heads (0, 1 or 10 in the paper); missing ones are grown."}
+        default=-1,
+        metadata={
+            "help": "MCTP heads (0, 1 or 10 in the paper); missing ones are grown. -1: those of --config_name, else of "
+            "the model."
+        },
     )
     attn_implementation: str = field(
         default="auto",
@@ -45,10 +79,14 @@ class ModelArguments:
         },
     )
     dtype: str = field(
-        default="auto", metadata={"help": "Weights' type: bfloat16, float16 or float32; auto follows --bf16."}
+        default="auto",
+        metadata={
+            "help": "Weights' type: bfloat16, float16 or float32; auto follows --bf16.",
+            "aliases": ["--torch_dtype"],
+        },
     )
     mtp_loss_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the heads' mean loss; the checkpoint's own when absent."}
+        default=None, metadata={"help": "Weight of the heads' mean loss (default: the checkpoint's own)."}
     )
     language_model_freeze: bool = field(
         default=False, metadata={"help": "Train the MCTP heads alone (stages 2 and 3)."}
@@ -62,15 +100,6 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.num_nextn_predict_layers < 0:
-            raise ArgumentError(
-                f"--num_nextn_predict_layers {self.num_nextn_predict_layers}: give the number of heads, 0 or more"
-            )
-        if self.language_model_freeze and self.num_nextn_predict_layers == 0:
-            raise ArgumentError(
-                "--language_model_freeze with no heads leaves nothing to train: "
-                "set --num_nextn_predict_layers to 1 or more"
-            )
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
             raise ArgumentError(f"--dtype {self.dtype}: give auto, bfloat16, float16 or float32")
         if not Path(self.model_name_or_path).is_dir():
@@ -78,6 +107,34 @@ class ModelArguments:
                 f"--model_name_or_path {self.model_name_or_path}: no such folder; "
                 "give the base model's folder, or run the previous stage first"
             )
+        self._count_heads()
+        if self.language_model_freeze and self.num_nextn_predict_layers == 0:
+            raise ArgumentError(
+                "--language_model_freeze with no heads leaves nothing to train: "
+                "set --num_nextn_predict_layers to 1 or more"
+            )
+
+    def _count_heads(self) -> None:
+        """Settle ``num_nextn_predict_layers`` between the flag, ``--config_name`` and the model's folder."""
+        heads = self.num_nextn_predict_layers
+        if heads < -1:
+            raise ArgumentError(f"--num_nextn_predict_layers {heads}: give the number of heads, 0 or more")
+        if self.config_name is not None:
+            try:
+                configured = heads_in_config(self.config_name)
+                check_architecture(self.config_name, self.model_name_or_path)
+            except ValueError as error:
+                raise ArgumentError(str(error)) from error
+            if heads not in (-1, configured):
+                raise ArgumentError(
+                    f"--num_nextn_predict_layers {heads}: --config_name {self.config_name} has {configured}; "
+                    "give one of the two"
+                )
+            heads = configured
+        elif heads == -1:
+            config = Path(self.model_name_or_path) / "config.json"
+            heads = heads_in_config(str(config)) if config.is_file() else 0
+        self.num_nextn_predict_layers = heads
 
 
 @dataclass
@@ -99,7 +156,10 @@ class DataArguments:
         metadata={"help": "Folder to keep SenseVoice features in, for later epochs and stages."},
     )
     data_root: str | None = field(
-        default=None, metadata={"help": "Relative paths in the mix start here; its own folder when absent."}
+        default=None,
+        metadata={
+            "help": "Relative paths in mix and samples start here (default: $ROOT_PATH, else the mix's folder)."
+        },
     )
     model_max_length: int = field(default=8192, metadata={"help": "Tokens in a packed row."})
     text_audio_interval_ratio: list[int] = field(
@@ -141,14 +201,47 @@ class DataArguments:
 
 @dataclass
 class StageArguments(TrainingArguments):
-    """transformers' own options, with the defaults of this recipe and the heads' learning rate."""
+    """transformers' own options, with the defaults of this recipe, and those of the stages."""
 
-    mtp_learning_rate_multiplier: float = field(
-        default=1.0, metadata={"help": "The heads' learning rate over the model's (10 in stage 4)."}
-    )
+    if TYPE_CHECKING:  # never None: transformers' own __post_init__ sees to that
+        output_dir: str = ""
+
+    do_train: bool = field(default=True, metadata={"help": "Always true: this tool trains."})
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Delete what an earlier run left in the output folder and start over."},
+    )
+    lr_scheduler_type: str = field(
+        default=WARMUP_COSINE,
+        metadata={
+            "help": f"{WARMUP_COSINE}: the published schedule, logarithmic warm-up and a cosine to a tenth; or one of "
+            "transformers' names. cosine without --lr_scheduler_kwargs obeys the scheduler section of --deepspeed."
+        },
+    )
+    warmup_steps: float = field(
+        default=0,
+        metadata={
+            "help": "Steps that the rate rises for, or, below 1, their share of --max_steps (0.03 in all stages).",
+            "aliases": ["--warmup_ratio"],
+        },
+    )
+    mtp_learning_rate_multiplier: float = field(
+        default=1.0,
+        metadata={
+            "help": "The heads' learning rate over the model's (10 in stage 4).",
+            "aliases": ["--mtp_model_lr_mult"],
+        },
+    )
+    decay_norms: bool = field(
+        default=False,
+        metadata={"help": "Weight decay reaches the RMSNorm weights too, as in the published stage 4."},
+    )
+    loss_average: str = field(
+        default="global",
+        metadata={
+            "help": "Divisor of the loss: supervised tokens of all ranks (global), or of each rank by itself with "
+            "gradients averaged over ranks (rank, as published)."
+        },
     )
     # A row is a tensor already and the loader shards itself, so nothing may be dropped or re-split.
     remove_unused_columns: bool = field(default=False)
@@ -168,41 +261,142 @@ class StageArguments(TrainingArguments):
             raise ArgumentError(
                 f"--mtp_learning_rate_multiplier {self.mtp_learning_rate_multiplier}: must be above 0"
             )
-        builds_optimizer = bool(self.deepspeed) and "optimizer" in _read_deepspeed_config(self.deepspeed)
-        if builds_optimizer and self.mtp_learning_rate_multiplier != 1:
+        if self.loss_average not in ("global", "rank"):
+            raise ArgumentError(f"--loss_average {self.loss_average}: give global or rank")
+        if self.loss_average == "rank":  # also in a copy of arguments that have been through here
+            self.average_tokens_across_devices = True
+        unserved = find_unserved(self)
+        if unserved is not None:
+            raise ArgumentError(unserved)
+        self._read_scheduler()
+        try:
+            self._prepare_deepspeed_and_device()
+        except DeepSpeedConfigError as error:
+            raise ArgumentError(str(error)) from error
+        self._check_scheduler()
+        self._use_current_names()
+        check_devices(self.ddp_backend, self.use_cpu)
+        self.average_tokens_across_devices = self.loss_average == "global"
+        # transformers knows only its own schedules by name.
+        name, self.lr_scheduler_type = self.lr_scheduler_type, SchedulerType.COSINE
+        if name != WARMUP_COSINE:
+            self.lr_scheduler_type = name
+        super().__post_init__()
+        self.lr_scheduler_type = name
+        self._check_agreement_with_deepspeed()
+
+    def _prepare_deepspeed_and_device(self) -> None:
+        """Check the DeepSpeed config, take its schedule, and settle for what CPUs have where they are chosen."""
+        replaced = []
+        self.use_cpu = self.use_cpu or strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")) == 1
+        if self.deepspeed:
+            name = self.deepspeed if isinstance(self.deepspeed, str) else "(a dict)"
+            config = read_deepspeed_config(self.deepspeed)
+            self._check_groups(config, name)
+            half_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else None
+            check_deepspeed_config(config, name, half_precision=half_precision)
+            if "scheduler" in config:
+                if self.lr_scheduler_type == "cosine" and not self.lr_scheduler_kwargs:
+                    self.lr_scheduler_kwargs = published_schedule(
+                        config,
+                        name,
+                        warmup_steps=max(1, self.get_warmup_steps(self.max_steps)),
+                        max_steps=self.max_steps,
+                    )
+                    self.lr_scheduler_type = WARMUP_COSINE
+                # The schedule is ours, whoever builds the optimizer.
+                del config["scheduler"]
+            if (self.use_cpu or not torch.cuda.is_available()) and use_pytorch_adam(config):
+                replaced.append("PyTorch's Adam instead of DeepSpeed's")
+            self.deepspeed = config
+        if self.use_cpu:
+            if self.ddp_backend == "nccl":
+                replaced.append("gloo instead of nccl")
+            # A process that was started alone has nobody to talk to, and accelerate would look for a group.
+            self.ddp_backend = "gloo" if "RANK" in os.environ else None
+            if self.tf32:
+                replaced.append("no tf32")
+                self.tf32 = None
+        if replaced:
+            say_once(f"training on CPUs: {', '.join(replaced)}")
+
+    def _check_groups(self, config: dict[str, Any], name: str) -> None:
+        if not builds_optimizer(config):
+            return
+        if self.mtp_learning_rate_multiplier != 1:
             raise ArgumentError(
-                f"--mtp_learning_rate_multiplier needs per-group rates, but {self.deepspeed} builds the optimizer "
+                f"--mtp_learning_rate_multiplier needs per-group rates, but {name} builds the optimizer "
                 "itself: use a DeepSpeed config without an optimizer section (ds_config_zero2_no_optimizer.json)"
             )
-        self._check_scheduler()
-        check_devices(self.ddp_backend, self.use_cpu)
-        super().__post_init__()
+        if self.weight_decay and not self.decay_norms:
+            raise ArgumentError(
+                f"--weight_decay {self.weight_decay}: {name} builds the optimizer itself and decays every parameter; "
+                "use ds_config_zero2_no_optimizer.json to spare the norms, or give --decay_norms True"
+            )
+
+    def _read_scheduler(self) -> None:
+        self.lr_scheduler_type = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        if self.lr_scheduler_type not in SCHEDULER_NAMES:
+            raise ArgumentError(
+                f"--lr_scheduler_type {self.lr_scheduler_type}: give one of {', '.join(SCHEDULER_NAMES)}"
+            )
+        if self.lr_scheduler_type in _NEED_EVALUATION:
+            raise ArgumentError(
+                f"--lr_scheduler_type {self.lr_scheduler_type}: it needs an evaluation while training"
+            )
+        if isinstance(self.lr_scheduler_kwargs, str):
+            try:
+                self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs)
+            except ValueError as error:
+                raise self._unfit_scheduler_arguments(error) from error
+        if not isinstance(self.lr_scheduler_kwargs, dict | None):
+            raise self._unfit_scheduler_arguments(TypeError("not a JSON object"))
+
+    @property
+    def scheduler_arguments(self) -> dict[str, Any]:
+        """``--lr_scheduler_kwargs``, read and checked."""
+        return self.lr_scheduler_kwargs if isinstance(self.lr_scheduler_kwargs, dict) else {}
+
+    def _use_current_names(self) -> None:
+        """Hand ``--gradient_checkpointing`` on under the name that newer transformers asks for.
+
+        The stage scripts keep the published name, which transformers 5.23 takes with a warning and 5.17 has alone.
+        """
+        for published, current in (
+            ("gradient_checkpointing", "activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ):
+            if hasattr(self, current) and getattr(self, current) is None:
+                setattr(self, current, getattr(self, published))
 
     def _check_scheduler(self) -> None:
-        """Build the schedule once for nothing: a wrong argument would otherwise show when the model is loaded."""
+        """Build the schedule for a dummy optimizer: a wrong argument would otherwise show after the model is loaded."""
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         try:
-            if isinstance(self.lr_scheduler_kwargs, str):
-                self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs)
-            arguments = self.lr_scheduler_kwargs or {}
-            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=arguments)
+            build_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.scheduler_arguments)
         except (TypeError, ValueError) as error:
-            raise ArgumentError(
-                f"--lr_scheduler_kwargs {self.lr_scheduler_kwargs}: give JSON that fits --lr_scheduler_type "
-                f'{self.lr_scheduler_type}, such as {{"min_lr_rate": 0.1}}: {error}'
-            ) from error
+            raise self._unfit_scheduler_arguments(error) from error
+
+    def _unfit_scheduler_arguments(self, error: Exception) -> ArgumentError:
+        example = "cos_min_ratio" if self.lr_scheduler_type == WARMUP_COSINE else "min_lr_rate"
+        return ArgumentError(
+            f"--lr_scheduler_kwargs {self.lr_scheduler_kwargs}: give JSON that fits --lr_scheduler_type "
+            f'{self.lr_scheduler_type}, such as {{"{example}": 0.1}}: {error}'
+        )
+
+    def _check_agreement_with_deepspeed(self) -> None:
+        """transformers compares these too, but after the model is loaded and in eight lines."""
+        if self.deepspeed and self.hf_deepspeed_config.mismatches:
+            mismatch = (
+                self.hf_deepspeed_config.mismatches[0].removeprefix("- ds ").replace(" vs hf ", ", but --")
+            )
+            raise ArgumentError(f'--deepspeed has {mismatch}; set the config\'s value to "auto"')
 
 
-def _read_deepspeed_config(deepspeed: str | dict) -> dict:
-    if isinstance(deepspeed, dict):
-        return deepspeed
-    try:
-        if deepspeed.startswith("{"):  # the JSON itself, which transformers takes too
-            return json.loads(deepspeed)
-        return json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArgumentError(
-            f"--deepspeed {deepspeed}: cannot be read; give a file of scripts/deepspeed"
-        ) from error
-    except ValueError as error:
-        raise ArgumentError(f"--deepspeed {deepspeed}: not valid JSON ({error}); correct the file") from error
+_NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")
+
+
+def say_once(message: str) -> None:
+    """Log a line on the first process; all of them read the same flags."""
+    if is_first():
+        logger.warning(message)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ class StopOnBadGradients(TrainerCallback):
     def __init__(self, deepspeed: Callable[[], Any]) -> None:
         self._deepspeed = deepspeed
         self._skipped = 0
+        self._made = 0
         self._bad = False
 
     def on_pre_optimizer_step(
@@ -48,12 +48,19 @@ class StopOnBadGradients(TrainerCallback):
         if engine is not None:
             self._bad = not engine.was_step_applied()
             norm = engine.get_global_grad_norm()
-            if not self._bad and norm is not None and not math.isfinite(norm):
+            # DeepSpeed's ZeRO gives -1 for a norm that is not finite.
+            if not self._bad and norm is not None and not (math.isfinite(norm) and norm >= 0):
                 raise FloatingPointError(
                     f"the gradients of step {state.global_step} are not finite, and the update was made with them; "
                     "nothing was saved since. Lower --learning_rate; the run continues from its last checkpoint"
                 )
         self._skipped = self._skipped + 1 if self._bad else 0
+        self._made += not self._bad
+        if not self._made and state.global_step >= state.max_steps:
+            raise FloatingPointError(
+                "every step was skipped because its gradients are not finite, so nothing was learned; "
+                "train in bfloat16 or float32, or lower --learning_rate"
+            )
         if self._skipped == MOST_SKIPPED_STEPS:
             raise FloatingPointError(
                 f"{MOST_SKIPPED_STEPS} steps in a row, up to step {state.global_step}, were skipped because their "
@@ -87,6 +94,8 @@ class Continue(TrainerCallback):
 class ContinuedProgress(ProgressCallback):
     """A progress bar whose rate and remaining time count the steps of this run alone."""
 
+    training_bar: Any  # its type is None in the base class
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -107,7 +116,7 @@ class ContinuedTensorBoard(TensorBoardCallback):
         if state.is_world_process_zero and self.tb_writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            folder = self.logging_dir or str(Path(args.output_dir) / "runs")
+            folder = self.logging_dir or f"{args.output_dir}/runs"
             redone = state.global_step + 1 if state.global_step else None
             self.tb_writer = SummaryWriter(log_dir=folder, purge_step=redone)
         super().on_train_begin(args, state, control, **kwargs)

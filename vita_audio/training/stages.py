@@ -15,16 +15,18 @@ The SenseVoice encoder stays frozen throughout unless asked for.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from vita_audio.models import freeze_audio_encoder, freeze_backbone, is_head_parameter
 
 
 def apply_stage(
-    model: nn.Module, *, language_model_freeze: bool = False, audio_model_freeze: bool = True
+    model: PreTrainedModel, *, language_model_freeze: bool = False, audio_model_freeze: bool = True
 ) -> None:
-    """Set ``requires_grad`` for one stage; whatever is not frozen here trains."""
+    """Set ``requires_grad`` for one stage; what is not frozen here trains."""
     model.requires_grad_(True)
     if language_model_freeze:
         freeze_backbone(model)
@@ -33,18 +35,32 @@ def apply_stage(
 
 
 def parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float, head_multiplier: float = 1.0
-) -> list[dict]:
+    model: PreTrainedModel,
+    learning_rate: float,
+    weight_decay: float,
+    head_multiplier: float = 1.0,
+    *,
+    decay_norms: bool = False,
+) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters.
 
-    Heads learn at ``learning_rate * head_multiplier``; norms and biases (tensors of one dimension)
-    are not decayed. Empty groups are left out, which DeepSpeed would refuse.
+    Heads learn at ``learning_rate * head_multiplier``. Norms and biases (tensors of one dimension) are not decayed;
+    with ``decay_norms`` the RMSNorm weights are, as in the published stage 4, whose rule exempts ``nn.LayerNorm`` and
+    biases only. Empty groups are left out, which DeepSpeed would refuse.
     """
+    layer_norms = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.LayerNorm)
+        for parameter in module.parameters(recurse=False)
+    }
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # Under ZeRO-3 a gathered-away parameter is empty; ds_shape is its real shape.
             decayed = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            if decay_norms and not name.endswith("bias") and id(parameter) not in layer_norms:
+                decayed = True
             key = (is_head_parameter(model, name), decayed)
             members.setdefault(key, []).append(parameter)
     return [
@@ -57,9 +73,10 @@ def parameter_groups(
     ]
 
 
-def describe_trainable(model: nn.Module) -> str:
+def describe_trainable(model: PreTrainedModel) -> str:
     """One line for the log: how many parameters of each part train."""
-    trained, total = Counter(), Counter()
+    trained: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if is_head_parameter(model, name):
             part = "heads"

@@ -9,15 +9,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import (
+    PreTrainedModel,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -45,6 +45,7 @@ from vita_audio.training.checkpoints import (
 )
 from vita_audio.training.continuation import PlannedRates
 from vita_audio.training.model_card import write_model_card
+from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
 
 
@@ -62,10 +63,12 @@ class SpeechTrainer(Trainer):
     Args:
         loader: this rank's rows, where the run shall begin or go on.
         run: what ``run.json`` says of this run; it is put into every checkpoint and into the model card.
-        Other arguments are the Trainer's.
+        **kwargs: the Trainer's own arguments, ``model`` among them.
     """
 
     args: StageArguments
+    model: PreTrainedModel
+    lr_scheduler: Any  # any scheduler; the Trainer's annotation knows one kind
 
     def __init__(
         self, *, loader: ResumableLoader, run: Mapping[str, Any] | None = None, **kwargs: Any
@@ -93,14 +96,15 @@ class SpeechTrainer(Trainer):
 
     # -- data ---------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """Train to ``max_steps``, from the start or from a complete checkpoint's folder."""
         if resume_from_checkpoint is not None:
             self.add_callback(_ObeyArguments(self._planned_rates))
-        with _without_comparison():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def get_train_dataloader(self) -> ResumableLoader:
+    def get_train_dataloader(self) -> Any:  # the Trainer's signature asks for a DataLoader
         """This rank's loader, which shards and shuffles itself."""
         return self._loader
 
@@ -109,11 +113,13 @@ class SpeechTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the heads' own rate; used when the DeepSpeed config builds none."""
         if self.optimizer is None:
+            trained: Any = self.model if model is None else model
             groups = parameter_groups(
-                self.model if model is None else model,
+                trained,
                 self.args.learning_rate,
                 self.args.weight_decay,
                 self.args.mtp_learning_rate_multiplier,
+                decay_norms=self.args.decay_norms,
             )
             self.optimizer = torch.optim.AdamW(
                 groups,
@@ -125,13 +131,25 @@ class SpeechTrainer(Trainer):
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The schedule of ``--lr_scheduler_type``; what it plans is noted, since a checkpoint would replace it."""
-        is_new = self.lr_scheduler is None
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if is_new:
+    ) -> LRScheduler:
+        """The schedule of ``--lr_scheduler_type``; DeepSpeed calls this too when it builds the optimizer.
+
+        What it plans is noted, since a checkpoint would replace it.
+        """
+        if self.lr_scheduler is None:
+            if optimizer is None:
+                optimizer = self.create_optimizer()
+            scheduler = build_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer,
+                self.args.get_warmup_steps(num_training_steps),
+                num_training_steps,
+                self.args.scheduler_arguments,
+            )
+            self._created_lr_scheduler = True
             self._planned_rates[:] = [PlannedRates(scheduler)]
-        return scheduler
+            self.lr_scheduler = cast(LambdaLR, scheduler)  # the base class says so of every scheduler
+        return self.lr_scheduler
 
     # -- loss ---------------------------------------------------------------------------------------------
 
@@ -174,9 +192,11 @@ class SpeechTrainer(Trainer):
         """Add the losses of main model and heads, and the data's counters, to a training log line."""
         if "loss" in logs:
             steps = max(1, self._micro_batches // self.args.gradient_accumulation_steps)
+            # Under --loss_average global each rank's part is a share of the global mean: its sum was divided by the
+            # items of all ranks. Under rank it is that rank's own mean.
+            reduction = "sum" if self.args.loss_average == "global" else "mean"
             for name, total in sorted(self._part_losses.items()):
-                # Each rank's part is a share of the global mean (the sum is divided by all ranks' items).
-                logs[name] = self.accelerator.reduce(total, reduction="sum").item() / steps
+                logs[name] = self.accelerator.reduce(total, reduction=reduction).item() / steps
             self._part_losses.clear()
             self._micro_batches = 0
             logs.update({f"data/{name}": value for name, value in self._loader.counts().items()})
@@ -184,9 +204,9 @@ class SpeechTrainer(Trainer):
 
     # -- checkpoints --------------------------------------------------------------------------------------
 
-    def save_model(self, output_dir: str | None = None, **kwargs: Any) -> None:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save a folder that others can use: weights, config, tokenizer, model card."""
-        super().save_model(output_dir, **kwargs)
+        super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:
             write_model_card(output_dir or self.args.output_dir, self._run)
 
@@ -216,18 +236,3 @@ class _ObeyArguments(TrainerCallback):
     ) -> None:
         for rates in self._planned:
             rates.restore()
-
-
-@contextmanager
-def _without_comparison() -> Iterator[None]:
-    """Silence the Trainer's own comparison of arguments: it warns of intervals that are obeyed all the same."""
-    logger = logging.getLogger("transformers.trainer_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Warning: The following arguments do not match")
-
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Stage 4, supervised finetuning: everything trains, the heads at ten times the rate (SEQ_LENGTH 2048).
-#   bash finetune_glm4voice_mtp10_stage2.sh SEQ_LENGTH TIMESTAMP [flags]
+# Stage 4, supervised finetuning: everything trains, the heads at ten times the rate (in the paper SEQ_LENGTH 2048).
+#   bash finetune_glm4voice_mtp10_stage2.sh [SEQ_LENGTH] [TIMESTAMP] [flags]
 # shellcheck disable=SC2034  # used by launch.sh
 PREVIOUS_STAGE=finetune_glm4voice_mtp10_stage1
 NUM_HEADS=${NUM_HEADS:-10}
@@ -10,6 +10,7 @@ WEIGHT_DECAY=${WEIGHT_DECAY:-0.1}
 MAX_STEPS=${MAX_STEPS:-4000}
 DATA_MIX=sts_finetune_stage2.yaml
 DEFAULT_DEEPSPEED_CONFIG=ds_config_zero2_no_optimizer.json
+DEFAULT_DATALOADER_NUM_WORKERS=8
 DEFAULT_AUDIO_TOKENIZER_TYPE=glm4voice
 MTP_LEARNING_RATE_MULTIPLIER=${MTP_LEARNING_RATE_MULTIPLIER:-10}
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"

@@ -3,24 +3,37 @@
 # A stage script sets its own defaults, then sources this file. Every variable below can be set
 # in the environment; flags after SEQ_LENGTH and TIMESTAMP go to tools/finetune_sts.py as they are
 # and win over the defaults.
+#
+#   bash finetune_glm4voice_stage1.sh [SEQ_LENGTH] [TIMESTAMP] [flags of tools/finetune_sts.py]
+#
+# SEQ_LENGTH defaults to 32768 and TIMESTAMP to the date and hour, as in the published scripts. The paper's rows have
+# 8192 tokens in stages 1 to 3 and 2048 in stage 4. Give one TIMESTAMP to all stages of a run: it is how they find
+# each other.
 set -euo pipefail
 
-if [[ $# -lt 2 ]]; then
-  echo "usage: $(basename "$0") SEQ_LENGTH TIMESTAMP [flags of tools/finetune_sts.py]" >&2
-  exit 2
-fi
-SEQ_LENGTH=$1
-TIMESTAMP=$2
-shift 2
+SEQ_LENGTH=
+TIMESTAMP=
+for positional in SEQ_LENGTH TIMESTAMP; do
+  if [[ $# -gt 0 && $1 != --* ]]; then
+    printf -v "$positional" %s "$1"
+    shift
+  fi
+done
+SEQ_LENGTH=${SEQ_LENGTH:-32768}
+TIMESTAMP=${TIMESTAMP:-$(date +%Y%m%d_%H0000)}
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
 STAGE_NAME=$(basename "$0" .sh)
 
-# Where models and data are read (ROOT_PATH) and where results go (LOCAL_ROOT_PATH).
+# ROOT_PATH holds models, data and results; LOCAL_ROOT_PATH is scratch space of this machine, for caches only.
 ROOT_PATH=${ROOT_PATH:-$REPOSITORY}
-LOCAL_ROOT_PATH=${LOCAL_ROOT_PATH:-$ROOT_PATH}
-export ROOT_PATH LOCAL_ROOT_PATH
-OUTPUT_ROOT=${OUTPUT_ROOT:-$LOCAL_ROOT_PATH/output/LM}
+export ROOT_PATH
+if [[ -n ${LOCAL_ROOT_PATH:-} ]]; then
+  export HF_DATASETS_CACHE=${HF_DATASETS_CACHE:-$LOCAL_ROOT_PATH/cache/datasets}
+  export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$LOCAL_ROOT_PATH/cache/torch_extensions}
+  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$LOCAL_ROOT_PATH/cache/triton}
+fi
+OUTPUT_ROOT=${OUTPUT_ROOT:-$ROOT_PATH/output/LM}
 OUTPUT_DIR=${OUTPUT_DIR:-$OUTPUT_ROOT/$STAGE_NAME/$TIMESTAMP}
 
 # A stage starts from the result of the one before, run under the same TIMESTAMP.
@@ -43,7 +56,18 @@ if [[ $GPUS -gt 0 ]]; then
   NPROC_PER_NODE=${NPROC_PER_NODE:-$GPUS}
   DEVICE_FLAGS=(--ddp_backend nccl --tf32 "${TF32:-True}")
 else
-  NPROC_PER_NODE=${NPROC_PER_NODE:-2}
+  chosen=()
+  choose() { # VARIABLE VALUE, unless it is set
+    [[ -z ${!1:-} ]] || return 0
+    printf -v "$1" %s "$2"
+    chosen+=("$1=$2")
+  }
+  choose NPROC_PER_NODE 2
+  choose BF16 False
+  choose DATALOADER_NUM_WORKERS 1
+  choose GRADIENT_ACCUMULATION_STEPS 1
+  echo "no GPU here: ${chosen[*]:+${chosen[*]}, }PyTorch's Adam and gloo; each variable can be set" >&2
+  # finetune_sts.py takes PyTorch's Adam on CPUs: DeepSpeed's own would have to be compiled.
   DEVICE_FLAGS=(--use_cpu True --ddp_backend gloo)
   export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 fi
@@ -52,9 +76,14 @@ export TOKENIZERS_PARALLELISM=false
 export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
 PYTHON=${PYTHON:-python}
 
-LR_SCHEDULER_TYPE=${LR_SCHEDULER_TYPE:-cosine_with_min_lr}
-if [[ -z ${LR_SCHEDULER_KWARGS:-} && $LR_SCHEDULER_TYPE == *_with_min_lr ]]; then
-  LR_SCHEDULER_KWARGS="{\"min_lr_rate\": ${MIN_LR_RATIO:-0.1}}"
+LR_SCHEDULER_TYPE=${LR_SCHEDULER_TYPE:-warmup_cosine}
+if [[ -z ${LR_SCHEDULER_KWARGS:-} ]]; then
+  case $LR_SCHEDULER_TYPE in
+    warmup_cosine) LR_SCHEDULER_KWARGS="{\"cos_min_ratio\": ${MIN_LR_RATIO:-0.1}}" ;;
+    *_with_min_lr) LR_SCHEDULER_KWARGS="{\"min_lr_rate\": ${MIN_LR_RATIO:-0.1}}" ;;
+    # A plain --lr_scheduler_type cosine is the published flag and means the DeepSpeed config's scheduler.
+    cosine) LR_SCHEDULER_KWARGS='{"num_cycles": 0.5}' ;;
+  esac
 fi
 read -r -a RATIO <<<"${TEXT_AUDIO_INTERVAL_RATIO:-1 10 4 10}"
 
@@ -65,7 +94,20 @@ OPTIONAL_FLAGS=()
 AUDIO_MODEL_NAME_OR_PATH=${AUDIO_MODEL_NAME_OR_PATH:-${DEFAULT_AUDIO_MODEL:+$ROOT_PATH/$DEFAULT_AUDIO_MODEL}}
 [[ -n $AUDIO_MODEL_NAME_OR_PATH ]] && OPTIONAL_FLAGS+=(--audio_model_name_or_path "$AUDIO_MODEL_NAME_OR_PATH")
 
-mkdir -p "$OUTPUT_DIR"
+# The output folder also keeps what was run and, for each node, everything that was printed.
+if ! mkdir -p "$OUTPUT_DIR" 2>/dev/null; then
+  echo "error: OUTPUT_DIR=$OUTPUT_DIR: cannot be made; choose another OUTPUT_DIR, OUTPUT_ROOT or ROOT_PATH" >&2
+  exit 1
+fi
+if [[ $NODE_RANK == 0 ]]; then
+  for file in "$0" "$DATASET_NAME"; do
+    copy=$OUTPUT_DIR/$(basename "$file")
+    [[ ! -f $file || $file -ef $copy ]] || cp -f "$file" "$copy"
+  done
+fi
+LOG_FILE=$OUTPUT_DIR/log_node$NODE_RANK.txt
+# tee ends when the last process has closed the pipe, and not before: signals are for those that it listens to.
+exec > >(trap '' INT TERM HUP && exec tee -a "$LOG_FILE") 2> >(trap '' INT TERM HUP && exec tee -a "$LOG_FILE" >&2)
 echo "$STAGE_NAME: $MODEL_NAME_OR_PATH -> $OUTPUT_DIR ($NNODES x $NPROC_PER_NODE processes)"
 
 exec "$PYTHON" "$REPOSITORY/vita_audio/cli/launch.py" "${RENDEZVOUS[@]}" --nproc_per_node "$NPROC_PER_NODE" \
@@ -87,18 +129,19 @@ exec "$PYTHON" "$REPOSITORY/vita_audio/cli/launch.py" "${RENDEZVOUS[@]}" --nproc
   --max_steps "$MAX_STEPS" \
   --learning_rate "$LEARNING_RATE" \
   --mtp_learning_rate_multiplier "${MTP_LEARNING_RATE_MULTIPLIER:-1}" \
-  --weight_decay "$WEIGHT_DECAY" \
+  --weight_decay "$WEIGHT_DECAY" --decay_norms "${DECAY_NORMS:-False}" \
+  --loss_average "${LOSS_AVERAGE:-global}" \
   --per_device_train_batch_size "${PER_DEVICE_TRAIN_BATCH_SIZE:-1}" \
   --gradient_accumulation_steps "${GRADIENT_ACCUMULATION_STEPS:-16}" \
   --adam_beta1 "${ADAM_BETA1:-0.9}" --adam_beta2 "${ADAM_BETA2:-0.95}" --adam_epsilon "${ADAM_EPSILON:-1e-8}" \
   --max_grad_norm "${MAX_GRAD_NORM:-1.0}" \
   --lr_scheduler_type "$LR_SCHEDULER_TYPE" \
-  --warmup_steps "${WARMUP_RATIO:-0.03}" \
+  --warmup_ratio "${WARMUP_RATIO:-0.03}" \
   --bf16 "${BF16:-True}" \
   --gradient_checkpointing "${GRADIENT_CHECKPOINTING:-True}" \
   --gradient_checkpointing_kwargs '{"use_reentrant": false}' \
   --seed "${SEED:-42}" --data_seed "${DATA_SEED:-42}" \
-  --dataloader_num_workers "${DATALOADER_NUM_WORKERS:-8}" \
+  --dataloader_num_workers "${DATALOADER_NUM_WORKERS:-$DEFAULT_DATALOADER_NUM_WORKERS}" \
   --save_strategy steps --save_steps "${SAVE_STEPS:-0.1}" --save_total_limit "${SAVE_TOTAL_LIMIT:-2}" \
   --logging_steps "${LOGGING_STEPS:-1}" --report_to "${REPORT_TO:-tensorboard}" \
   --ddp_timeout "${DDP_TIMEOUT:-7200}" \

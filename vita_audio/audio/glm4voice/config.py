@@ -1,11 +1,11 @@
 """The decoder's ``config.yaml``, read as data.
 
-The released file is written for a loader that imports and calls whatever classes the file names. Here
-the same file is a tree of plain values: the object tags are compared with the few that describe this
-decoder, nothing is imported, and any other tag, key or value is refused in one line. The plain layout
-(``config_plain.yaml`` or ``config.json``: the same values without tags) is read as well.
+The released file is written for a loader that imports and calls the classes that the file names. Here it is
+a tree of plain values: object tags are compared with the few that describe this decoder, nothing is imported,
+and any other tag, key or value is refused in one line. The plain layout (``config_plain.yaml`` or
+``config.json``: the same values without tags) is read as well.
 
-Every size read here is checked once more when the weights are loaded, key by key and shape by shape.
+Every size read here is checked again when the weights are loaded, key by key and shape by shape.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def load_decoder_config(folder: str | Path) -> DecoderConfig:
 
 
 # Values that other variants of these networks set differently; ours implements exactly these.
-_FIXED = {
+_FIXED: dict[str, dict[str, Any]] = {
     "flow": {"output_type": "mel"},
     "encoder": {
         "input_layer": "linear",
@@ -212,7 +212,8 @@ def _construct_apply(loader: _TreeLoader, suffix: str, node: yaml.Node) -> None:
 
 
 def _construct_reference(loader: _TreeLoader, node: yaml.Node) -> _Reference:
-    name = re.fullmatch(r"<(\w+)>", loader.construct_scalar(node))
+    text = loader.construct_scalar(node) if isinstance(node, yaml.ScalarNode) else ""
+    name = re.fullmatch(r"<(\w+)>", text)
     if name is None:
         raise yaml.constructor.ConstructorError(problem=f"computes a reference, {node.value!r}")
     return _Reference(name.group(1))
@@ -309,8 +310,9 @@ class _TreeReader:
     def _section(
         self, name: str, section: type[_Section], values: Mapping[str, Any], **parts: object
     ) -> _Section:
-        """Fill a dataclass from ``values``; whatever is not one of its fields must be known."""
-        known = {item.name: item.default for item in fields(section) if item.name not in parts}
+        """Fill a dataclass from ``values``; a key that is not one of its fields must be known."""
+        dataclass_type: Any = section
+        known = {item.name: item.default for item in fields(dataclass_type) if item.name not in parts}
         self._check_rest(name, {key: value for key, value in values.items() if key not in known})
         given = {
             key: self._convert(f"{name}.{key}", self._resolve(values[key]), default)

@@ -2,13 +2,14 @@
 
 Rows of different lengths share a batch: ``mask`` marks the frames that exist. Everything that mixes
 frames respects it (convolutions read zeros outside, group norms average inside, attention looks inside),
-so a row's result does not depend on its company. With equal lengths there is no mask and no cost.
+so a row's result does not depend on the other rows. With equal lengths there is no mask and no cost.
 """
 
 from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class Estimator(nn.Module):
             zip((config.in_channels, *widths[:-1]), widths, strict=True)
         ):
             last = level == len(widths) - 1
-            resize = nn.Conv1d(outputs, outputs, 3, padding=1) if last else _Downsample(outputs)
+            resize: nn.Module = nn.Conv1d(outputs, outputs, 3, padding=1) if last else _Downsample(outputs)
             self.down_blocks.append(nn.ModuleList([*stage(inputs, outputs), resize]))
         self.mid_blocks = nn.ModuleList(
             nn.ModuleList(stage(widths[-1], widths[-1])) for _ in range(config.num_mid_blocks)
@@ -66,23 +67,25 @@ class Estimator(nn.Module):
             t: solver time in [0, 1], scalar.
             speaker: (rows, 80).
             cond: mel already known (the prompt), zero elsewhere; same shape as ``x``.
-            mask: (rows, 1, frames), 1 at frames that exist; absent when all do.
+            mask: (rows, 1, frames), 1 at frames that exist; None if all do.
 
         Returns:
             Velocity, same shape as ``x``.
         """
         time = self.time_mlp(_sinusoid(t, self.in_channels))
         x = torch.cat([x, mu, speaker[:, :, None].expand_as(x), cond], dim=1)
+        # A ModuleList does not know the types of its modules.
+        down, middle, up = cast(tuple[Any, Any, Any], (self.down_blocks, self.mid_blocks, self.up_blocks))
         skips = []
-        for resnet, transformers, resize in self.down_blocks:
+        for resnet, transformers, resize in down:
             x = _run_stage(resnet, transformers, x, time, mask)
             skips.append((x, mask))
             x = resize(_inside(x, mask))
             if isinstance(resize, _Downsample) and mask is not None:
                 mask = mask[:, :, ::2]
-        for resnet, transformers in self.mid_blocks:
+        for resnet, transformers in middle:
             x = _run_stage(resnet, transformers, x, time, mask)
-        for resnet, transformers, resize in self.up_blocks:
+        for resnet, transformers, resize in up:
             skip, mask = skips.pop()
             x = torch.cat([x[:, :, : skip.shape[2]], skip], dim=1)
             x = _run_stage(resnet, transformers, x, time, mask)

@@ -1,8 +1,8 @@
 """Codes to mel by conditional flow matching (sections 4 and 5 of the GLM-4-Voice specification).
 
-Codes are encoded and stretched to mel rate (``mu``); then noise is carried to a mel spectrogram along the
-velocity that the estimator names, in a few Euler steps, guided away from the unconditional answer. A
-prompt, codes with their known mel, makes the new mel continue what was said.
+Codes are encoded and stretched to mel rate (``mu``). Then a few Euler steps carry noise to a mel spectrogram
+along the velocity that the estimator predicts, with classifier-free guidance. A prompt, codes with their known
+mel, makes the new mel continue what was said.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vita_audio.audio.glm4voice.token_encoder import TokenEncoder
 from vita_audio.audio.glm4voice.weights import find_weights, load_strictly, read_state_dict
 
 DEFAULT_SEED = 42
-"""The reference re-seeds with this before each call; used when no generator is given."""
+"""The reference seeds with this before each call; the default of every generator here."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class FlowInput:
         sources: index of the code that each mel frame repeats, (frames,), long.
         noise: start of the solver, (80, frames).
         prompt_mel: known first frames, (80, known).
-        speaker: embedding (spk_embed_dim,); zeros when absent.
+        speaker: embedding (spk_embed_dim,); None for zeros.
     """
 
     tokens: Tensor
@@ -87,7 +87,9 @@ class FlowDecoder(nn.Module):
     @property
     def estimator(self) -> Estimator:
         """The velocity network."""
-        return self.decoder["estimator"]
+        estimator = self.decoder["estimator"]
+        assert isinstance(estimator, Estimator)
+        return estimator
 
     def frames(self, tokens: int) -> int:
         """Mel frames of a number of codes, in the reference's float32 order of operations (section 4.5)."""
@@ -113,10 +115,10 @@ class FlowDecoder(nn.Module):
             token: codes (rows, codes) or (codes,).
             prompt_token: codes already spoken, (rows, prompt codes).
             prompt_feat: their mel, time-major, (rows, prompt frames, 80).
-            embedding: speaker, (rows, spk_embed_dim); zeros when absent, as in the applications.
+            embedding: speaker, (rows, spk_embed_dim); None for zeros, as in the applications.
             steps: Euler steps.
             z: standard normal noise for prompt and new frames, (rows, 80, frames).
-            generator: draws ``z`` when it is absent; seeded with 42 when absent too.
+            generator: draws ``z`` if that is None; defaults to one seeded with 42.
 
         Returns:
             (rows, 80, frames - prompt frames).
@@ -159,7 +161,7 @@ class FlowDecoder(nn.Module):
 
         Args:
             tokens: rows of codes, each (codes,).
-            sources: code that each mel frame repeats; nearest interpolation to :meth:`frames` when absent.
+            sources: code that each mel frame repeats; defaults to nearest interpolation to :meth:`frames`.
 
         Returns:
             mu (rows, 80, most frames) and the frame mask (rows, 1, most frames), None when all are equal.
@@ -206,7 +208,7 @@ class FlowDecoder(nn.Module):
     def velocity(
         self, x: Tensor, mu: Tensor, t: Tensor, speaker: Tensor, cond: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """Guided velocity: both answers come from one pass over a doubled batch."""
+        """Guided velocity: one pass over a doubled batch gives the conditional and the unconditional one."""
         rate = self.config.cfm.inference_cfg_rate
         doubled = [torch.cat([known, torch.zeros_like(known)]) for known in (mu, speaker, cond)]
         both = None if mask is None else torch.cat([mask, mask])
@@ -245,13 +247,13 @@ def solver_times(steps: int) -> Tensor:
 
 def nearest_indices(tokens: int, frames: int, start: int = 0) -> Tensor:
     """Code that each mel frame from ``start`` on repeats, in the reference's float32 arithmetic."""
-    scale = np.float32(tokens) / np.float32(frames)
+    scale = float(np.float32(tokens) / np.float32(frames))
     position = torch.arange(start, frames, dtype=torch.float32)
     return (position * scale).floor().long().clamp(max=tokens - 1)
 
 
 def draw_normal(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers; seeded with 42 when there is no generator."""
+    """Standard normal numbers; the generator defaults to one seeded with 42."""
     generator = generator or torch.Generator().manual_seed(DEFAULT_SEED)
     return torch.randn(shape, generator=generator, device=generator.device)
 

@@ -1,8 +1,8 @@
 """Speech while the reply is still being written (section 7 of the GLM-4-Voice specification).
 
-Each chunk of codes is decoded with what was already said as the flow's prompt; neighbouring chunks share
-34 mel frames that are faded into each other, and the vocoder starts from the previous chunk's last frame
-and the end of its source. All of that lives in a :class:`StreamState` that the caller holds.
+Each chunk of codes is decoded with the speech before it as the flow's prompt. Neighbouring chunks share
+34 mel frames that are cross-faded, and the vocoder starts from the previous chunk's last frame and the end of
+its source. All of this lives in a :class:`StreamState` that the caller holds.
 
 The reference keeps the whole history as the prompt, so chunk k costs k chunks. Here the prompt is the last
 ``prompt_tokens`` codes (cut at an attention block of the token encoder), so every chunk costs the same;
@@ -30,7 +30,7 @@ _CACHED_FRAMES = 1  # of mel, and of source samples, that the vocoder repeats at
 
 @dataclass(frozen=True)
 class StreamSchedule:
-    """How a reply is cut, small and quick first, and how far each chunk looks back.
+    """How a reply is cut into chunks, and how far each chunk looks back. First chunks are small and quick.
 
     Attributes:
         chunks: (codes, solver steps) of each chunk in turn; the last pair repeats. The steps grow as in
@@ -60,8 +60,8 @@ class NoiseSource:
     """Random numbers of one stream, in the reference's order: the mel's noise, phases, the source's noise.
 
     Args:
-        generator: where they come from; a fresh one seeded with 42 for each chunk when absent, as the
-            reference does. Replace the methods to inject recorded numbers.
+        generator: where they come from; None for a new one seeded with 42 for each chunk, as in the
+            reference. Override the methods to inject recorded numbers.
     """
 
     def __init__(self, generator: torch.Generator | None = None):
@@ -84,7 +84,7 @@ class NoiseSource:
 
 @dataclass
 class StreamState:
-    """What decoding one reply must remember between chunks.
+    """What must be kept between the chunks of one reply.
 
     Attributes:
         noise: where the reply's random numbers come from.
@@ -107,7 +107,7 @@ class StreamState:
     cached_source: Tensor | None = None
 
     def reset(self) -> None:
-        """Forget the reply; its noise goes on."""
+        """Forget the reply; the noise source continues."""
         fresh = StreamState(self.noise)
         self.__dict__.update(fresh.__dict__)
 
@@ -126,7 +126,7 @@ class StreamChunk:
 
 
 class StreamingDecoder:
-    """Flow and vocoder for streams; holds no state of any of them."""
+    """Flow and vocoder for streams; their states belong to the caller."""
 
     def __init__(self, flow: FlowDecoder, vocoder: Vocoder, prompt_tokens: int | None = None):
         self.flow = flow
@@ -229,9 +229,10 @@ class StreamingDecoder:
                 continue
             samples = frames * self.vocoder.samples_per_frame
             draws = [states[index].noise.source(harmonics, samples) for index in members]
+            kept = [one for index in members if (one := states[index].cached_source) is not None]
             waves, sources = self.vocoder(
                 torch.stack([mels[index] for index in members]),
-                torch.stack([states[index].cached_source for index in members])[:, None] if cached else None,
+                torch.stack(kept)[:, None] if cached else None,
                 phase=torch.stack([phase for phase, _ in draws]),
                 noise=torch.stack([noise for _, noise in draws]),
             )
@@ -328,13 +329,13 @@ def push_many(
         for index, stream in enumerate(streams):
             chunk = stream._next_chunk()
             if chunk is not None:
-                codes, final, steps = chunk
-                due[steps, stream.decoder.prompt_tokens].append((index, codes, final))
+                ready, final, steps = chunk
+                due[steps, stream.decoder.prompt_tokens].append((index, ready, final))
         if not due:
             return [torch.cat([torch.empty(0), *parts]) for parts in waves]
         for (steps, _), members in due.items():
-            indices, codes, finals = zip(*members, strict=True)
+            indices, ready_codes, finals = zip(*members, strict=True)
             decoder = streams[indices[0]].decoder
-            outputs = decoder.decode([streams[i].state for i in indices], codes, finals, steps)
+            outputs = decoder.decode([streams[i].state for i in indices], ready_codes, finals, steps)
             for index, output in zip(indices, outputs, strict=True):
                 waves[index].append(output.wave.float())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from vita_audio.audio.glm4voice.config import TokenEncoderConfig
 
 
 class TokenEncoder(nn.Module):
-    """Embedded codes to states that know their past and the rest of their block."""
+    """Embedded codes to states that attend to the past and to their whole block."""
 
     def __init__(self, config: TokenEncoderConfig):
         super().__init__()
@@ -30,7 +31,7 @@ class TokenEncoder(nn.Module):
         """
         Args:
             x: embedded codes, (rows, codes, input_size).
-            key_mask: (rows, codes), True at codes that exist; absent when all do.
+            key_mask: (rows, codes), True at codes that exist; None if all do.
 
         Returns:
             (rows, codes, output_size).
@@ -39,7 +40,8 @@ class TokenEncoder(nn.Module):
 
     def hidden_states(self, x: Tensor, key_mask: Tensor | None = None) -> list[Tensor]:
         """The scaled embedding, then the output of each block; arguments as ``forward``."""
-        linear, norm = self.embed["out"]
+        layers: Any = self.embed["out"]
+        linear, norm = layers
         x = norm(linear(x)) * math.sqrt(norm.normalized_shape[0])
         positions = relative_positions(x.shape[1], x.shape[2]).to(x)
         allowed = self._allowed(x.shape[1], x.device)

@@ -98,12 +98,12 @@ class GLM4VoiceTokenizer(AudioTokenizer):
         return cls(path, flow_path, device, encoder_dtype, schedule)
 
     @cached_property
-    def sample_rate(self) -> int:
+    def sample_rate(self) -> int:  # type: ignore[override]  # read from a file on first use
         """Of decoded audio, in Hz."""
         return 22050 if self.flow_path is None else load_decoder_config(self.flow_path).vocoder.sampling_rate
 
     @cached_property
-    def codebook_size(self) -> int:
+    def codebook_size(self) -> int:  # type: ignore[override]  # read from a file on first use
         """Number of codes."""
         if self.path is None:
             return load_decoder_config(self._decoder_folder()).flow.vocab_size

@@ -1,9 +1,9 @@
 """Mel to waveform: a HiFT generator (section 6 of the GLM-4-Voice specification).
 
-Pitch is read off the mel, harmonics are synthesised at that pitch, and a convolutional trunk shapes their
-spectrum into the spectrum of speech, which a small inverse STFT turns into samples. What is random, the
-harmonics' phases and the breath noise, can be given; and the start of the source can be overwritten with
-the end of the previous chunk's, so that a stream stays continuous.
+Pitch is predicted from the mel, harmonics are synthesised at that pitch, and a convolutional trunk shapes
+their spectrum into that of speech, which a small inverse STFT turns into samples. The random parts, the
+harmonics' phases and the breath noise, can be passed in. The start of the source can be overwritten with the
+end of the previous chunk's, so that a stream stays continuous.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ class Vocoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.conv_pre.bias.device
+        return next(self.parameters()).device
 
     @torch.no_grad()
     def forward(
@@ -109,7 +110,7 @@ class Vocoder(nn.Module):
             cached_source: end of the previous chunk's source, (rows, 1, samples); overwrites the start.
             phase: first phase of each harmonic, (harmonics + 1,) or (rows, harmonics + 1, 1), radians.
             noise: standard normal, (rows, harmonics + 1, 256 * frames).
-            generator: draws ``phase`` and ``noise`` where absent; seeded with 42 when absent too.
+            generator: draws ``phase`` and ``noise`` where they are None; defaults to one seeded with 42.
 
         Returns:
             waveform (rows, 256 * frames) in [-0.99, 0.99], and the source (rows, 1, 256 * frames).
@@ -175,7 +176,7 @@ class Vocoder(nn.Module):
                 x = F.pad(x, (1, 0), mode="reflect")
             x = x + shape_source(down(spectrum))
             x = sum(block(x) for block in self.resblocks[stage * kinds : (stage + 1) * kinds]) / kinds
-        # PyTorch's default slope here, unlike above: so the released model was trained.
+        # PyTorch's default slope here, unlike above: the released model was trained with it.
         magnitude, phase = self.conv_post(F.leaky_relu(x)).chunk(2, dim=1)
         waveform = self._waveform(magnitude.exp().clamp(max=_MAX_MAGNITUDE), torch.sin(phase))
         return waveform.clamp(-config.audio_limit, config.audio_limit)
@@ -252,7 +253,7 @@ class _Snake(nn.Module):
 class WeightNormConv1d(nn.Conv1d):
     """A convolution stored as gain ``weight_g`` and direction ``weight_v`` until it is folded."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _split(self)
 
@@ -263,28 +264,29 @@ class WeightNormConv1d(nn.Conv1d):
 class WeightNormConvTranspose1d(nn.ConvTranspose1d):
     """The transposed counterpart; its norm also keeps dimension 0, here the input channels."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _split(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv_transpose1d(x, _weight(self), self.bias, self.stride, self.padding)
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        padding: Any = self.padding
+        return F.conv_transpose1d(x, _weight(self), self.bias, self.stride, padding)
 
 
-def _split(conv: nn.Module) -> None:
+def _split(conv: Any) -> None:
     direction = conv.weight
     del conv.weight
     conv.weight_g = nn.Parameter(direction.detach().norm(dim=(1, 2), keepdim=True))
     conv.weight_v = direction
 
 
-def _weight(conv: nn.Module) -> Tensor:
+def _weight(conv: Any) -> Tensor:
     if hasattr(conv, "weight"):
         return conv.weight
     return conv.weight_g * conv.weight_v / conv.weight_v.norm(dim=(1, 2), keepdim=True)
 
 
-def _fold(conv: nn.Module) -> None:
+def _fold(conv: Any) -> None:
     if not hasattr(conv, "weight"):
         weight = _weight(conv).detach()
         del conv.weight_g, conv.weight_v

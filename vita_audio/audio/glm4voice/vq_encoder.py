@@ -1,7 +1,7 @@
-"""The frozen ears: 16 kHz speech to 12.5 codes a second (section 3 of the GLM-4-Voice specification).
+"""Speech to codes: 16 kHz to 12.5 codes a second (section 3 of the GLM-4-Voice specification).
 
-A Whisper encoder made streamable. Both stem convolutions look left only, attention sees the past and the
-rest of its own 4 s block, four states are averaged into one, and the nearest codebook row names the code.
+A Whisper encoder made streamable. Both stem convolutions look left only, attention sees the past and its own
+4 s block, four states are averaged into one, and the index of the nearest codebook row is the code.
 Speech is cut into independent segments of 30 s. The layers and the log-mel front end are transformers'
 Whisper; the stem, the mask, pooling and the codebook are here.
 """
@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class VQEncoder(nn.Module):
     Args:
         config: Whisper configuration with the released folder's extra keys (``pooling_kernel_size``,
             ``quantize_position``, ...).
-        feature_extractor: log-mel front end; Whisper's with ``config.num_mel_bins`` bins when absent.
+        feature_extractor: log-mel front end; defaults to Whisper's with ``config.num_mel_bins`` bins.
 
     Raises:
         ValueError: the configuration asks for a variant that the released tokenizer does not use.
@@ -120,7 +121,7 @@ class VQEncoder(nn.Module):
             For each clip ``ceil(samples / 1280)`` codes (counted per segment); none for no samples.
         """
         segments = [segment for waveform in waveforms for segment in _segments(waveform)]
-        # Neighbours in length share a pass, so that little of it is padding.
+        # Segments of similar length share a pass, so that little of it is padding.
         order = sorted(range(len(segments)), key=lambda index: len(segments[index]))
         codes: list[list[int]] = [[] for _ in segments]
         for start in range(0, len(order), batch_size):
@@ -138,8 +139,8 @@ class VQEncoder(nn.Module):
     def features(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Log-mel features of clips, one row per segment of 30 s (section 2).
 
-        Each segment is padded to whole codes on its own and only then to the longest of the batch, with
-        the value that silence has in its row: so features and codes do not depend on the company.
+        Each segment is padded to whole codes first and then to the longest of the batch, with the value that
+        silence has in its row. So features and codes do not depend on the other clips of the batch.
 
         Args:
             waveforms: each of shape (samples,), 16 kHz, at least one sample.
@@ -175,7 +176,7 @@ class VQEncoder(nn.Module):
 
         Args:
             input_features: (rows, mel bins, frames).
-            mask: (rows, frames), non-zero at real frames; all real when absent.
+            mask: (rows, frames), non-zero at real frames; None if all are.
 
         Returns:
             Codes (rows, ceil(frames / 8)), long; those of padding are meaningless.
@@ -291,7 +292,7 @@ class EncoderStream(EncodeStream):
         return codes
 
     def _complete(self, samples: int) -> int:
-        """Codes whose block lies wholly in the first ``samples``, whatever follows."""
+        """Codes whose block lies wholly in the first ``samples``."""
         config, pool = self._encoder.config, self._encoder.pool
         # A frame's window reaches half an FFT past its centre.
         frames = max(0, samples - self._encoder.feature_extractor.n_fft // 2) // _HOP + 1
@@ -303,24 +304,25 @@ class EncoderStream(EncodeStream):
 
 def released_config() -> WhisperConfig:
     """Sizes of the released tokenizer (section 8), for building it without its weights."""
-    return WhisperConfig(
-        d_model=1280,
-        encoder_attention_heads=20,
-        encoder_ffn_dim=5120,
-        encoder_layers=32,
-        num_mel_bins=128,
-        max_source_positions=1500,
-        encoder_causal_convolution=True,
-        encoder_causal_attention=False,
-        pooling_kernel_size=4,
-        pooling_type="avg",
-        pooling_position=16,
-        quantize_position=16,
-        quantize_vocab_size=16384,
-        quantize_causal_block_size=200,
-        quantize_causal_encoder=False,
-        quantize_encoder_only=True,
-    )
+    settings: dict[str, Any] = {  # some of them are this tokenizer's own
+        "d_model": 1280,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
+        "encoder_layers": 32,
+        "num_mel_bins": 128,
+        "max_source_positions": 1500,
+        "encoder_causal_convolution": True,
+        "encoder_causal_attention": False,
+        "pooling_kernel_size": 4,
+        "pooling_type": "avg",
+        "pooling_position": 16,
+        "quantize_position": 16,
+        "quantize_vocab_size": 16384,
+        "quantize_causal_block_size": 200,
+        "quantize_causal_encoder": False,
+        "quantize_encoder_only": True,
+    }
+    return WhisperConfig(**settings)
 
 
 def _check_config(config: WhisperConfig) -> None:
@@ -342,7 +344,7 @@ def _check_config(config: WhisperConfig) -> None:
             raise ValueError(f"config.json: {key} must be a positive integer, got {value!r}")
     if config.pooling_position > config.quantize_position:
         raise ValueError(
-            f"config.json: pooling_position={config.pooling_position} lies behind "
+            f"config.json: pooling_position={config.pooling_position} comes after "
             f"quantize_position={config.quantize_position}"
         )
 

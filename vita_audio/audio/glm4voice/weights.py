@@ -56,7 +56,7 @@ def load_strictly(
         module: every parameter and persistent buffer is replaced.
         state: tensors by name; must match the module exactly.
         path: where ``state`` came from, for messages.
-        ignore: keys of ``module`` that may be absent from ``state``.
+        ignore: keys of ``module`` that ``state`` may lack.
 
     Raises:
         WeightsError: names the first key, in the module's order, that is missing or of another

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -20,11 +21,11 @@ from safetensors.torch import load_file, save_file
 _WEIGHT_NAMES = ("model.safetensors", "encoder_weights.safetensors", "model.pt")
 _CONFIG_NAMES = ("config.json", "encoder_config.json", "config.yaml")
 _NESTINGS = ("state_dict", "model_state_dict", "model")
-# Every encoder has it, so what stands before this name is the prefix of all names.
+# Every encoder has this parameter; what precedes it is the prefix of all names.
 _LANDMARK = "encoder.after_norm.weight"
 _QUERY_TABLE, _CTC_BIAS = "embed.weight", "ctc.ctc_lo.bias"
 
-# Settings of FunASR that choose between networks; this is the one that exists here.
+# FunASR settings that select a network; only this one is implemented.
 _FIXED_SETTINGS = {"input_layer": "pe", "normalize_before": True, "selfattention_layer_type": "sanm"}
 
 
@@ -58,8 +59,8 @@ class SenseVoiceEncoderConfig:
             )
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, object]) -> SenseVoiceEncoderConfig:
-        """From FunASR's names; what names no size of this network is left out.
+    def from_dict(cls, settings: Mapping[str, Any]) -> SenseVoiceEncoderConfig:
+        """From FunASR's names; settings that are no sizes of this network are ignored.
 
         Raises:
             ValueError: the settings describe another network.
@@ -83,7 +84,7 @@ class SenseVoiceEncoderConfig:
 
 
 def read_config(path: str | PathLike[str]) -> SenseVoiceEncoderConfig:
-    """Sizes that a folder states; SenseVoiceSmall's where it states none.
+    """Sizes that a folder states; they default to SenseVoiceSmall's.
 
     Raises:
         ValueError: the file cannot be read or describes another network.
@@ -103,7 +104,7 @@ def read_config(path: str | PathLike[str]) -> SenseVoiceEncoderConfig:
 
 
 def read_sizes(path: str | PathLike[str]) -> SenseVoiceEncoderConfig:
-    """All sizes of the encoder in a folder, those that only its weights tell included.
+    """All sizes of the encoder in a folder, including those that only the weights tell.
 
     Raises:
         FileNotFoundError: no weights there.
@@ -115,7 +116,7 @@ def read_sizes(path: str | PathLike[str]) -> SenseVoiceEncoderConfig:
 def sizes_from_weights(
     config: SenseVoiceEncoderConfig, weights: Mapping[str, torch.Tensor]
 ) -> SenseVoiceEncoderConfig:
-    """``config`` with the sizes that FunASR's file leaves to the vocabulary and the model class."""
+    """``config`` completed with the sizes that FunASR's file does not state."""
     rows, input_size = weights[_QUERY_TABLE].shape
     return replace(
         config,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from os import PathLike
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +38,13 @@ _WITH_INVERSE_TEXT_NORM_ROW, _WITHOUT_INVERSE_TEXT_NORM_ROW = 14, 15
 class SenseVoiceEncoder(nn.Module):
     """Query frames, SAN-M blocks, and SenseVoice's CTC layer.
 
-    The language model does not use the CTC layer; it is here because the weights are.
+    The language model does not use the CTC layer; it is kept so that released weights load as they are.
 
     Args:
         config: sizes; a dict holds the names of FunASR's ``encoder_conf``.
     """
 
-    def __init__(self, config: SenseVoiceEncoderConfig | dict | None = None) -> None:
+    def __init__(self, config: SenseVoiceEncoderConfig | dict[str, Any] | None = None) -> None:
         super().__init__()
         if not isinstance(config, SenseVoiceEncoderConfig):
             config = SenseVoiceEncoderConfig.from_dict(config or {})
@@ -64,7 +65,7 @@ class SenseVoiceEncoder(nn.Module):
 
         Raises:
             FileNotFoundError: no weights there.
-            ValueError: the weights are no SenseVoice encoder, or not of the configured sizes.
+            ValueError: the weights are not a SenseVoice encoder's, or not of the configured sizes.
         """
         weights = read_weights(path)
         config = sizes_from_weights(read_config(path), weights)
@@ -91,8 +92,8 @@ class SenseVoiceEncoder(nn.Module):
             features: (batch, frames, 560) from :class:`Frontend`, padded at the end. They take
                 the dtype of the weights; so does the position table, which in bfloat16 is
                 coarse, and is what the released Plus models were trained with (SPEC 3.5).
-            lengths: (batch,) valid frames of each item; absent: all.
-            query_ids: the four query rows, see :func:`query_rows`; absent: automatic language,
+            lengths: (batch,) valid frames of each item; None if all are.
+            query_ids: the four query rows, see :func:`query_rows`; defaults to automatic language
                 without inverse text normalisation.
 
         Returns:
@@ -114,7 +115,8 @@ class SenseVoiceEncoder(nn.Module):
 
     def ctc_log_probs(self, encoded: torch.Tensor) -> torch.Tensor:
         """Log probabilities of SenseVoice's own vocabulary, (batch, frames + 4, vocabulary)."""
-        return self.ctc.ctc_lo(encoded).log_softmax(dim=-1)
+        ctc: Any = self.ctc
+        return ctc.ctc_lo(encoded).log_softmax(dim=-1)
 
 
 def query_rows(language: str = "auto", inverse_text_norm: bool = False) -> list[int]:
@@ -134,6 +136,8 @@ class SANMStack(nn.Module):
     and says how, with its own ``gradient_checkpointing_enable``.
     """
 
+    _gradient_checkpointing_func: Any
+
     def __init__(self, config: SenseVoiceEncoderConfig) -> None:
         super().__init__()
         width = config.output_size
@@ -150,15 +154,15 @@ class SANMStack(nn.Module):
         """(batch, time, input_size) to (batch, time, output_size); mask (batch, time) marks valid frames."""
         positions = sinusoidal_positions(inputs.shape[1], inputs.shape[2], inputs.dtype, inputs.device)
         hidden = self.dropout(inputs * self.scale + positions)
-        for block in [*self.encoders0, *self.encoders]:
+        for block in (*self.encoders0, *self.encoders):
             hidden = self.run_block(block, hidden, mask)
         hidden = self.after_norm(hidden)
         for block in self.tp_encoders:
             hidden = self.run_block(block, hidden, mask)
         return self.tp_norm(hidden)
 
-    def run_block(self, block: SANMBlock, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """One block, recomputed in the backward pass where that is wanted."""
+    def run_block(self, block: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """One block, recomputed in the backward pass if gradient checkpointing is on."""
         if self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(block.__call__, hidden, mask)
         return block(hidden, mask)
@@ -232,7 +236,7 @@ class SANMAttention(nn.Module):
         return self.linear_out(mixed.transpose(1, 2).flatten(2))
 
     def memory(self, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Each value with its neighbours in time; padding neither gives nor receives."""
+        """Each value with its neighbours in time; padding is left out."""
         if mask is not None:
             value = value * mask[..., None]
         convolved = self.fsmn_block(F.pad(value.transpose(1, 2), self.padding)).transpose(1, 2)
@@ -254,7 +258,7 @@ class FeedForward(nn.Module):
 
 
 class Float32LayerNorm(nn.LayerNorm):
-    """Layer norm in float32, whatever the number type around it."""
+    """Layer norm in float32, for inputs of any type."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight.float(), self.bias.float()

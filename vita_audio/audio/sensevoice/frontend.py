@@ -1,7 +1,7 @@
 """Speech to the 560-wide frames that the SenseVoice encoder reads.
 
 Kaldi filter banks every 10 ms, seven neighbours stacked into one frame every 60 ms, then
-the per-feature shift and scale that the released ``am.mvn`` file lists. All of it is fixed
+the per-feature shift and scale that the released ``am.mvn`` file lists. This is fixed
 arithmetic without weights, so it runs in the data loader's workers and the model receives
 frames, not samples.
 
@@ -98,13 +98,15 @@ class Frontend:
 class FrontendStream(FeatureStream):
     """Features of speech that is still being spoken, equal to those of the whole clip.
 
-    A frame comes out once the windows that it stacks are complete, 55 ms after its end. Dither draws other
-    noise than the whole clip would; without it the features are the same.
+    A frame of 60 ms comes out once the windows that it stacks are complete, 55 ms after its start. With
+    dither the noise differs from the whole clip's; without it the features are equal.
 
     Args:
         frontend: the extractor.
         sample_rate: of the pieces in Hz.
     """
+
+    _heard: torch.Tensor
 
     def __init__(self, frontend: Frontend, sample_rate: int = SAMPLE_RATE) -> None:
         self._frontend = frontend

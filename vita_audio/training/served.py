@@ -1,0 +1,167 @@
+"""Which of transformers' TrainingArguments this trainer serves, and why it refuses the others.
+
+A flag that is accepted and then ignored is worse than one that is refused. So every field of ``TrainingArguments``
+stands in :data:`OPTIONS`, and a test fails when an upgrade brings a field that does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+
+@dataclass(frozen=True)
+class Option:
+    """How one field is treated.
+
+    Attributes:
+        allowed: the values that are served. None: every value.
+        reason: why other values are refused, and what to do instead.
+    """
+
+    allowed: tuple[Any, ...] | None = None
+    reason: str = ""
+
+
+def find_unserved(arguments: TrainingArguments) -> str | None:
+    """One line about the first option that would be ignored or would not work; None if there is none."""
+    for field in fields(TrainingArguments):
+        value = _plain(getattr(arguments, field.name))
+        option = OPTIONS.get(field.name, _UNKNOWN)
+        if option.allowed is None or value in option.allowed:
+            continue
+        return f"--{field.name} {value}: {option.reason}"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """The value of an enum's member, anything else as it is."""
+    return getattr(value, "value", value)
+
+
+def _defaults() -> dict[str, Any]:
+    defaults: dict[str, Any] = {}
+    for field in fields(TrainingArguments):
+        if field.default is not MISSING:
+            defaults[field.name] = _plain(field.default)
+        elif field.default_factory is not MISSING:
+            defaults[field.name] = field.default_factory()
+    return defaults
+
+
+_DEFAULTS = _defaults()
+
+
+def _only_default(reason: str, *names: str) -> dict[str, Option]:
+    return {name: Option((_DEFAULTS[name],), reason) for name in names if name in _DEFAULTS}
+
+
+_UNKNOWN = Option(
+    (), "this version of transformers has an option that the trainer does not know; leave it out"
+)
+
+_SERVED = """
+    output_dir max_steps per_device_train_batch_size gradient_accumulation_steps
+    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay max_grad_norm
+    adam_beta1 adam_beta2 adam_epsilon
+    bf16 fp16 tf32 use_cpu deepspeed ddp_backend ddp_timeout
+    activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
+    torch_empty_cache_steps
+    logging_steps logging_first_step log_level log_level_replica log_on_each_node disable_tqdm report_to
+    run_name project trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics debug
+    save_steps save_total_limit
+    seed data_seed full_determinism dataloader_num_workers
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
+""".split()
+
+_WITHOUT_EFFECT = """
+    num_train_epochs per_device_eval_batch_size local_rank dataloader_pin_memory
+""".split()
+"""Accepted at every value, because the published scripts or launchers pass them and nothing depends on them: rows are
+endless, so steps decide; there is no evaluation while training; torchrun gives the rank; rows are small."""
+
+_NO_EVALUATION = "a stage trains without evaluation; score its result with scripts/deepspeed/evaluate_sts.sh"
+_OWN_LOADER = "the data engine makes, shards and orders the rows itself; leave this option out"
+_NO_UPLOAD = "nothing is uploaded during training; push the finished folder with `hf upload`"
+
+OPTIONS: dict[str, Option] = {
+    **dict.fromkeys((*_SERVED, *_WITHOUT_EFFECT), Option()),
+    "do_train": Option((True,), "this tool trains and does nothing else; leave this option out"),
+    "optim": Option(
+        ("adamw_torch", "adamw_torch_fused"),
+        "every stage uses AdamW; another optimizer belongs into the DeepSpeed config's optimizer section",
+    ),
+    "save_strategy": Option(("steps", "no"), "there are no epochs and no evaluation: give steps or no"),
+    "logging_strategy": Option(("steps", "no"), "rows are endless, so there are no epochs: give steps or no"),
+    "remove_unused_columns": Option((False,), _OWN_LOADER),
+    "ignore_data_skip": Option((True,), "the loader resumes from its own state; leave this option out"),
+    "logging_nan_inf_filter": Option((False,), "a non-finite loss stops the run and is never averaged away"),
+    **_only_default(
+        _NO_EVALUATION,
+        *"""do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start eval_do_concat_batches
+        eval_use_gather_object eval_accumulation_steps prediction_loss_only include_for_metrics batch_eval_metrics
+        bf16_full_eval fp16_full_eval load_best_model_at_end metric_for_best_model greater_is_better""".split(),
+    ),
+    **_only_default(
+        _OWN_LOADER,
+        *"""dataloader_drop_last dataloader_persistent_workers dataloader_prefetch_factor
+        dataloader_multiprocessing_context dataloader_in_order train_sampling_strategy length_column_name
+        label_names""".split(),
+    ),
+    "accelerator_config": Option((None, AcceleratorConfig()), _OWN_LOADER),
+    **_only_default(
+        _NO_UPLOAD,
+        *"""push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""".split(),
+    ),
+    **_only_default(
+        "the model computes its own loss, which knows no smoothing: the labels would be shifted wrongly",
+        "label_smoothing_factor",
+    ),
+    **_only_default("it belongs to optimizers other than AdamW", "optim_args", "optim_target_modules"),
+    **_only_default(
+        "give --loss_average rank instead, which also logs the heads' losses rightly",
+        "average_tokens_across_devices",
+    ),
+    **_only_default(
+        "a stage continues from the last complete checkpoint of --output_dir by itself; start it in that folder",
+        "resume_from_checkpoint",
+    ),
+    **_only_default(
+        "a stage could not continue from such a checkpoint; leave this option out", "save_only_model"
+    ),
+    **_only_default("all nodes must see one output folder", "save_on_each_node"),
+    **_only_default(
+        "save often with --save_steps instead: a killed stage continues from its last complete checkpoint",
+        "enable_jit_checkpoint",
+    ),
+    **_only_default(
+        "callbacks start with the run; leave this option out", "restore_callback_states_from_checkpoint"
+    ),
+    **_only_default("rows have a fixed length: find a batch size that fits once", "auto_find_batch_size"),
+    **_only_default("the paper trains without embedding noise", "neftune_noise_alpha"),
+    **_only_default(
+        "packed rows and heads are not tried under torch.compile; leave this option out",
+        "torch_compile",
+        "torch_compile_backend",
+        "torch_compile_mode",
+    ),
+    **_only_default(
+        "its kernels replace the forward that holds the heads; leave this option out",
+        "use_liger_kernel",
+        "liger_kernel_config",
+    ),
+    **_only_default("training needs no key-value cache; leave this option out", "use_cache"),
+    "include_num_input_tokens_seen": Option(
+        ("no", False), "tokens are rows times --model_max_length; leave this option out"
+    ),
+    **_only_default(
+        "the stages run on DeepSpeed; give --deepspeed scripts/deepspeed/ds_config_zero3.json",
+        "fsdp",
+        "fsdp_config",
+        "parallelism_config",
+    ),
+}
+"""Field of TrainingArguments: how it is treated."""
