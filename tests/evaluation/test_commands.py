@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -66,7 +67,7 @@ def test_the_table_is_written_and_continued(run_tool, table_flags, tmp_path, mon
         assert row["tts_wer"] == row["tts_floor_wer"]
         assert row["tokens_per_second"] > 0
         assert row["first_chunk_seconds"] > 0
-    assert "| tiny | 1 10 |" in (tmp_path / "out" / "scores.md").read_text()
+    assert re.search(r"\| tiny +\| 1 10 +\|", (tmp_path / "out" / "scores.md").read_text())
     assert (tmp_path / "out" / "tiny-1-10" / "wav" / "tts" / "tts_1.wav").is_file()
 
     def refuse(*_, **__):
@@ -99,8 +100,8 @@ def test_every_test_set_has_its_own_scores_and_files(
     assert json.loads((folder / "trivia_test.jsonl").read_text())["reference"] == ["red", "green"]
     assert (folder / "wav" / "llama_test" / "1.wav").is_file()
     table = (tmp_path / "out" / "scores.md").read_text()
-    assert "### speech QA · llama_test · 1 items" in table
-    assert "### speech QA · trivia_test · 1 items" in table
+    assert "### speech QA · llama_test · 1 item" in table
+    assert "### speech QA · trivia_test · 1 item" in table
     with pytest.raises(SystemExit, match="two test sets of this name"):
         run_tool("evaluate_table", *table_flags, "--sqa", *[f"a={tmp_path / 'llama' / 'test.jsonl'}"] * 2)
 
@@ -201,6 +202,9 @@ def test_single_benchmarks_write_their_scores(run_tool, tiny_world, codec_flags,
     scores = json.loads((tmp_path / f"{task}_scores.json").read_text())
     good = {"asr": ("asr_wer", 0.0), "tts": ("tts_without_audio", 0), "sqa": ("sqa_s2t_accuracy", 1.0)}[task]
     assert scores[good[0]] == good[1]
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["arguments"]["max_new_tokens"] == 1024
+    assert run["arguments"]["do_sample"] is False
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Seed-TTS: text read aloud, in the voice of a recording if asked for; the mean of the utterances' error rates.
 
 A test set is the benchmark's own ``meta.lst``: ``ID|TEXT OF THE PROMPT|PROMPT.WAV|TEXT TO READ``, one utterance a
-line, with the recording of the text as a fifth field where there is one; paths start at
-the data root or at the file's folder.
+line, with the recording of the text as a fifth field where there is one. Paths start at the data root or at the
+file's folder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from vita_audio.chat import locate_audio, prompts
+from vita_audio.chat import default_data_root, locate_file, prompts
 from vita_audio.evaluation.benchmarks import (
     Bench,
     BenchmarkItem,
@@ -56,7 +56,7 @@ class SeedTTS:
         path = Path(path)
         if ".json" in path.name:
             return read_test_set(path, data_root, limit, check=self._check)
-        items = self._read_list(path, data_root or path.parent, limit)
+        items = self._read_list(path, data_root or default_data_root(path), limit)
         refuse_repeated_ids(items, path)
         return items
 
@@ -107,8 +107,8 @@ class SeedTTS:
                 f"{len(fields)} fields; write ID|PROMPT TEXT|PROMPT WAV|TEXT, and no | inside a text"
             )
         name, _, prompt, text = fields[:4]
-        voice = locate_audio(prompt, root, beside) if self.speaker_prompt else None
-        recording = locate_audio(fields[4], root, beside) if len(fields) == 5 and fields[4] else None
+        voice = locate_file(prompt, root, beside) if self.speaker_prompt else None
+        recording = locate_file(fields[4], root, beside) if len(fields) == 5 and fields[4] else None
         if not name:
             raise ValueError("the first field, the utterance's name, is empty")
         for audio in (voice, recording):
