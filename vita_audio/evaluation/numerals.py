@@ -59,30 +59,26 @@ def _read_digits(words: Sequence[str], start: int) -> tuple[str, int]:
 
 
 def _read_english(words: Sequence[str], start: int) -> tuple[str, int]:
-    """The longest English number: "[a] hundred [and] …", groups of falling scale, "point" and digits."""
+    """The longest English number: groups of falling scale, "and" before the last, "point" and digits."""
     place = start + (words[start] == "a" and _at(words, start + 1) in {"hundred", *_SCALES})
-    total, limit, end = 0, float("inf"), start
-    while True:
-        joined = place + (end > start and _at(words, place) == "and")
-        group, after = _read_group(words, joined)
-        scale = _SCALES.get(_at(words, after), 1)
-        if after == joined and (scale == 1 or end > start):  # a bare scale opens a number, it continues none
-            break
-        if scale >= limit or (joined > place and scale > 1) or (joined > place and total < 1000):
-            break
-        total += (group if after > joined else 1) * scale
-        end = place = after + (scale > 1)
-        limit = scale
-        if scale == 1:
-            break
-    if end > start and _at(words, end) == "point" and _at(words, end + 1) in _DIGIT_WORDS:
-        digits = ""
-        place = end + 1
-        while _at(words, place) in _DIGIT_WORDS:
-            digits += str(_UNITS[words[place]])
-            place += 1
-        return _plain(Decimal(f"{total}.{digits}")), place
-    return str(total), end
+    total, found = 0, False
+    for name, scale in reversed(_SCALES.items()):
+        group, after = _read_group(words, place)
+        bare = after == place  # a scale without a number before it opens a number, it continues none
+        if _at(words, after) == name and not (bare and found):
+            total += (1 if bare else group) * scale
+            place, found = after + 1, True
+    last = place + (found and _at(words, place) == "and")
+    group, after = _read_group(words, last)
+    if after > last and _at(words, after) not in _SCALES:
+        total, place, found = total + group, after, True
+    if not found:
+        return "", start
+    decimals, end = "", place + 1
+    while _at(words, place) == "point" and _at(words, end) in _DIGIT_WORDS:
+        decimals += str(_UNITS[words[end]])
+        end += 1
+    return (_plain(Decimal(f"{total}.{decimals}")), end) if decimals else (str(total), place)
 
 
 _DIGIT_WORDS = frozenset(word for word, value in _UNITS.items() if value < 10)
@@ -91,13 +87,12 @@ _DIGIT_WORDS = frozenset(word for word, value in _UNITS.items() if value < 10)
 def _read_group(words: Sequence[str], start: int) -> tuple[int, int]:
     """A number below a thousand, such as "two hundred and one", and where it ends."""
     value, place = _read_below_hundred(words, start)
-    if _at(words, place) != "hundred" or value >= 100 or (place > start and value == 0):
+    if _at(words, place) != "hundred" or (place > start and value == 0):
         return value, place
-    value = 100 * (value if place > start else 1)
-    place += 1
-    rest, after = _read_below_hundred(words, place + (_at(words, place) == "and"))
-    after_and = place + (_at(words, place) == "and")
-    if after > after_and and _at(words, after) != "hundred":
+    value, place = 100 * (value if place > start else 1), place + 1
+    last = place + (_at(words, place) == "and")
+    rest, after = _read_below_hundred(words, last)
+    if after > last and _at(words, after) != "hundred":
         return value + rest, after
     return value, place
 
