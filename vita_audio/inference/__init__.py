@@ -3,6 +3,11 @@
 Importing it registers the processor with transformers.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from transformers import AutoProcessor
 
 from vita_audio.chat import Conversation, prompts
@@ -25,12 +30,22 @@ from vita_audio.inference.options import (
     default_system,
 )
 from vita_audio.inference.pipeline import SpeechPipeline
-from vita_audio.inference.processor import VitaAudioProcessor
-from vita_audio.models import Qwen2MTPConfig, Qwen2MTPSenseVoiceConfig
-from vita_audio.models.schedule import SCHEDULES, Schedule
+from vita_audio.lazy import LazyClass
+from vita_audio.models import (
+    SCHEDULES,
+    Qwen2MTPConfig,
+    Qwen2MTPSenseVoiceConfig,
+    Schedule,
+    schedules_for,
+)
+
+if TYPE_CHECKING:
+    from vita_audio.inference.processor import VitaAudioProcessor
 
 for config_class in (Qwen2MTPConfig, Qwen2MTPSenseVoiceConfig):
-    AutoProcessor.register(config_class, VitaAudioProcessor, exist_ok=True)
+    # transformers' processors import its modeling code, see vita_audio/models/__init__.py.
+    processor: Any = LazyClass("vita_audio.inference.processor", "VitaAudioProcessor")
+    AutoProcessor.register(config_class, processor, exist_ok=True)
 
 __all__ = [
     "AUTO_SYSTEM",
@@ -53,4 +68,11 @@ __all__ = [
     "collect",
     "default_system",
     "prompts",
+    "schedules_for",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "VitaAudioProcessor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("vita_audio.inference.processor").VitaAudioProcessor

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from vita_audio.lazy import LazyClass
 from vita_audio.models.configuration import Qwen2MTPConfig, Qwen2MTPSenseVoiceConfig
 from vita_audio.models.schedule import SCHEDULES, Schedule, schedules_for
 
@@ -85,21 +86,11 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-class _ModelClass:
-    """Stands for a model class in transformers' Auto classes and loads it on first use."""
-
-    def __init__(self, name: str, config_class: type[Qwen2MTPConfig]) -> None:
-        self._name = name
-        self.config_class = config_class  # asked for when the class is registered
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(__getattr__(self._name), attribute)
-
-
 for config_class, backbone, causal_lm in (
     (Qwen2MTPConfig, "Qwen2MTPModel", "Qwen2MTPForCausalLM"),
     (Qwen2MTPSenseVoiceConfig, "Qwen2MTPSenseVoiceModel", "Qwen2MTPSenseVoiceForCausalLM"),
 ):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModel.register(config_class, _ModelClass(backbone, config_class), exist_ok=True)
-    AutoModelForCausalLM.register(config_class, _ModelClass(causal_lm, config_class), exist_ok=True)
+    for auto_class, name in ((AutoModel, backbone), (AutoModelForCausalLM, causal_lm)):
+        model_class: Any = LazyClass(__name__, name, config_class=config_class)
+        auto_class.register(config_class, model_class, exist_ok=True)
