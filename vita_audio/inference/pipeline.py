@@ -18,6 +18,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +37,14 @@ from vita_audio.inference.options import (
     RuntimeOptions,
     system_message,
 )
-from vita_audio.models import Qwen2MTPConfig, check_device, open_config, open_model, open_tokenizer
+from vita_audio.models import (
+    CheckpointError,
+    Qwen2MTPConfig,
+    check_device,
+    open_config,
+    open_model,
+    open_tokenizer,
+)
 
 
 class SpeechPipeline:
@@ -99,7 +107,7 @@ class SpeechPipeline:
         codec, runtime = codec or CodecOptions(), runtime or RuntimeOptions()
         device = check_device(runtime.device or default_device())
         check_attention(runtime.attn_implementation, device)
-        config = open_config(model_dir)
+        config = read_checkpoint_config(model_dir)
         check_family(config, codec.audio_tokenizer_type)
         opened = get_audio_tokenizer(
             codec.audio_tokenizer_type,
@@ -207,6 +215,20 @@ class SpeechPipeline:
 def _system_of(conversation: Conversation) -> str | None:
     first = conversation.messages[0]
     return first.content if first.role == "system" else None
+
+
+def read_checkpoint_config(model_dir: str | PathLike[str]) -> PreTrainedConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be used. Where there is no such folder the message says how to get a small one.
+    """
+    try:
+        return open_config(model_dir)
+    except CheckpointError as error:
+        if Path(model_dir).exists():
+            raise
+        raise CheckpointError(f"{error}; bash scripts/quickstart.sh makes a small one to talk to") from error
 
 
 def default_device() -> str:
