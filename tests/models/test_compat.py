@@ -249,8 +249,6 @@ PRIVATE = re.compile(
 
 # audio stands below models and cannot import compat.
 ELSEWHERE = {"vita_audio/audio/glm4voice/vq_encoder.py", "vita_audio/audio/sensevoice/encoder.py"}
-# Still to be moved over to compat.
-ELSEWHERE |= {"vita_audio/models/generation.py"}
 
 
 def test_private_names_stand_in_one_file():

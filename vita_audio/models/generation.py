@@ -12,11 +12,11 @@ and what each head has seen, so that a conversation can go on from it. The modul
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
@@ -30,20 +30,25 @@ from vita_audio.models.compat import (
     has_unfinished_sequences,
     pad_token,
 )
+from vita_audio.models.configuration import Qwen2MTPConfig
 from vita_audio.models.schedule import BACKBONE, Schedule
 
 Result = TypeVar("Result")
 
 
-class MTPGenerationMixin(GenerationHooks):
+class MTPGenerationMixin(GenerationHooks, GenerationMixin):
     """``generate()`` with a schedule, for a model with ``model``, ``lm_head`` and ``heads``."""
+
+    config: Qwen2MTPConfig
+    generation_config: Any
+    """transformers' GenerationConfig, with our ``mtp_inference_mode``."""
 
     embedding_inputs: tuple[str, ...] = ()
     """Names of inputs, besides the token ids, that :meth:`embed_inputs` takes. Used in the prefill only."""
 
     def embed_inputs(self, input_ids: Tensor) -> Tensor:
         """Backbone input of a prompt, (batch, time) -> (batch, time, d)."""
-        return self.get_input_embeddings()(input_ids)
+        return cast(PreTrainedModel, self).get_input_embeddings()(input_ids)
 
     def generate(
         self,
@@ -67,7 +72,8 @@ class MTPGenerationMixin(GenerationHooks):
         """
         if mtp_inference_mode is not None:
             kwargs["mtp_inference_mode"] = mtp_inference_mode
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        transformers: Any = super()
+        return transformers.generate(inputs, generation_config, *args, **kwargs)
 
     def iterate(
         self, inputs: Tensor, *, generators: Sequence[torch.Generator | None] | None = None, **arguments: Any
@@ -110,7 +116,7 @@ class MTPGenerationMixin(GenerationHooks):
         config.mtp_inference_mode = Schedule.parse("vanilla" if mode is None else mode).numbers
         return config, model_kwargs
 
-    def check_generation_mode(self, mode: GenerationMode, generation_config: GenerationConfig) -> None:
+    def check_generation_mode(self, mode: GenerationMode, generation_config: Any) -> None:
         if not self._uses_heads(generation_config):
             return
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -124,13 +130,13 @@ class MTPGenerationMixin(GenerationHooks):
                 "or pass mtp_inference_mode=[8192, 0]"
             )
 
-    def _uses_heads(self, generation_config: GenerationConfig) -> bool:
+    def _uses_heads(self, generation_config: Any) -> bool:
         schedule = Schedule.parse(generation_config.mtp_inference_mode)
         return self.config.num_nextn_predict_layers > 0 and schedule.longest_head_run > 0
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  # the rest is passed on by place
         self,
-        input_ids: Tensor,
+        input_ids: Any,
         *args: Any,
         is_first_iteration: bool = False,
         inputs_embeds: Tensor | None = None,
@@ -142,7 +148,8 @@ class MTPGenerationMixin(GenerationHooks):
         """
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs = {key: value for key, value in kwargs.items() if key not in self.embedding_inputs}
-        return super().prepare_inputs_for_generation(
+        transformers: Any = super()
+        return transformers.prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
         )
 
@@ -219,7 +226,7 @@ class Rounds:
         """Backbone inputs of the tokens from ``seen`` on: the prompt's own embeddings, then plain ones."""
         prompt = 0 if self.prompt_embeds is None else self.prompt_embeds.shape[1]
         new = self.model.get_input_embeddings()(input_ids[:, max(seen, prompt) :])
-        if seen >= prompt:
+        if self.prompt_embeds is None or seen >= prompt:
             return new
         return torch.cat([self.prompt_embeds[:, seen:].to(new.dtype), new], dim=1)
 
@@ -263,9 +270,9 @@ class Rounds:
 def decode_in_rounds(
     model: Any,
     input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
+    logits_processor: Callable[[Tensor, Tensor], Tensor],
     stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
+    generation_config: Any,
     *,
     synced_gpus: bool = False,
     streamer: BaseStreamer | None = None,
@@ -294,7 +301,9 @@ def decode_in_rounds(
     captured = {
         name: True for name in ("output_attentions", "output_hidden_states") if getattr(config, name, False)
     }
-    record = dict.fromkeys(("scores", "logits", "attentions", "hidden_states"), ())
+    record: dict[str, tuple[Any, ...]] = dict.fromkeys(
+        ("scores", "logits", "attentions", "hidden_states"), ()
+    )
     wanted = {name for name in record if config.return_dict_in_generate and getattr(config, f"output_{name}")}
 
     pad_token_id = pad_token(config)
@@ -319,7 +328,7 @@ def decode_in_rounds(
             record = {name: (*record[name], made[name]) for name in wanted}
 
         next_tokens = draw(scores, generators) if config.do_sample else scores.argmax(dim=-1)
-        if stops_at_eos:
+        if stops_at_eos and pad_token_id is not None:
             next_tokens = next_tokens.where(unfinished.bool(), pad_token_id)
         input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=1)
         if attention_mask is not None:
@@ -340,7 +349,8 @@ def decode_in_rounds(
     input_ids = input_ids[:, :final_length]
     if not config.return_dict_in_generate:
         return input_ids
-    return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE: rounds.backbone_cache}, **record)
+    output: dict[str, Any] = {"sequences": input_ids, CACHE: rounds.backbone_cache, **record}
+    return GenerateDecoderOnlyOutput(**output)
 
 
 def draw(scores: Tensor, generators: Sequence[torch.Generator | None] | None) -> Tensor:

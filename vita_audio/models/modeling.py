@@ -24,7 +24,6 @@ from vita_audio.models.attention import PACKED_SDPA, attention_masks, document_i
 from vita_audio.models.cache import MCTPCache, cache_length
 from vita_audio.models.compat import (
     CACHE,
-    GenerationHooks,
     attention_implementation,
     backbone_forward,
     cache_argument,
@@ -124,7 +123,7 @@ class Qwen2MTPModel(Qwen2Model):
         return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + cache_length(cache)
 
 
-class Qwen2MTPForCausalLM(MTPGenerationMixin, GenerationHooks, Qwen2ForCausalLM):
+class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
     """Qwen2ForCausalLM with K heads; see SPEC.md for what it computes.
 
     Subclasses with further inputs (audio) override :meth:`embed_inputs` and name those inputs in
