@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -66,7 +67,7 @@ def test_the_table_is_written_and_continued(run_tool, table_flags, tmp_path, mon
         assert row["tts_wer"] == row["tts_floor_wer"]
         assert row["tokens_per_second"] > 0
         assert row["first_chunk_seconds"] > 0
-    assert "| tiny | 1 10 |" in (tmp_path / "out" / "scores.md").read_text()
+    assert re.search(r"\| tiny +\| 1 10 +\|", (tmp_path / "out" / "scores.md").read_text())
     assert (tmp_path / "out" / "tiny-1-10" / "wav" / "tts" / "tts_1.wav").is_file()
 
     def refuse(*_, **__):
@@ -87,8 +88,8 @@ def test_every_test_set_has_its_own_scores_and_files(
     for folder, sample in (("llama", right), ("trivia", wrong)):
         write_lines(tmp_path / folder / "test.jsonl", [sample])
     run_tool(
-        "evaluate_table", *table_flags, "--checkpoints", f"tiny={tiny_world.model_dir}@turbo", "--speed_items", 0,
-        "--data_root", tiny_world.data_dir,
+        "evaluate_table", *table_flags, "--checkpoints", f"tiny={tiny_world.model_dir}@turbo",
+        "--speed_items", 0, "--data_root", tiny_world.data_dir,
         "--sqa", tmp_path / "llama" / "test.jsonl", tmp_path / "trivia" / "test.jsonl",
     )  # fmt: skip
     (row,) = json.loads((tmp_path / "out" / "scores.json").read_text())
@@ -99,8 +100,8 @@ def test_every_test_set_has_its_own_scores_and_files(
     assert json.loads((folder / "trivia_test.jsonl").read_text())["reference"] == ["red", "green"]
     assert (folder / "wav" / "llama_test" / "1.wav").is_file()
     table = (tmp_path / "out" / "scores.md").read_text()
-    assert "### speech QA · llama_test · 1 items" in table
-    assert "### speech QA · trivia_test · 1 items" in table
+    assert "### speech QA · llama_test · 1 item" in table
+    assert "### speech QA · trivia_test · 1 item" in table
     with pytest.raises(SystemExit, match="two test sets of this name"):
         run_tool("evaluate_table", *table_flags, "--sqa", *[f"a={tmp_path / 'llama' / 'test.jsonl'}"] * 2)
 
@@ -201,6 +202,9 @@ def test_single_benchmarks_write_their_scores(run_tool, tiny_world, codec_flags,
     scores = json.loads((tmp_path / f"{task}_scores.json").read_text())
     good = {"asr": ("asr_wer", 0.0), "tts": ("tts_without_audio", 0), "sqa": ("sqa_s2t_accuracy", 1.0)}[task]
     assert scores[good[0]] == good[1]
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["arguments"]["max_new_tokens"] == 1024
+    assert run["arguments"]["do_sample"] is False
 
 
 @pytest.mark.parametrize(
@@ -250,6 +254,49 @@ def test_the_script_finds_the_newest_run_of_every_stage(tiny_world, table_flags,
     assert "torch.distributed.run" in result.stdout
     assert result.stdout.strip().endswith("--x")
     assert "stage 2 (mtp1_stage1) has no result" in result.stderr
+
+
+def test_the_script_scores_the_published_sets_that_are_there(tmp_path):
+    """With PYTHON replaced by a command that shows how it was called."""
+    present = (
+        "jsonl/fixie-ai/llama-questions/test.jsonl",
+        "jsonl/fixie-ai/librispeech_asr/test.clean.jsonl",
+        "jsonl/mythicinfinity/libritts/test.clean.jsonl",
+        "BytedanceSpeech/seed-tts-eval/seedtts_testset/zh/hardcase.lst",
+    )
+    for name in present:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    result = tmp_path / "output" / "LM" / "finetune_glm4voice_mtp10_stage2" / "20250101"
+    for folder in (
+        result,
+        result.with_name("20260101"),
+        result.parents[1] / "finetune_glm4voice_stage1" / "20250101",
+    ):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    script = REPOSITORY / "scripts" / "deepspeed" / "evaluate_sts.sh"
+    variables = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHON": "echo",
+        "ROOT_PATH": str(tmp_path),
+        "EVALUATION_PROCESSES": "1",
+    }
+    said = subprocess.run(
+        ["bash", str(script), "20250101"], env=variables, capture_output=True, text=True, check=True
+    ).stdout
+    data = tmp_path / "data"
+    for words in (
+        f"--checkpoints stage4={result} --",
+        f"--sqa llama-questions={data / present[0]} --asr librispeech-test-clean={data / present[1]} "
+        f"--tts libritts={data / present[2]} --seed_tts seed-tts-zh-hard={data / present[3]} --speaker_prompt",
+        f"--output_dir {tmp_path}/output/evaluation/20250101",
+        "--decoding published",
+        "--text_normaliser libritts",
+        "--transcriber whisper",
+        f"--data_root {tmp_path} ",
+    ):
+        assert words in said
 
 
 @pytest.mark.slow

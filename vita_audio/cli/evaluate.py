@@ -19,6 +19,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
+from vita_audio.chat import default_data_root, locate_file
 from vita_audio.cli.arguments import (
     CODEC,
     GENERATION,
@@ -30,7 +31,7 @@ from vita_audio.cli.arguments import (
 )
 from vita_audio.distributed import is_first
 from vita_audio.evaluation.benchmarks import file_name
-from vita_audio.evaluation.evaluate import DECODINGS, BenchmarkSet, Checkpoint, Settings, evaluate
+from vita_audio.evaluation.evaluate import DECODINGS, BenchmarkSet, Checkpoint, Settings, check, evaluate
 from vita_audio.evaluation.normalisers import NORMALISERS, normaliser
 from vita_audio.evaluation.results import folder_fingerprint
 from vita_audio.evaluation.scoreboard import TASKS, Row, markdown
@@ -78,9 +79,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not files:
         raise ValueError(f"nothing to score: give one of {', '.join(f'--{task}' for task in TASKS)}")
     checkpoints = [_read_checkpoint(text, args.modes) for text in args.checkpoints]
-    twice = [name for name, count in Counter(one.stage for one in checkpoints).items() if count > 1]
-    if twice:
-        raise ValueError(f"--checkpoints: {twice[0]} is named twice; give each checkpoint its own name")
     settings = replace(_settings(args), decodings=tuple(dict.fromkeys(args.decoding)))
     settings = replace(
         settings, max_new_tokens=args.max_new_tokens, seed=args.seed, speed_items=args.speed_items
@@ -147,6 +145,7 @@ def _run(
     settings: Settings,
 ) -> None:
     """Score, and end with the table and its path."""
+    check(checkpoints, sets, settings)
     if is_first():
         data = {one.name: {"file": str(one.path), "fingerprint": one.fingerprint} for one in sets}
         write_json(args.output_dir / RUN_FILE, describe_run(command, vars(args), data))
@@ -229,7 +228,7 @@ def _resolved_mode(folder: Path, given: GenerationOptions) -> str:
 
 def _read_sets(files: Sequence[tuple[str, str]], args: argparse.Namespace) -> list[BenchmarkSet]:
     """The test sets of pairs of a task and ``[NAME=]FILE``."""
-    given = [(task, *_named_file(text)) for task, text in files]
+    given = [(task, *_named_file(text, args.data_root)) for task, text in files]
     names = _set_names([(name, path) for _, name, path in given])
     sets = []
     for name, (task_name, _, path) in zip(names, given, strict=True):
@@ -239,9 +238,13 @@ def _read_sets(files: Sequence[tuple[str, str]], args: argparse.Namespace) -> li
     return sets
 
 
-def _named_file(text: str) -> tuple[str, Path]:
+def _named_file(text: str, data_root: Path | None) -> tuple[str, Path]:
+    """Name, empty for none, and place of ``[NAME=]FILE``; a file that is not there may lie below the data root."""
     name, separator, file = text.partition("=")
-    return (name, Path(file)) if separator and not Path(text).exists() else ("", Path(text))
+    if not separator or Path(text).exists():
+        name, file = "", text
+    below = locate_file(file, data_root or default_data_root(file), Path.cwd())
+    return name, Path(file) if Path(file).exists() or not Path(below).exists() else Path(below)
 
 
 def _set_names(given: Sequence[tuple[str, Path]]) -> list[str]:

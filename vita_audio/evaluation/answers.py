@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from word2number import w2n
 
 from vita_audio.evaluation.normalisers import nfc
-from vita_audio.evaluation.numerals import with_digits
+from vita_audio.evaluation.numerals import CHINESE_NUMERALS, with_digits
 
 
 def contains_answer(prediction: str, answer: str | Sequence[str], *, whole_words: bool = False) -> bool:
@@ -70,7 +70,8 @@ _UNSPACED = re.compile(
 
 
 def _words(text: str) -> Iterator[str]:
-    """Numbers, words of letters with inner apostrophes, and single characters of scripts without spaces."""
+    """Numbers, words of letters with inner apostrophes, and single characters of scripts without spaces; but
+    Chinese numerals that stand side by side are one word."""
     start = 0
     while start < len(text):
         number = _NUMBER.match(text, start)
@@ -86,8 +87,12 @@ def _words(text: str) -> Iterator[str]:
 
 
 def _word_end(text: str, start: int) -> int:
-    unspaced = bool(_UNSPACED.match(text[start]))
     end = start + 1
+    if text[start] in CHINESE_NUMERALS:
+        while end < len(text) and text[end] in CHINESE_NUMERALS:
+            end += 1
+        return end
+    unspaced = bool(_UNSPACED.match(text[start]))
     while end < len(text):
         letter = text[end]
         if unspaced:

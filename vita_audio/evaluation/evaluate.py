@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -150,6 +151,25 @@ class Settings:
         return published_options(task, drawn)
 
 
+def check(checkpoints: Sequence[Checkpoint], sets: Sequence[BenchmarkSet], settings: Settings) -> None:
+    """Refuse before anything is loaded or written what could only fail later.
+
+    Raises:
+        ValueError: a recogniser cannot be opened, or two rows would share a folder.
+    """
+    for recogniser in dict.fromkeys(one.recogniser for one in sets if one.recogniser is not None):
+        recogniser.check()
+    folders = Counter(
+        folder_name(checkpoint.stage, mode, decoding)
+        for checkpoint in checkpoints
+        for mode in checkpoint.modes
+        for decoding in settings.decodings
+    )
+    twice = [folder for folder, count in folders.items() if count > 1]
+    if twice:
+        raise ValueError(f"two rows would be written to {twice[0]}; give each checkpoint and mode once")
+
+
 def evaluate(
     checkpoints: Sequence[Checkpoint],
     sets: Sequence[BenchmarkSet],
@@ -159,13 +179,11 @@ def evaluate(
 ) -> list[Row]:
     """Score every checkpoint in every mode on every test set; write ``scores.json`` and ``scores.md``.
 
-    All processes of a launch call it. What can be refused is refused before a model is loaded.
+    All processes of a launch call it. :func:`check` comes first.
 
     Raises:
         ValueError: a recogniser cannot be opened, or a score has nothing to count.
     """
-    for recogniser in dict.fromkeys(one.recogniser for one in sets if one.recogniser is not None):
-        recogniser.check()
     for one in sets:
         for note in one.notes:
             if is_first():
@@ -330,8 +348,7 @@ class _Scorer:
     def _folder(self, mode: str, decoding: str) -> Path:
         if self.settings.single:
             return self.output_dir
-        words = [self.checkpoint.stage, mode.replace(" ", "-"), *([decoding] if decoding != "greedy" else [])]
-        return self.output_dir / "-".join(words)
+        return self.output_dir / folder_name(self.checkpoint.stage, mode, decoding)
 
     def _listener(self, one: BenchmarkSet) -> Listener | None:
         return None if one.recogniser is None else self.ears.listener(one.recogniser, self.pipeline)
@@ -342,6 +359,11 @@ class _Scorer:
     def _resolved(self, options: GenerationOptions) -> dict[str, Any]:
         model = self.pipeline.model
         return options.resolved(model.generation_config, model.config.num_nextn_predict_layers).to_dict()
+
+
+def folder_name(stage: str, mode: str, decoding: str) -> str:
+    """Of the result files of a row."""
+    return "-".join([stage, mode.replace(" ", "-"), *([decoding] if decoding != "greedy" else [])])
 
 
 def write_utterances(path: Path, utterances: Sequence[Utterance]) -> None:

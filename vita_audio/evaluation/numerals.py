@@ -10,7 +10,7 @@ def with_digits(words: Iterable[str]) -> list[str]:
     """The same words with every number as digits: "twenty", "one" become "21"; "three", "five" stay two numbers.
 
     Args:
-        words: lower-case; ideographs one by one.
+        words: lower-case; Chinese numerals that stand side by side are one word.
     """
     words = list(words)
     result: list[str] = []
@@ -44,7 +44,7 @@ _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10
 _CHINESE_DIGITS = {digit: value for value, digit in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 _CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000}
 _CHINESE_GROUPS = {"万": 10**4, "亿": 10**8}
-_CHINESE = {**_CHINESE_DIGITS, **_CHINESE_SCALES, **_CHINESE_GROUPS}
+CHINESE_NUMERALS = frozenset({**_CHINESE_DIGITS, **_CHINESE_SCALES, **_CHINESE_GROUPS})
 
 
 def _read_digits(words: Sequence[str], start: int) -> tuple[str, int]:
@@ -59,30 +59,26 @@ def _read_digits(words: Sequence[str], start: int) -> tuple[str, int]:
 
 
 def _read_english(words: Sequence[str], start: int) -> tuple[str, int]:
-    """The longest English number: "[a] hundred [and] …", groups of falling scale, "point" and digits."""
+    """The longest English number: groups of falling scale, "and" before the last, "point" and digits."""
     place = start + (words[start] == "a" and _at(words, start + 1) in {"hundred", *_SCALES})
-    total, limit, end = 0, float("inf"), start
-    while True:
-        joined = place + (end > start and _at(words, place) == "and")
-        group, after = _read_group(words, joined)
-        scale = _SCALES.get(_at(words, after), 1)
-        if after == joined and (scale == 1 or end > start):  # a bare scale opens a number, it continues none
-            break
-        if scale >= limit or (joined > place and scale > 1) or (joined > place and total < 1000):
-            break
-        total += (group if after > joined else 1) * scale
-        end = place = after + (scale > 1)
-        limit = scale
-        if scale == 1:
-            break
-    if end > start and _at(words, end) == "point" and _at(words, end + 1) in _DIGIT_WORDS:
-        digits = ""
-        place = end + 1
-        while _at(words, place) in _DIGIT_WORDS:
-            digits += str(_UNITS[words[place]])
-            place += 1
-        return _plain(Decimal(f"{total}.{digits}")), place
-    return str(total), end
+    total, found = 0, False
+    for name, scale in reversed(_SCALES.items()):
+        group, after = _read_group(words, place)
+        bare = after == place  # a scale without a number before it opens a number, it continues none
+        if _at(words, after) == name and not (bare and found):
+            total += (1 if bare else group) * scale
+            place, found = after + 1, True
+    last = place + (found and _at(words, place) == "and")
+    group, after = _read_group(words, last)
+    if after > last and _at(words, after) not in _SCALES:
+        total, place, found = total + group, after, True
+    if not found:
+        return "", start
+    decimals, end = "", place + 1
+    while _at(words, place) == "point" and _at(words, end) in _DIGIT_WORDS:
+        decimals += str(_UNITS[words[end]])
+        end += 1
+    return (_plain(Decimal(f"{total}.{decimals}")), end) if decimals else (str(total), place)
 
 
 _DIGIT_WORDS = frozenset(word for word, value in _UNITS.items() if value < 10)
@@ -91,13 +87,12 @@ _DIGIT_WORDS = frozenset(word for word, value in _UNITS.items() if value < 10)
 def _read_group(words: Sequence[str], start: int) -> tuple[int, int]:
     """A number below a thousand, such as "two hundred and one", and where it ends."""
     value, place = _read_below_hundred(words, start)
-    if _at(words, place) != "hundred" or value >= 100 or (place > start and value == 0):
+    if _at(words, place) != "hundred" or (place > start and value == 0):
         return value, place
-    value = 100 * (value if place > start else 1)
-    place += 1
-    rest, after = _read_below_hundred(words, place + (_at(words, place) == "and"))
-    after_and = place + (_at(words, place) == "and")
-    if after > after_and and _at(words, after) != "hundred":
+    value, place = 100 * (value if place > start else 1), place + 1
+    last = place + (_at(words, place) == "and")
+    rest, after = _read_below_hundred(words, last)
+    if after > last and _at(words, after) != "hundred":
         return value + rest, after
     return value, place
 
@@ -113,14 +108,12 @@ def _read_below_hundred(words: Sequence[str], start: int) -> tuple[int, int]:
 
 
 def _read_chinese(words: Sequence[str], start: int) -> tuple[str, int]:
-    """A run of Chinese numerals: 一百二十 by value, 一九九九 digit by digit."""
-    end = start
-    while _at(words, end) in _CHINESE:
-        end += 1
-    numerals = words[start:end]
+    """Chinese numerals: 一百二十 by value, 一九九九 digit by digit."""
+    numerals = words[start]
+    if not CHINESE_NUMERALS.issuperset(numerals):
+        return "", start
     if all(numeral in _CHINESE_DIGITS for numeral in numerals):
-        digits = "".join(str(_CHINESE_DIGITS[numeral]) for numeral in numerals)
-        return (_plain(Decimal(digits)), end) if digits else ("", start)
+        return _plain(Decimal("".join(str(_CHINESE_DIGITS[numeral]) for numeral in numerals))), start + 1
     total = section = 0
     digit: int | None = None
     for numeral in numerals:
@@ -132,7 +125,7 @@ def _read_chinese(words: Sequence[str], start: int) -> tuple[str, int]:
         else:
             total = (total + section + (digit or 0) or 1) * _CHINESE_GROUPS[numeral]
             section, digit = 0, None
-    return str(total + section + (digit or 0)), end
+    return str(total + section + (digit or 0)), start + 1
 
 
 _READERS: tuple[Callable[[Sequence[str], int], tuple[str, int]], ...] = (

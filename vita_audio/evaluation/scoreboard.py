@@ -61,7 +61,7 @@ class ScoreTable:
 
     @property
     def title(self) -> str:
-        count = "" if self.items is None else f"{self.items} items"
+        count = "" if self.items is None else f"{self.items} item{'s' * (self.items != 1)}"
         return " · ".join(part for part in (self.heading or "speed", self.name, count) if part)
 
 

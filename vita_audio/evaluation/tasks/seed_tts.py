@@ -1,7 +1,8 @@
 """Seed-TTS: text read aloud, in the voice of a recording if asked for; the mean of the utterances' error rates.
 
 A test set is the benchmark's own ``meta.lst``: ``ID|TEXT OF THE PROMPT|PROMPT.WAV|TEXT TO READ``, one utterance a
-line, with the recording of the text as a fifth field where there is one; paths start at the file's folder.
+line, with the recording of the text as a fifth field where there is one. Paths start at the data root or at the
+file's folder.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from vita_audio.chat import prompts
+from vita_audio.chat import default_data_root, locate_file, prompts
 from vita_audio.evaluation.benchmarks import (
     Bench,
     BenchmarkItem,
@@ -55,7 +56,7 @@ class SeedTTS:
         path = Path(path)
         if ".json" in path.name:
             return read_test_set(path, data_root, limit, check=self._check)
-        items = self._read_list(path, Path(data_root or path.parent), limit)
+        items = self._read_list(path, data_root or default_data_root(path), limit)
         refuse_repeated_ids(items, path)
         return items
 
@@ -81,7 +82,7 @@ class SeedTTS:
             "seed_tts_without_audio": sum(utterance.heard is None for utterance in utterances),
         }
 
-    def _read_list(self, path: Path, root: Path, limit: int | None) -> list[BenchmarkItem]:
+    def _read_list(self, path: Path, root: str | PathLike[str], limit: int | None) -> list[BenchmarkItem]:
         if not path.is_file():
             raise ValueError(f"{path}: no such test set")
         try:
@@ -94,31 +95,31 @@ class SeedTTS:
         items = []
         for number, line in every_nth(entries, limit, path):
             try:
-                items.append(self._read_line(line, root))
+                items.append(self._read_line(line, Path(root), path.parent))
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from error
         return items
 
-    def _read_line(self, line: str, root: Path) -> BenchmarkItem:
+    def _read_line(self, line: str, root: Path, beside: Path) -> BenchmarkItem:
         fields = [field.strip() for field in line.split("|")]
         if len(fields) not in (4, 5):
             raise ValueError(
                 f"{len(fields)} fields; write ID|PROMPT TEXT|PROMPT WAV|TEXT, and no | inside a text"
             )
         name, _, prompt, text = fields[:4]
-        recording = root / fields[4] if len(fields) == 5 and fields[4] else None
+        voice = locate_file(prompt, root, beside) if self.speaker_prompt else None
+        recording = locate_file(fields[4], root, beside) if len(fields) == 5 and fields[4] else None
         if not name:
             raise ValueError("the first field, the utterance's name, is empty")
-        for audio in ([root / prompt] if self.speaker_prompt else []) + ([recording] if recording else []):
-            if not audio.is_file():
+        for audio in (voice, recording):
+            if audio is not None and not Path(audio).is_file():
                 raise ValueError(f"{audio}: no such audio file")
-        voice = str(root / prompt) if self.speaker_prompt else None
         item = BenchmarkItem(
             id=name,
             conversation=prompts.synthesis(text, voice),
             answer=text,
             answers=(text,),
-            reference_audio=None if recording is None else str(recording),
+            reference_audio=recording,
         )
         self._check(item)
         return item
