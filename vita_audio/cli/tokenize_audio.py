@@ -30,7 +30,7 @@ from vita_audio.audio.io import audio_duration
 from vita_audio.chat import SampleError, default_data_root, locate_file, parse_sample
 from vita_audio.cli.arguments import command_parser
 from vita_audio.data.mixing import SourceSpec, read_mix
-from vita_audio.data.sources import Rows, SourceError
+from vita_audio.data.sources import MissingSource, Rows
 from vita_audio.data.speech import CodecSpec, coded_audios
 from vita_audio.data.token_cache import (
     CachedClip,
@@ -169,7 +169,7 @@ def _audios(
     for path in dict.fromkeys(spec.path for spec in specs):
         try:
             rows = Rows(path)
-        except SourceError as error:
+        except MissingSource as error:
             logger.warning("left out: %s", error)
             continue
         for index in tqdm(range(len(rows)), desc=path.name, unit="row", leave=False, disable=rank != 0):

@@ -81,7 +81,7 @@ def read_test_set(
     """Read a test set in the training data's format.
 
     Args:
-        data_root: folder that relative audio paths start from; defaults to the file's own.
+        data_root: folder that relative audio paths start from; defaults to ``$ROOT_PATH``, else the file's own.
         limit: at most so many items, 1 or more, evenly spread over the file.
         answer_lists: accept a list of answers as the content of the last message.
         check: raises ValueError for an item that cannot be scored.
