@@ -13,6 +13,23 @@
 # Finished steps are skipped; an interrupted step continues. Delete DIR to start again.
 set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# A shell may hold variables from training or scoring by hand. The run starts again in an environment with
+# these alone: what the machine needs, and where Python and its caches are.
+PASSED_ON=(
+  PATH HOME USER LOGNAME SHELL TMPDIR TERM LANG LC_ALL LC_CTYPE TZ
+  VENV PYTHON_BOOTSTRAP CUDA_VISIBLE_DEVICES CUDA_HOME LD_LIBRARY_PATH DS_ACCELERATOR OMP_NUM_THREADS
+  HF_HOME HF_DATASETS_CACHE XDG_CACHE_HOME PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE PIP_CERT PIP_CACHE_DIR
+  http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY SSL_CERT_FILE REQUESTS_CA_BUNDLE
+)
+if [[ ${QUICKSTART_ENVIRONMENT:-} != clean ]]; then
+  kept=(QUICKSTART_ENVIRONMENT=clean)
+  for name in "${PASSED_ON[@]}"; do
+    [[ -z ${!name+set} ]] || kept+=("$name=${!name}")
+  done
+  exec env -i "${kept[@]}" "$BASH" "${BASH_SOURCE[0]}" "$@"
+fi
+
 source "$REPOSITORY/scripts/environment.sh"
 
 usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
@@ -72,7 +89,7 @@ exec 9>"$out/.lock"
 echo "$kind" >"$out/.kind"
 flock --nonblock 9 || die "another quickstart is at work in $out; wait for it or choose another folder"
 
-# A step ends with this script, however this script ends.
+# Steps are killed when this script dies, even of SIGKILL.
 tied=()
 if command -v setpriv >/dev/null 2>&1; then tied=(setpriv --pdeathsig TERM --); fi
 
@@ -93,17 +110,8 @@ step() { # NAME COMMAND…
 
 prepare_environment quickstart
 PATH=$VENV/bin:$PATH
-export PYTHON=$VENV/bin/python PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=false
+export PYTHON=$VENV/bin/python PYTHONPATH=$REPOSITORY TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-
-# What a shell may still hold from training or scoring by hand would send the stages elsewhere.
-unset MODEL_NAME_OR_PATH AUDIO_MODEL_NAME_OR_PATH OUTPUT_DIR ROOT_PATH LOCAL_ROOT_PATH AUDIO_FEATURE_CACHE \
-  NNODES NODE_RANK WORLD_SIZE RANK MASTER_ADDR MASTER_PORT DDP_TIMEOUT EVALUATION_PROCESSES \
-  NUM_HEADS LANGUAGE_MODEL_FREEZE AUDIO_MODEL_FREEZE TEXT_AUDIO_INTERVAL_RATIO ATTN_IMPLEMENTATION TF32 \
-  WEIGHT_DECAY DECAY_NORMS LOSS_AVERAGE MTP_LEARNING_RATE_MULTIPLIER WARMUP_RATIO MIN_LR_RATIO LR_SCHEDULER_TYPE LR_SCHEDULER_KWARGS \
-  PER_DEVICE_TRAIN_BATCH_SIZE ADAM_BETA1 ADAM_BETA2 ADAM_EPSILON MAX_GRAD_NORM SEED DATA_SEED \
-  MAX_ERROR_SHARE SAVE_TOTAL_LIMIT REPORT_TO \
-  ASR_JSON TTS_JSON SQA_JSON MODES TRANSCRIBER TRANSCRIBER_PATH LANGUAGE_CODE FLOW_PATH BATCH_SIZE
 
 # Sizes, steps and rates: configuration only. The later file wins.
 QUICKSTART_CONFIG=$REPOSITORY/configs/quickstart
@@ -125,26 +133,27 @@ scaled() { # STEPS, in proportion to --minutes
   echo $((steps > 2 ? steps : 2))
 }
 
+makers=$REPOSITORY/tools/quickstart
 corpus=$out/corpus
 codec=$out/codec
 base=$out/base
 stages=$out/stages
 token_cache=$out/audio_tokens
 
-python "$REPOSITORY/tools/espeak.py" || exit 1
-step corpus python "$REPOSITORY/tools/make_spoken_arithmetic.py" --out "$corpus" --utterances "$UTTERANCES"
-step codec python "$REPOSITORY/tools/fit_mel_vq.py" --corpus "$corpus" --out "$codec" \
-  --max-clips "$CODEC_CLIPS"
-step base_llm python "$REPOSITORY/tools/make_base_llm.py" \
+python "$makers/espeak.py" || exit 1
+step corpus python "$makers/make_spoken_arithmetic.py" --out "$corpus" --utterances "$UTTERANCES"
+step codec python "$makers/fit_mel_vq.py" --corpus "$corpus" --out "$codec" \
+  --max_clips "$CODEC_CLIPS"
+step base_llm python "$makers/make_base_llm.py" \
   --corpus "$corpus" --config "$QUICKSTART_CONFIG/$BASE_LLM_CONFIG" --out "$base"
 if [[ $variant == plus ]]; then
-  step sensevoice python "$REPOSITORY/tools/make_sensevoice.py" --corpus "$corpus" --out "$out/sensevoice"
+  step sensevoice python "$makers/make_sensevoice.py" --corpus "$corpus" --out "$out/sensevoice"
   export AUDIO_MODEL_NAME_OR_PATH=$out/sensevoice
 fi
 
 export DATA_ROOT=$corpus OUTPUT_ROOT=$stages AUDIO_TOKENIZER_PATH=$codec
 export AUDIO_TOKEN_CACHE=$token_cache
-step audio_tokens "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node 2 \
+step audio_tokens "$PYTHON" "$REPOSITORY/vita_audio/cli/launch.py" --standalone --nproc_per_node 2 \
   "$REPOSITORY/tools/tokenize_audio.py" --audio_tokenizer_type "$DISCRETE_TOKENIZER_TYPE" \
   --audio_tokenizer_path "$codec" --dataset_name "$QUICKSTART_CONFIG/mix_stage1.yaml" \
   --data_root "$corpus" --output_dir "$token_cache"
@@ -176,3 +185,38 @@ step report python "$REPOSITORY/tools/report.py" --run "$out"
 
 echo "finished in $((SECONDS - started)) s; open $out/report.html"
 cat "$out/evaluation/scores.md"
+
+# -- what to do next ------------------------------------------------------------------------------------
+
+quoted() { printf '%q' "$1"; }
+flags="--model_name_or_path $(quoted "$result") --audio_tokenizer_type $AUDIO_TOKENIZER_TYPE"
+flags+=" --audio_tokenizer_path $(quoted "$codec")"
+frontend=
+if [[ $variant == plus ]]; then
+  # The Plus family's default is the Omni message; this model was trained without one.
+  flags+=" --frontend_path $(quoted "$AUDIO_MODEL_NAME_OR_PATH") --system_prompt $SYSTEM_PROMPT"
+  frontend=", frontend_path=\"$AUDIO_MODEL_NAME_OR_PATH\""
+fi
+cat <<END
+
+The model is in $result
+and its codec in $codec. Talk to it from the shell:
+
+source $(quoted "$VENV")/bin/activate
+python $(quoted "$REPOSITORY")/tools/inference_sts.py $flags \\
+  --question $(quoted "$corpus/question.wav") --tts "four seven one" --output_dir $(quoted "$out/talk")
+
+or from Python, in the same environment:
+
+python - <<'PY'
+from vita_audio.audio import save_audio
+from vita_audio.inference import SpeechPipeline
+
+pipeline = SpeechPipeline.from_pretrained("$result", "$AUDIO_TOKENIZER_TYPE", "$codec"$frontend)
+reply = pipeline.speech_to_speech("$corpus/question.wav", system="$SYSTEM_PROMPT")
+print(reply.text)
+save_audio("$out/reply.wav", reply.waveform, reply.sample_rate)
+PY
+
+Your own voice or task: README.md, "Data" and "Train".
+END

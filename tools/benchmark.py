@@ -1,15 +1,17 @@
-"""One door to the benchmarks: ``python tools/benchmark.py NAME [OPTIONS]``.
+"""The benchmarks: ``python tools/benchmark.py NAME [OPTIONS]``.
 
-Each benchmark is a module of ``tools/benchmarks`` with a ``main(argv)``. All of them measure
-two ways of doing the same work side by side, in one run, and print the ratio.
+Each is a module of ``tools/benchmarks`` with a ``main(argv)``. All of them measure two ways of doing the same
+work side by side, in one run, and print the ratio. The original's ``benchmark_llm`` is ``generate`` and its
+``benchmark_sts`` is ``codec``; those names work too.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from importlib import import_module
 from pathlib import Path
+
+from vita_audio.cli.arguments import command_parser, run_command
 
 BENCHMARKS = {
     "train-step": "train_step",
@@ -17,11 +19,13 @@ BENCHMARKS = {
     "packing": "packing",
     "loader": "loader",
     "codec": "codec",
+    "benchmark_llm": "generate",
+    "benchmark_sts": "codec",
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=len(sys.argv) < 3)
+    parser = command_parser(__doc__, add_help=len(sys.argv) < 3)
     parser.add_argument("name", choices=BENCHMARKS)
     arguments, rest = parser.parse_known_args()
     sys.path.insert(0, str(Path(__file__).parent))
@@ -29,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +12,11 @@ import soundfile
 import torch
 
 from vita_audio.audio.mel_vq import MelVQConfig, MelVQTokenizer
-
-TOOL = Path(__file__).parents[2] / "tools" / "inspect_data.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    specification = importlib.util.spec_from_file_location("inspect_data", TOOL)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["inspect_data"] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
+from vita_audio.cli.inspect_data import main
 
 
 @pytest.fixture(scope="module")
-def page(tool, tmp_path_factory, write_lines, text_sample, goldens, arrow_cache) -> str:
+def page(tmp_path_factory, write_lines, text_sample, goldens, arrow_cache) -> str:
     folder = tmp_path_factory.mktemp("inspect")
     noise = np.random.default_rng(0).standard_normal(36_000) * 0.1
     soundfile.write(folder / "clip.wav", noise, 16_000)
@@ -52,7 +40,7 @@ def page(tool, tmp_path_factory, write_lines, text_sample, goldens, arrow_cache)
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", Path(arrow_cache))
-        tool.main(
+        main(
             [
                 str(mix),
                 *("--tokenizer", str(goldens.folder / "tokenizer" / "glm4voice")),
@@ -81,18 +69,19 @@ def test_fill_players_and_supervised_spans_are_shown(page):
 
 
 def test_texts_are_shown_without_codec_and_with_the_tokenizer_of_a_base_model(
-    tool, tmp_path, write_lines, text_sample, arrow_cache, monkeypatch
+    tmp_path, write_lines, text_sample, arrow_cache, monkeypatch
 ):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path(arrow_cache))
-    train_tokenizer = runpy.run_path(str(TOOL.with_name("make_base_llm.py")))["train_tokenizer"]
-    train_tokenizer(iter(["hello world"] * 10), 300).save_pretrained(tmp_path / "base")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "tools" / "quickstart")
+    maker = importlib.import_module("make_base_llm")
+    maker.train_tokenizer(iter(["hello world"] * 10), 300).save_pretrained(tmp_path / "base")
     spoken = text_sample("<|audio|>") | {"audios": ["a.wav"]}
     for part in ("one", "two"):  # two files of one name are one source
         write_lines(tmp_path / part / "train.jsonl", [text_sample("hello world"), spoken])
     mix = write_lines(
         tmp_path / "mix.yaml", ["dataset: {words: {data_paths: [one/train.jsonl, two/train.jsonl]}}"]
     )
-    tool.main([str(mix), "--tokenizer", str(tmp_path / "base"), "--out", str(tmp_path / "page.html")])
+    main([str(mix), "--tokenizer", str(tmp_path / "base"), "--out", str(tmp_path / "page.html")])
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<td>words/train</td><td>4</td><td>4</td>" in page
     assert "no_codec 2" in page
@@ -100,6 +89,9 @@ def test_texts_are_shown_without_codec_and_with_the_tokenizer_of_a_base_model(
     assert "internal" not in page
 
 
-def test_a_missing_tokenizer_ends_in_one_line(tool, tmp_path):
-    with pytest.raises(SystemExit, match=r"error: --tokenizer nowhere: no such folder"):
-        tool.main([str(tmp_path / "mix.yaml"), "--tokenizer", "nowhere"])
+def test_a_missing_tokenizer_or_mix_is_refused_in_one_line(tmp_path, goldens):
+    with pytest.raises(ValueError, match=r"^nowhere: no such folder[^\n]*$"):
+        main([str(tmp_path / "mix.yaml"), "--tokenizer", "nowhere"])
+    tokenizer = goldens.folder / "tokenizer" / "glm4voice"
+    with pytest.raises(ValueError, match=r"^[^\n]*mix\.yaml[^\n]*$"):
+        main([str(tmp_path / "mix.yaml"), "--tokenizer", str(tokenizer)])

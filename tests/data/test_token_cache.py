@@ -1,8 +1,7 @@
-"""Codes ahead of time: the tool that makes them, the cache that finds them, and what happens without."""
+"""Codes ahead of time: the command that makes them, the cache that finds them, and what happens without."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from vita_audio.audio import AudioError
 from vita_audio.audio.mel_vq import MelVQConfig, MelVQTokenizer
+from vita_audio.cli import tokenize_audio
 from vita_audio.data import CodecSpec, DataConfig, build_train_loader
 from vita_audio.data.speech import SpeechReader
 from vita_audio.data.token_cache import (
@@ -25,16 +25,7 @@ from vita_audio.data.token_cache import (
     write_shard,
 )
 
-TOOL = Path(__file__).parents[2] / "tools" / "tokenize_audio.py"
 CLIPS = 14
-
-
-@pytest.fixture(scope="module")
-def tool():
-    specification = importlib.util.spec_from_file_location("tokenize_audio", TOOL)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -72,14 +63,14 @@ def corpus(tmp_path, write_lines, monkeypatch, arrow_cache):
 
 
 @pytest.fixture
-def run_tool(tool, corpus):
+def run_tool(corpus):
     def run(rank: int = 0, world_size: int = 1, kind: str = "mel_vq", **options):
         arguments = ["--dataset_name", corpus / "mix.yaml", "--audio_tokenizer_type", kind]
         arguments += ["--audio_tokenizer_path", corpus / "codec", "--output_dir", corpus / "tokens"]
         for name, value in options.items():
             arguments += [f"--{name}", value]
-        parsed = tool.parse_options([str(argument) for argument in arguments])
-        return tool.tokenize(tool.read_mix(parsed.dataset_name), parsed, rank, world_size)
+        parsed = tokenize_audio.parse_options([str(argument) for argument in arguments])
+        return tokenize_audio.tokenize(tokenize_audio.read_mix(parsed.dataset_name), parsed, rank, world_size)
 
     return run
 
@@ -176,7 +167,7 @@ def test_rows_from_cached_codes_equal_rows_encoded_on_the_fly(
     assert cached.counts()["speech/cache"] == on_the_fly.counts()["speech/codec"]
 
 
-def test_a_clip_that_changed_since_is_encoded_anew(corpus, run_tool, open_loader):
+def test_a_clip_that_changed_since_is_encoded_again(corpus, run_tool, open_loader):
     run_tool()
     wave, rate = soundfile.read(corpus / "audio/3.wav")
     soundfile.write(corpus / "audio/3.wav", wave[: len(wave) // 2], rate)
@@ -265,7 +256,7 @@ def test_public_token_files_are_used_when_sound_and_passed_over_when_not(goldens
         codec = CountingCodec(case["encoder_would_return"])
         codec.kind = case["audio_tokenizer_type"]
         reader = SpeechReader(codec)
-        # Defect 21 of the public code: it believes whatever is in the file.
+        # Defect 21 of the public code: it believes any content of the file.
         sound = isinstance(before, list) and bool(before)
         assert reader.encode(str(folder / case["audio_path"])) == (before if sound else codec.codes), case[
             "name"

@@ -231,7 +231,7 @@ def test_sampling_with_a_seed_repeats_and_leaves_the_global_generator_alone(pipe
 
 
 def test_a_model_without_files_is_refused_in_one_line(tiny_world, tmp_path):
-    with pytest.raises(ValueError, match=r"config\.json is missing"):
+    with pytest.raises(ValueError, match=r"config\.json: not found"):
         SpeechPipeline.from_pretrained(tmp_path, "mel_vq", tiny_world.codec_dir)
 
 

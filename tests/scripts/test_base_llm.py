@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,20 +13,17 @@ from vita_audio.chat import extend_tokenizer
 from vita_audio.constants import TTS_PROMPT, audio_token
 
 REPOSITORY = Path(__file__).parents[2]
-TOOL = REPOSITORY / "tools" / "make_base_llm.py"
 CONFIG = REPOSITORY / "configs" / "quickstart" / "model.json"
 
 
-def make(corpus: Path, out: Path, config: Path = CONFIG) -> str | None:
-    """Run the tool here, where the libraries are loaded; return its error line, None if all went well."""
-    arguments = ["--corpus", str(corpus), "--config", str(config), "--out", str(out)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(TOOL), *arguments])
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as stop:
-            return str(stop.code)
-    return None
+@pytest.fixture(scope="module")
+def make(maker):
+    """Makes a base LLM of a corpus in a folder."""
+
+    def run(corpus: Path, out: Path, config: Path = CONFIG) -> None:
+        maker("make_base_llm").main(["--corpus", str(corpus), "--config", str(config), "--out", str(out)])
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +34,8 @@ def corpus(tmp_path_factory) -> Path:
             "messages": [
                 {"role": "user", "content": f"{TTS_PROMPT}\nseven {word}"},
                 {"role": "assistant", "content": "<|audio|>"},
-            ]
+            ],
+            "audios": [f"{word}.wav"],
         }
         for word in ("eight", "nine", "four") * 20
     ]
@@ -48,9 +44,9 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(corpus, tmp_path_factory) -> Path:
+def base(make, corpus, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    assert make(corpus, folder) is None
+    make(corpus, folder)
     return folder
 
 
@@ -102,15 +98,20 @@ def test_training_extends_it_with_audio_tokens_like_qwen2_5(base):
     assert len(tokenizer) == before + 20 + 512
 
 
-def test_the_same_seed_gives_the_same_weights(corpus, base, tmp_path):
-    assert make(corpus, tmp_path) is None
+def test_the_same_seed_gives_the_same_weights(make, corpus, base, tmp_path):
+    make(corpus, tmp_path)
     for name in ("model.safetensors", "tokenizer.json"):
         assert (tmp_path / name).read_bytes() == (base / name).read_bytes()
 
 
-def test_wrong_input_is_refused_in_one_line(corpus, tmp_path):
-    assert make(tmp_path, tmp_path / "out").startswith(f"error: {tmp_path}: no *_train.jsonl")
+def test_wrong_input_is_refused_in_one_line(make, corpus, tmp_path):
+    with pytest.raises(ValueError, match=r"^[^\n]*: no \*_train\.jsonl there[^\n]*$"):
+        make(tmp_path, tmp_path / "out")
     broken = tmp_path / "model.json"
     broken.write_text('{"hidden_size": 250, "num_attention_heads": 4,')
-    assert make(corpus, tmp_path / "out", broken).startswith(f"error: {broken}: no usable model sizes")
+    with pytest.raises(ValueError, match=r"model\.json: no usable model sizes"):
+        make(corpus, tmp_path / "out", broken)
+    (tmp_path / "asr_train.jsonl").write_text("{oops\n")
+    with pytest.raises(ValueError, match=r"asr_train\.jsonl:1: not JSON"):
+        make(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ import soundfile
 from vita_audio.chat.sample import parse_sample
 
 REPOSITORY = Path(__file__).parents[2]
-TOOL = REPOSITORY / "tools" / "make_spoken_arithmetic.py"
+TOOL = REPOSITORY / "tools" / "quickstart" / "make_spoken_arithmetic.py"
 TASKS = ("asr", "tts", "sqa", "text_qa", "voice_clone")
 SPLITS = ("train", "dev", "test")
 NUMBERS = (

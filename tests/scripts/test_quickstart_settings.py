@@ -1,21 +1,75 @@
-"""What a shell still holds from other work does not reach the quickstart's stages and scores."""
+"""What the quickstart tells its steps and its user: the whole script, with a Python that notes how it is called."""
+
+from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from vita_audio.cli import inference
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-QUICKSTART = (REPOSITORY / "scripts/quickstart.sh").read_text()
+QUICKSTART = REPOSITORY / "scripts/quickstart.sh"
 MACHINE = {
-    *("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTHON", "PYTHONPATH"),
-    *("HF_DATASETS_CACHE", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"),
-}
-"""Read from the shell on purpose."""
+    *("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS", "PYTHON", "PYTHONPATH", "HF_DATASETS_CACHE"),
+    *("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR"),
+}  # fmt: skip
+"""Read from the shell on purpose, or set by the script itself."""
 INTERNAL = {"PREVIOUS_STAGE", "DEFAULT_AUDIO_MODEL"}
 """What a stage script tells launch.sh."""
+
+# Notes its arguments and environment, and makes the folders that it is asked to write to.
+NOTING_PYTHON = """#!/bin/sh
+calls=$(dirname "$0")/../calls
+mkdir -p "$calls"
+note=$calls/$(ls "$calls" | wc -l)
+{ echo "ARGUMENTS=$*"; env; } >"$note"
+while [ $# -gt 0 ]; do
+  case $1 in
+    --out | --output_dir) mkdir -p "$2" && touch "$2/config.json" "$2/scores.md" "$2/asr_test.jsonl" ;;
+  esac
+  shift
+done
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run of the script printed, and the environment of every Python that it started."""
+
+    out: Path
+    venv: Path
+    printed: str
+    calls: list[dict[str, str]]
+
+    def call(self, word: str) -> dict[str, str]:
+        return next(call for call in self.calls if word in call["ARGUMENTS"])
+
+
+def run_quickstart(folder: Path, *arguments: str, **held: str) -> Run:
+    venv, out = folder / "venv", folder / "my run"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").write_text(NOTING_PYTHON)
+    (venv / "bin" / "python").chmod(0o755)
+    run = subprocess.run(
+        ["bash", str(QUICKSTART), "--out", str(out), *arguments],
+        env={**os.environ, **held, "VENV": str(venv), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    notes = sorted((venv / "calls").iterdir(), key=lambda note: int(note.name))
+    calls = [
+        dict(line.split("=", 1) for line in note.read_text().splitlines() if "=" in line) for note in notes
+    ]
+    return Run(out, venv, run.stdout, calls)
 
 
 def variables_read() -> set[str]:
@@ -29,27 +83,62 @@ def variables_read() -> set[str]:
     return read | {"ASR_JSON", "TTS_JSON", "SQA_JSON"}  # read by a name that is put together
 
 
-def test_no_variable_of_the_shell_reaches_a_stage_or_the_evaluation():
-    # From what the script forgets to what it sets, as it stands there, in a shell that holds everything.
-    block = QUICKSTART[QUICKSTART.index("unset MODEL_NAME") : QUICKSTART.index("scaled() {")]
-    command = f"set -euo pipefail; REPOSITORY={REPOSITORY} size=full variant=plus; {block} env"
-    held = dict.fromkeys(variables_read() - MACHINE - INTERNAL, "from-the-shell")
-    run = subprocess.run(
-        ["bash", "-c", command], env={**os.environ, **held}, capture_output=True, text=True, check=True
-    )
-    left = {line.split("=")[0] for line in run.stdout.splitlines() if line.endswith("=from-the-shell")}
-    # Set for each call by the lines that follow.
-    given = set(re.findall(r"\b([A-Z][A-Z0-9_]+)=", QUICKSTART[QUICKSTART.index("scaled() {") :]))
+@pytest.fixture(scope="module")
+def held() -> dict[str, str]:
+    """A shell that holds every variable which a stage or the evaluation reads."""
+    return dict.fromkeys(variables_read() - MACHINE - INTERNAL, "from-the-shell")
+
+
+@pytest.fixture(scope="module", params=["base", "plus"])
+def run(request, tmp_path_factory, held) -> Run:
+    folder = tmp_path_factory.mktemp(request.param)
+    return run_quickstart(folder, "--smoke", "--variant", request.param, **held, SOMETHING="from-the-shell")
+
+
+def test_no_variable_of_the_shell_reaches_a_stage_or_the_evaluation(run, held):
     assert len(held) > 40
-    assert left <= given - {"MODEL_NAME_OR_PATH", "AUDIO_MODEL_NAME_OR_PATH", "OUTPUT_DIR"}
-    assert not left & {"AUDIO_MODEL_FREEZE", "MTP_LEARNING_RATE_MULTIPLIER"}, "not given to every stage"
+    for word in (
+        "make_spoken_arithmetic",
+        "fit_mel_vq",
+        "tokenize_audio",
+        "inference_sts",
+        "evaluate",
+        "report",
+    ):
+        assert run.call(word)
+    assert sum("finetune_sts" in call["ARGUMENTS"] for call in run.calls) == 4
+    for call in run.calls:
+        assert "from-the-shell" not in " ".join(call.values()), call["ARGUMENTS"]
 
 
-@pytest.mark.parametrize("variant", ["base", "plus"])
-def test_a_smoke_run_stays_short_whatever_the_variant(variant):
-    block = QUICKSTART[QUICKSTART.index("QUICKSTART_CONFIG=") : QUICKSTART.index("# Two rows a step")]
-    command = (
-        f"set -euo pipefail; REPOSITORY={REPOSITORY} size=smoke variant={variant}; {block} echo $STAGE1_STEPS"
-    )
-    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert run.stdout == "10\n"
+def test_what_the_machine_needs_reaches_every_step(tmp_path):
+    machine = {"HF_HOME": "/caches/hf", "https_proxy": "http://proxy:1", "TMPDIR": str(tmp_path)}
+    run = run_quickstart(tmp_path, "--smoke", **machine)
+    for call in run.calls:
+        assert {name: call[name] for name in machine} == machine
+        assert call["HOME"] == os.environ["HOME"]
+        if "/tools/" in call["ARGUMENTS"]:
+            assert set(call["PYTHONPATH"].split(":")) == {str(REPOSITORY)}
+
+
+def test_a_smoke_run_stays_short_in_both_variants(run):
+    first, *_ = [call["ARGUMENTS"] for call in run.calls if "finetune_sts" in call["ARGUMENTS"]]
+    assert "--max_steps 10 " in first
+
+
+def test_it_ends_with_commands_to_paste_that_talk_to_the_model(run):
+    talk = run.printed[run.printed.index("The model is in") :]
+    result = next(run.out.glob("stages/*_mtp10_stage2/quickstart"))
+    assert f"source {run.venv}/bin/activate" in talk
+    command = re.search(r"^python \S+/tools/(inference_sts\.py .*?)\n\n", talk, re.DOTALL | re.MULTILINE)
+    words = shlex.split(command[1].replace("\\\n", " "))
+    args = inference.parse(words[1:])
+    assert (args.model_name_or_path, args.audio_tokenizer_path) == (str(result), str(run.out / "codec"))
+    assert args.question == [str(run.out / "corpus" / "question.wav")]
+    program = re.search(r"<<'PY'\n(.*?)\nPY\n", talk, re.DOTALL)[1]
+    compile(program, "pasted", "exec")
+    assert f'from_pretrained("{result}"' in program
+    if args.audio_tokenizer_type.startswith("sensevoice"):
+        assert args.frontend_path == str(run.out / "sensevoice")
+        assert args.system_prompt == "none", "the model was trained without one"
+        assert 'frontend_path="' in program

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
-from transformers import GenerationConfig
+import torch
 
+from vita_audio.chat.prompts import SYSTEM_PROMPTS
+from vita_audio.constants import OMNI_SYSTEM_PROMPT
 from vita_audio.models.schedule import Schedule
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+    from transformers.configuration_utils import PreTrainedConfig
+
+AUTO_SYSTEM = "auto"
+"""In the place of a system message: the one that the model was trained with."""
 
 _NEUTRAL: dict[str, Any] = {
     "do_sample": False,
@@ -31,7 +41,7 @@ class GenerationOptions:
         do_sample: draw tokens instead of taking the likeliest.
         temperature, top_k, top_p: shape of the distribution drawn from; ``top_k=0`` keeps all tokens.
         repetition_penalty: above 1 discourages tokens already said.
-        seed: of the draws, each reply with its own generator; None draws from torch's global generator.
+        seed: of the draws, each reply with its own generator; without it torch's global generator draws.
     """
 
     mode: str | Sequence[int] | Schedule | None = None
@@ -99,3 +109,59 @@ class GenerationOptions:
 
 CHECKPOINT_OPTIONS = GenerationOptions()
 """Every choice as the checkpoint's generation_config.json says."""
+
+
+@dataclass(frozen=True)
+class CodecOptions:
+    """Which codec a model hears and speaks through. None: not given.
+
+    Attributes:
+        audio_tokenizer_type: kind of the codec, see ``vita_audio.audio.available_kinds()``.
+        audio_tokenizer_path: folder of the speech tokenizer's weights.
+        flow_path: folder of the decoder's weights, for codecs that keep them apart.
+        frontend_path: SenseVoice folder with am.mvn, for ``sensevoice_*`` kinds.
+    """
+
+    audio_tokenizer_type: str = "glm4voice"
+    audio_tokenizer_path: str | PathLike[str] | None = None
+    flow_path: str | PathLike[str] | None = None
+    frontend_path: str | PathLike[str] | None = None
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """Where and how a model computes. None: the best that this machine has.
+
+    Attributes:
+        device: ``cpu``, ``cuda`` or ``cuda:N``; without it this process's GPU, or the CPU.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto`` is the checkpoint's own.
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2`` or ``flex_attention``.
+    """
+
+    device: str | None = None
+    dtype: str | torch.dtype = "auto"
+    attn_implementation: str | None = None
+
+
+def default_system(config: PreTrainedConfig) -> str | None:
+    """The system message that a model was trained with; None for none.
+
+    A checkpoint may name it (``system_prompt`` in config.json, empty for none). The others are the published
+    ones: none in the GLM-4-Voice family, the Omni message in the SenseVoice family.
+    """
+    named: str | None = getattr(config, "system_prompt", None)
+    if named is not None:
+        return named or None
+    return OMNI_SYSTEM_PROMPT if getattr(config, "continuous_input", False) else None
+
+
+def system_message(choice: str | None, config: PreTrainedConfig) -> str | None:
+    """The system message that a caller's choice means for a model.
+
+    Args:
+        choice: ``"auto"`` (see :func:`default_system`), a name (``"luke"``, ``"omni"``, ``"none"``), the
+            message itself, or None for none.
+    """
+    if choice is None:
+        return None
+    return default_system(config) if choice == AUTO_SYSTEM else SYSTEM_PROMPTS.get(choice, choice)

@@ -18,16 +18,31 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import is_flash_attn_2_available
 
-from vita_audio.audio import AudioLike, AudioTokenizer, get_audio_tokenizer
+from vita_audio import models
+from vita_audio.audio import AudioLike, AudioTokenizer, get_audio_tokenizer, is_continuous_kind
 from vita_audio.chat import ChatTokens, Conversation, Example, build_prompt, prompts
+from vita_audio.distributed import local_rank
 from vita_audio.inference.backend import Event, ReferenceBackend, Reply, Request, Sound, collect
-from vita_audio.inference.options import CHECKPOINT_OPTIONS, GenerationOptions
-from vita_audio.models import Qwen2MTPConfig, check_device, open_config, open_model, open_tokenizer
+from vita_audio.inference.options import (
+    AUTO_SYSTEM,
+    CHECKPOINT_OPTIONS,
+    CodecOptions,
+    GenerationOptions,
+    RuntimeOptions,
+    system_message,
+)
+from vita_audio.models.configuration import Qwen2MTPConfig
+
+if TYPE_CHECKING:
+    from vita_audio.models import Qwen2MTPForCausalLM
 
 
 class SpeechPipeline:
@@ -42,7 +57,7 @@ class SpeechPipeline:
         ValueError: model, tokenizer and codec do not belong together.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer):
+    def __init__(self, model: Qwen2MTPForCausalLM, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer):
         check_fit(model.config, tokenizer, codec)
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -53,60 +68,79 @@ class SpeechPipeline:
     def from_pretrained(
         cls,
         model_dir: str | PathLike[str],
-        audio_tokenizer_type: str = "glm4voice",
+        audio_tokenizer_type: str = CodecOptions.audio_tokenizer_type,
         audio_tokenizer_path: str | PathLike[str] | None = None,
         flow_path: str | PathLike[str] | None = None,
         frontend_path: str | PathLike[str] | None = None,
         *,
         device: str | None = None,
-        dtype: str | torch.dtype = "auto",
+        dtype: str | torch.dtype = RuntimeOptions.dtype,
         attn_implementation: str | None = None,
     ) -> SpeechPipeline:
-        """Load a checkpoint, its tokenizer and a codec.
+        """Load a checkpoint, its tokenizer and a codec; see :meth:`open`.
 
         Args:
-            model_dir: folder of a ``qwen2_mtp`` or ``qwen2_mtp_sensevoice`` checkpoint, its name in the local
-                Hugging Face cache, or ``hf://owner/name`` to download it.
-            audio_tokenizer_type: codec kind, see ``vita_audio.audio.available_kinds()``.
-            audio_tokenizer_path, flow_path, frontend_path: see ``get_audio_tokenizer``.
-            device: defaults to CUDA where there is one.
-            dtype: of the model; ``"auto"`` is the checkpoint's own.
+            model_dir: folder of a ``qwen2_mtp`` or ``qwen2_mtp_sensevoice`` checkpoint, or a name that
+                :func:`~vita_audio.models.open.open_model` takes.
+            audio_tokenizer_type, audio_tokenizer_path, flow_path, frontend_path: see
+                :class:`~vita_audio.inference.options.CodecOptions`.
+            device, dtype, attn_implementation: see :class:`~vita_audio.inference.options.RuntimeOptions`.
+        """
+        codec = CodecOptions(audio_tokenizer_type, audio_tokenizer_path, flow_path, frontend_path)
+        return cls.open(model_dir, codec, RuntimeOptions(device, dtype, attn_implementation))
+
+    @classmethod
+    def open(
+        cls,
+        model_dir: str | PathLike[str],
+        codec: CodecOptions | None = None,
+        runtime: RuntimeOptions | None = None,
+    ) -> SpeechPipeline:
+        """Load a checkpoint, its tokenizer and a codec. What can be checked without weights is checked first.
 
         Raises:
-            ValueError: a folder or file is missing or damaged, the three do not belong together, or there is no
-                such device.
+            ValueError: a folder or file is missing or of another kind, the three do not belong together, or
+                this machine lacks the device or the attention that was asked for.
         """
-        device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        config = open_config(model_dir)
-        tokenizer = open_tokenizer(model_dir)
-        codec = get_audio_tokenizer(
-            audio_tokenizer_type,
-            audio_tokenizer_path,
-            flow_path=flow_path,
-            frontend_path=frontend_path,
+        codec, runtime = codec or CodecOptions(), runtime or RuntimeOptions()
+        device = models.check_device(runtime.device or default_device())
+        check_attention(runtime.attn_implementation, device)
+        config = read_checkpoint_config(model_dir)
+        check_family(config, codec.audio_tokenizer_type)
+        opened = get_audio_tokenizer(
+            codec.audio_tokenizer_type,
+            codec.audio_tokenizer_path,
+            flow_path=codec.flow_path,
+            frontend_path=codec.frontend_path,
             device=str(device),
         )
-        # Before gigabytes are read.
-        check_fit(config, tokenizer, codec)
-        model = open_model(model_dir, dtype=dtype, attn_implementation=attn_implementation, device=device)
-        return cls(model, tokenizer, codec)
+        tokenizer = models.open_tokenizer(model_dir)
+        check_fit(config, tokenizer, opened)
+        model = models.open_model(
+            model_dir, dtype=runtime.dtype, attn_implementation=runtime.attn_implementation, device=device
+        )
+        return cls(model, tokenizer, opened)
 
     def chat(
-        self, text: str, system: str | None = None, options: GenerationOptions = CHECKPOINT_OPTIONS
+        self,
+        text: str,
+        system: str | None = AUTO_SYSTEM,
+        options: GenerationOptions = CHECKPOINT_OPTIONS,
     ) -> Reply:
-        """Answer a typed question."""
-        return self.reply(prompts.chat(text, system), options)
+        """Answer a typed question. ``system``: see :func:`~vita_audio.inference.options.system_message`."""
+        return self.reply(prompts.chat(text, self.system_message(system)), options)
 
     def speech_to_speech(
         self,
         audio: AudioLike,
         text: str = "",
-        system: str | None = None,
+        system: str | None = AUTO_SYSTEM,
         voice: AudioLike | None = None,
         options: GenerationOptions = CHECKPOINT_OPTIONS,
     ) -> Reply:
-        """Answer a spoken question, in the voice of ``voice`` if given."""
-        return self.reply(prompts.speech_to_speech(audio, text, system, voice), options)
+        """Answer a spoken question, in the voice of ``voice`` if given. ``system`` as in :meth:`chat`."""
+        conversation = prompts.speech_to_speech(audio, text, self.system_message(system), voice)
+        return self.reply(conversation, options)
 
     def transcribe(self, audio: AudioLike, options: GenerationOptions = CHECKPOINT_OPTIONS) -> Reply:
         """Write speech down (ASR)."""
@@ -117,6 +151,10 @@ class SpeechPipeline:
     ) -> Reply:
         """Read text aloud (TTS), in the voice of ``voice`` if given (voice cloning)."""
         return self.reply(prompts.synthesis(text, voice), options)
+
+    def system_message(self, choice: str | None = AUTO_SYSTEM) -> str | None:
+        """The system message that a choice means for this model, by default the trained one."""
+        return system_message(choice, self.model.config)
 
     def prompt(self, conversation: Conversation) -> Example:
         """Token ids (and features) of a conversation, ending where the reply begins."""
@@ -177,31 +215,75 @@ def _system_of(conversation: Conversation) -> str | None:
     return first.content if first.role == "system" else None
 
 
-def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
-    """Whether model, tokenizer and codec belong together.
+def read_checkpoint_config(model_dir: str | PathLike[str]) -> PreTrainedConfig:
+    """The configuration of a checkpoint.
 
     Raises:
-        ValueError: they do not; the message says what to give instead.
+        CheckpointError: it cannot be used. Where there is no such folder the message says how to get a small one.
+    """
+    try:
+        return models.open_config(model_dir)
+    except models.CheckpointError as error:
+        if Path(model_dir).exists():
+            raise
+        raise models.CheckpointError(
+            f"{error}; bash scripts/quickstart.sh makes a small one to talk to"
+        ) from error
+
+
+def default_device() -> str:
+    """This process's GPU, or the CPU."""
+    return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
+
+
+def check_attention(name: str | None, device: torch.device) -> None:
+    """Refuse FlashAttention where it cannot run.
+
+    Raises:
+        ValueError: the package or a GPU is missing.
+    """
+    if name != "flash_attention_2":
+        return
+    if not is_flash_attn_2_available():
+        raise ValueError("attn_implementation flash_attention_2: flash-attn is not installed; use sdpa")
+    if device.type != "cuda":
+        raise ValueError(f"attn_implementation flash_attention_2: needs a GPU, not {device}; use sdpa")
+
+
+def check_family(config: PreTrainedConfig, kind: str) -> None:
+    """Refuse a codec whose input the model cannot read, by its name alone.
+
+    Raises:
+        ValueError: a plain language model, or codes where the model reads features or the reverse.
     """
     if not isinstance(config, Qwen2MTPConfig):
         raise ValueError(
             f"the checkpoint is a plain {config.model_type}; give one that training has saved (qwen2_mtp)"
         )
+    if is_continuous_kind(kind) != config.continuous_input:
+        raise ValueError(_other_family(f"a {config.model_type} model", kind, config.continuous_input))
+
+
+def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
+    """Refuse a model, a tokenizer and a codec that do not belong together.
+
+    Raises:
+        ValueError: more tokens than the model embeds; see also :func:`check_family` and :func:`check_codec`.
+    """
+    check_family(config, codec.kind)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {config.vocab_size}; "
             "give the tokenizer saved with the model"
         )
-    if codec.continuous_input != config.continuous_input:
-        raise ValueError(_other_family(f"a {config.model_type} model", codec, config.continuous_input))
     check_codec(tokenizer, codec)
 
 
 def check_codec(tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
-    """Whether tokenizer and codec belong together.
+    """Refuse a tokenizer and a codec that do not belong together.
 
     Raises:
-        ValueError: they do not; the message says what to give instead.
+        ValueError: speech tokens of another codec, or of the other family.
     """
     tokens = ChatTokens.of(tokenizer)
     if tokens.codebook_size != codec.codebook_size:
@@ -211,10 +293,10 @@ def check_codec(tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> No
         )
     continuous_input = tokens.context is not None
     if codec.continuous_input != continuous_input:
-        raise ValueError(_other_family("a model with this tokenizer", codec, continuous_input))
+        raise ValueError(_other_family("a model with this tokenizer", codec.kind, continuous_input))
 
 
-def _other_family(model: str, codec: AudioTokenizer, continuous_input: bool) -> str:
-    kind = codec.kind.removeprefix("sensevoice_")
-    fitting = f"sensevoice_{kind}" if continuous_input else kind
-    return f"{model} does not read the {codec.kind} codec; give --audio_tokenizer_type {fitting}"
+def _other_family(model: str, kind: str, continuous_input: bool) -> str:
+    discrete = kind.removeprefix("sensevoice_")
+    fitting = f"sensevoice_{discrete}" if continuous_input else discrete
+    return f"{model} does not read the {kind} codec; give --audio_tokenizer_type {fitting}"

@@ -3,7 +3,7 @@
 The pip package ``espeakng-loader`` brings the shared library and its data, no root needed; it is driven
 through its C interface. Otherwise the ``espeak-ng`` program on PATH is run once per utterance.
 
-    python tools/espeak.py        # at once: is there a synthesiser? If not, what to install
+    python tools/quickstart/espeak.py        # at once: is there a synthesiser? If not, what to install
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -44,11 +45,11 @@ class Voice:
     pitch: int = 50
 
 
-class SynthesiserError(RuntimeError):
+class SynthesiserError(ValueError):
     """espeak-ng is missing or refuses; the message says what to do."""
 
 
-def open_synthesiser() -> LibrarySynthesiser | ProgramSynthesiser:
+def open_synthesiser() -> Synthesiser:
     """The library if there is one, else the program.
 
     Raises:
@@ -105,7 +106,7 @@ class LibrarySynthesiser:
             raise SynthesiserError(f"espeak-ng cannot speak {text!r} (status {status})")
         return np.concatenate(self._chunks).astype(np.float32) / 32768
 
-    def _collect(self, samples, count: int, events) -> int:
+    def _collect(self, samples: Any, count: int, events: Any) -> int:
         if samples and count > 0:
             self._chunks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0
@@ -134,6 +135,9 @@ class ProgramSynthesiser:
             message = result.stderr.decode(errors="replace").strip()
             raise SynthesiserError(f"{self._program} cannot speak {text!r}: {message}")
         return soundfile.read(io.BytesIO(result.stdout), dtype="float32")
+
+
+Synthesiser = LibrarySynthesiser | ProgramSynthesiser
 
 
 if __name__ == "__main__":

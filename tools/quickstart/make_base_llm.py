@@ -1,6 +1,6 @@
 """A small base LLM with random weights and its own text tokenizer, as an ordinary Hugging Face folder.
 
-    python tools/make_base_llm.py --corpus corpus --config configs/quickstart/model.json --out base
+    python tools/quickstart/make_base_llm.py --corpus corpus --config configs/quickstart/model.json --out base
 
 It stands where Qwen2.5 stands when there is no model hub: a Qwen2 of the given sizes, and a byte-level BPE
 tokenizer trained on the corpus's text, of Qwen2's class with its ChatML tokens. Audio tokens are
@@ -9,19 +9,18 @@ not in it: training adds them, as it does to Qwen2.5.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from corpus_files import texts, training_files
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from vita_audio.cli.arguments import command_parser, run_command
 from vita_audio.constants import (
-    AUDIO_TAG,
     EMBEDDING_ROW_MULTIPLE,
     END_OF_TEXT,
     IM_END,
@@ -41,10 +40,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command_parser(__doc__)
     parser.add_argument("--corpus", type=Path, required=True, metavar="DIR", help="folder with *_train.jsonl")
     parser.add_argument(
         "--config", type=Path, required=True, metavar="JSON", help="sizes, fields of Qwen2Config"
@@ -52,7 +49,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--vocabulary", type=int, default=TEXT_VOCABULARY, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     tokenizer = train_tokenizer(corpus_text(args.corpus), args.vocabulary)
     model = random_model(args.config, tokenizer, args.seed)
@@ -119,28 +116,14 @@ def corpus_text(corpus: Path) -> Iterator[str]:
     """Contents of all training messages, and the prompts that inference sends.
 
     Raises:
-        ValueError: the folder has no training files, or a line of one is no sample.
+        ValueError: the folder has no training files, or a line of one is not a sample.
     """
-    files = sorted(corpus.glob("*_train.jsonl"))
-    if not files:
-        raise ValueError(f"{corpus}: no *_train.jsonl there; tools/make_spoken_arithmetic.py makes them")
+    files = training_files(corpus)
     # Often enough that their words become tokens.
     for prompt in (LUKE_SYSTEM_PROMPT, OMNI_SYSTEM_PROMPT, "system\n", "user\n", "assistant\n"):
         yield from [prompt] * 100
-    for file in files:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    texts = [
-                        message["content"].replace(AUDIO_TAG, "") for message in json.loads(line)["messages"]
-                    ]
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(f"{file}:{number}: not a sample: {error}") from error
-                yield from texts
+    yield from texts(files)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

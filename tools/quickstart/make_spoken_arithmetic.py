@@ -1,19 +1,19 @@
 """A small spoken world: digit strings and sums, synthesised by espeak-ng.
 
-    python tools/make_spoken_arithmetic.py --out corpus --utterances 8000
+    python tools/quickstart/make_spoken_arithmetic.py --out corpus --utterances 8000
 
 It is large enough to learn every task from and small enough to master in minutes. Several voices
 ask; one clear voice answers and reads aloud; voice cloning adds two more. Written are
 ``{asr,tts,sqa,text_qa,voice_clone}_{train,dev,test}.jsonl`` (the training data's format, audio paths
-relative to the folder), ``examples.jsonl`` (one test sample of each task) and ``grammar.jsgf``
-(all that can be said, for a recogniser).
+relative to the folder), ``examples.jsonl`` (one test sample of each task), ``question.wav`` (the recording of a test
+question) and ``grammar.jsgf`` (all that can be said, for a recogniser).
 
 * ASR: digit strings and questions of many voices, and in training what the other tasks say too, replies to
   questions left out.
 * TTS and voice cloning: digit strings.
 * Speech and text QA: "what is three plus five" in several wordings -> "three plus five is eight".
 
-A sentence (what is asked, transcribed or read) belongs to one split, in whatever task. All pairs of
+A sentence (what is asked, transcribed or read) belongs to one split, across all tasks. All pairs of
 numbers occur in training, but a test question's wording of its pair does not. The replies to questions,
 a hundred in all, recur.
 
@@ -23,22 +23,23 @@ The same seed gives the same files; an interrupted run continues.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import random
-import sys
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
-from espeak import SynthesiserError, Voice, open_synthesiser
+from espeak import Synthesiser, Voice, open_synthesiser
 from tqdm import tqdm
 
+from vita_audio.cli.arguments import command_parser, run_command
 from vita_audio.constants import ASR_PROMPT, AUDIO_TAG, TTS_PROMPT, VOICE_PROMPT
 from vita_audio.files import whole_file, write_json_lines, write_text
 
@@ -57,6 +58,7 @@ QUESTIONS = (
     "what does {} plus {} equal",
 )
 ANSWER = "{} plus {} is {}"
+Row = dict[str, Any]
 TASKS = ("asr", "tts", "sqa", "text_qa", "voice_clone")
 SPLITS = ("train", "dev", "test")
 
@@ -117,15 +119,13 @@ class Question:
         return ANSWER.format(DIGITS[self.first], DIGITS[self.second], self.number)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--utterances", type=int, default=8000, metavar="N", help="about so many WAV files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.utterances < 100 or args.utterances > 100_000:
         parser.error(f"--utterances {args.utterances}: give 100 to 100000")
     if args.workers < 1:
@@ -153,6 +153,8 @@ def make_corpus(out: Path, utterances: int, seed: int = 0, workers: int = 2) -> 
         write_json_lines(out / f"{name}.jsonl", samples)
     write_json_lines(out / "examples.jsonl", [rows[f"{task}_test"][0] for task in TASKS])
     write_text(out / "grammar.jsgf", grammar())
+    with whole_file(out / "question.wav") as temporary:
+        shutil.copyfile(out / rows["sqa_test"][0]["audios"][0], temporary)
     counts = ", ".join(f"{task} {sum(len(rows[f'{task}_{split}']) for split in SPLITS)}" for task in TASKS)
     print(f"{len(clips)} recordings in {out}; samples: {counts}")
 
@@ -160,7 +162,7 @@ def make_corpus(out: Path, utterances: int, seed: int = 0, workers: int = 2) -> 
 # -- what is said ----------------------------------------------------------------------------------------
 
 
-def plan(utterances: int, seed: int) -> Iterator[tuple[str, str, dict, list[Clip]]]:
+def plan(utterances: int, seed: int) -> Iterator[tuple[str, str, Row, list[Clip]]]:
     """Every sample as task, split, JSON row and its clips in the order of the row's audios."""
     rng = random.Random(seed)
     counts = {
@@ -231,32 +233,32 @@ def asking_voice(rng: random.Random) -> Voice:
     return Voice(rng.choice(ASKING_VOICES), rng.randint(*ASKING_WORDS_PER_MINUTE), rng.randint(*ASKING_PITCH))
 
 
-def asr_row(clip: Clip) -> tuple[dict, list[Clip]]:
+def asr_row(clip: Clip) -> tuple[Row, list[Clip]]:
     return sample(user=f"{ASR_PROMPT}\n{AUDIO_TAG}", assistant=clip.text, clips=[clip])
 
 
-def tts_row(clip: Clip) -> tuple[dict, list[Clip]]:
+def tts_row(clip: Clip) -> tuple[Row, list[Clip]]:
     return sample(user=f"{TTS_PROMPT}\n{clip.text}", assistant=AUDIO_TAG, clips=[clip])
 
 
-def sqa_row(question: Question, asked: Clip) -> tuple[dict, list[Clip]]:
+def sqa_row(question: Question, asked: Clip) -> tuple[Row, list[Clip]]:
     reply = Clip(question.reply, SPEAKING_VOICE)
     row, clips = sample(user=AUDIO_TAG, assistant=f"{reply.text}\n{AUDIO_TAG}", clips=[asked, reply])
     return row | {"answers": [question.number], "question": question.text}, clips
 
 
-def text_qa_row(question: Question) -> tuple[dict, list[Clip]]:
+def text_qa_row(question: Question) -> tuple[Row, list[Clip]]:
     row, clips = sample(user=question.text, assistant=question.reply, clips=[])
     return row | {"answers": [question.number]}, clips
 
 
-def voice_clone_row(prompt: Clip, clip: Clip) -> tuple[dict, list[Clip]]:
+def voice_clone_row(prompt: Clip, clip: Clip) -> tuple[Row, list[Clip]]:
     row, _ = tts_row(clip)
     row["messages"].insert(0, {"role": "system", "content": VOICE_PROMPT})
     return row | {"audios": [prompt.path, clip.path]}, [prompt, clip]
 
 
-def sample(user: str, assistant: str, clips: list[Clip]) -> tuple[dict, list[Clip]]:
+def sample(user: str, assistant: str, clips: list[Clip]) -> tuple[Row, list[Clip]]:
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     row = {"messages": messages}
     return row | {"audios": [clip.path for clip in clips]} if clips else row, clips
@@ -277,7 +279,7 @@ def grammar() -> str:
 # -- recording -------------------------------------------------------------------------------------------
 
 
-def record(clips: list[Clip], out: Path, synthesiser, workers: int) -> None:
+def record(clips: list[Clip], out: Path, synthesiser: Synthesiser, workers: int) -> None:
     """Synthesise clips that are not there yet.
 
     Each group of clips is spoken by a fresh fork of a synthesiser that has said nothing yet, so that
@@ -297,7 +299,7 @@ def record(clips: list[Clip], out: Path, synthesiser, workers: int) -> None:
                 progress.update(count)
 
 
-def _inherit(synthesiser, out: Path) -> None:
+def _inherit(synthesiser: Synthesiser, out: Path) -> None:
     global _synthesiser, _out
     _synthesiser, _out = synthesiser, out
 
@@ -323,7 +325,4 @@ def in_a_room(waveform: np.ndarray, key: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (SynthesiserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

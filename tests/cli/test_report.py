@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from vita_audio.audio import save_audio
-
-REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def report():
-    spec = importlib.util.spec_from_file_location("report_tool", REPOSITORY / "tools" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from vita_audio.cli import report
 
 
 @pytest.fixture
@@ -50,7 +38,7 @@ def run(tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_page_holds_scores_pictures_and_sounds_in_one_file(report, run):
+def test_the_page_holds_scores_pictures_and_sounds_in_one_file(run):
     page = report.write_report(run, run / "report.html", "A run").read_text()
     assert "<td >3.1</td>" in page
     assert "<td >12</td>" in page
@@ -61,32 +49,73 @@ def test_the_page_holds_scores_pictures_and_sounds_in_one_file(report, run):
     assert pictures == {"losses.png", "speed.png", "spectrogram.png"}
 
 
-def test_words_of_the_model_cannot_break_the_page(report, run):
+def test_words_of_the_model_cannot_break_the_page(run):
     page = report.write_report(run, run / "report.html", "A run").read_text()
     assert "5 &lt; 6 &amp; so" in page
 
 
-def test_columns_without_any_score_are_left_out(report, run):
+def test_columns_without_any_score_are_left_out(run):
     page = report.write_report(run, run / "report.html", "A run").read_text()
     assert "ASR WER" in page
     assert "S→S %" not in page
 
 
-def test_every_head_has_a_line(report, run):
-    figure = report.loss_figure(report.read_training_logs(run / "stages"))
+def test_every_head_has_a_line(run):
+    figure = report.loss_figure(report.read_training_logs(run))
     labels = [line.get_label() for line in figure.axes[0].lines]
     assert labels == ["LLM", *(f"head {head}" for head in range(1, 11))]
 
 
-def test_a_frozen_llm_has_no_line(report):
+def test_a_frozen_llm_has_no_line():
     frozen = {"2 · one head": [{"step": 5, "loss": 2.0, "mtp_loss_0": 2.0}]}
     assert [line.get_label() for line in report.loss_figure(frozen).axes[0].lines] == ["head 1"]
 
 
-def test_an_empty_run_and_a_torn_file_are_refused(report, run, tmp_path_factory):
+def test_an_empty_run_and_a_torn_file_are_refused(run, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(ValueError, match="nothing to report"):
         report.write_report(empty, empty / "report.html", "A run")
     (run / "evaluation" / "scores.json").write_text("[{")
-    with pytest.raises(ValueError, match=r"scores\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"scores\.json: not valid JSON"):
         report.write_report(run, run / "report.html", "A run")
+
+
+def test_the_folder_of_one_stage_is_a_run(run, tmp_path_factory):
+    stage = run / "stages" / "finetune_glm4voice_mtp10_stage1" / "quickstart"
+    assert list(report.read_training_logs(stage)) == ["3 · ten heads"]
+    page = report.write_report(stage, tmp_path_factory.mktemp("out") / "report.html", "One stage").read_text()
+    assert page.count("data:image/png;base64,") == 1
+
+
+def test_folders_named_as_the_original_names_them_are_stages(tmp_path):
+    for name in ("finetune_sensevoice_glm4voice_mtp1_stage1.sh", "finetune_glm4voice_stage1.sh"):
+        folder = tmp_path / "LM/scripts/deepspeed/sts_qwen25" / name / "20250505_10"
+        folder.mkdir(parents=True)
+        history = {"log_history": [{"step": 1, "loss": 2.0, "main_loss": 2.0}]}
+        (folder / "trainer_state.json").write_text(json.dumps(history))
+    assert list(report.read_training_logs(tmp_path)) == ["1 · alignment", "2 · one head"]
+
+
+def test_a_run_of_ones_own_is_titled_by_its_folder_and_shown_while_it_trains(tmp_path):
+    checkpoint = tmp_path / "my_voice" / "checkpoint-20"
+    checkpoint.mkdir(parents=True)
+    history = {"log_history": [{"step": 20, "loss": 2.0, "main_loss": 2.0}]}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(history))
+    for run in (tmp_path, tmp_path / "my_voice", checkpoint):
+        assert list(report.read_training_logs(run)) == ["my_voice"]
+
+
+def test_the_folders_of_an_evaluation_and_of_an_inference_are_runs(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    scores = report.write_report(run / "evaluation", out / "scores.html", "Scores").read_text()
+    assert "<td >3.1</td>" in scores
+    replies = report.write_report(run / "inference", out / "replies.html", "Replies").read_text()
+    assert replies.count("<audio") == 2
+
+
+def test_the_command_says_where_the_page_is_and_refuses_what_is_no_run(run, refusal, capsys):
+    report.main(["--run", str(run)])
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert refusal(report.main, "--run", run / "nowhere").endswith(
+        "no such folder; give the one that the run wrote to"
+    )
