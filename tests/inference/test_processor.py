@@ -148,6 +148,16 @@ def test_prompts_equal_the_pipelines_for_every_task_alone_and_in_a_batch(world, 
     assert batch["attention_mask"][0, 0] == 0, "short rows are padded on the left"
 
 
+def test_the_reply_is_opened_only_where_that_is_asked_for(world):
+    messages = [{"role": "user", "content": "hello"}]
+    opened = world.processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)[0]
+    closed = world.processor.apply_chat_template(messages, tokenize=True)[0]
+    assert closed.tolist() + world.processor.tokenizer.encode(f"{IM_START}assistant\n") == opened.tolist()
+    text = world.processor.apply_chat_template(messages)
+    assert text == f"{IM_START}user\nhello{IM_END}\n"
+    assert torch.equal(world.processor(text)["input_ids"][0], closed)
+
+
 def test_text_and_audio_in_one_call_equal_the_messages(world, tiny_world):
     """Also in the two steps that other processors take: template first, then text and audio."""
     typed_tags = {"typed tag", "typed tag in a string"}
@@ -311,6 +321,15 @@ def test_calls_that_mean_something_else_are_refused(world, tiny_world):
         world.processor(text=AUDIO_TAG, audio=np.zeros(9), sampling_rat=16_000)
     with pytest.raises(SampleError, match="use tokenize=True"):
         world.processor.apply_chat_template([{"role": "user", "content": AUDIO_TAG}])
+
+
+def test_folders_without_a_kind_are_those_of_glm_4_voice_in_the_models_family(world):
+    decoder = (
+        REPOSITORY / "tests" / "goldens" / "glm4voice" / "decoder"
+    )  # of other codes, so that it is refused
+    kind = world.codec["audio_tokenizer_type"].replace("mel_vq", "glm4voice")
+    with pytest.raises(ValueError, match=rf"speech tokens, the {kind} codec \d+ codes"):
+        AutoProcessor.from_pretrained(world.folder, flow_path=decoder)
 
 
 def test_tokenizer_and_codec_must_belong_together(tiny_world, plus_model_dir, frontend_dir):
