@@ -182,7 +182,7 @@ def _add_common_arguments(parser: CommandParser) -> None:
     RUNTIME.add_to(parser)
     CODEC.add_to(parser)
     transcriber_group().add_to(parser)
-    group = parser.add_argument_group("recognisers")
+    group = parser.add_argument_group("listening")
     group.add_argument(
         "--transcriber_processes", type=int, default=Settings.transcriber_processes, metavar="N",
         help="recognisers side by side; 0 recognises in this process (default: 2)",
