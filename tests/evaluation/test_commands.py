@@ -172,6 +172,7 @@ def test_foreign_prompts_a_missing_grammar_and_the_system_message_are_said(
         (["--limit", 0], "a limit of 0 items"),
         (["--checkpoints", "tiny=nowhere"], "nowhere"),
         (["--checkpoints", "tiny"], "--checkpoints tiny: write STAGE=DIR"),
+        (["--audio_tokenizer_type", "sensevoice_mel_vq"], "give --audio_tokenizer_type mel_vq"),
         (["--text_normaliser", "libritts"], "the libritts normaliser needs WeTextProcessing"),
     ],
 )
