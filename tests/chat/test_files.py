@@ -56,7 +56,7 @@ COMPRESSORS = {
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
-def test_compressed_files_are_read_by_their_content_whatever_their_suffix(tmp_path, sample_text, suffix):
+def test_compressed_files_are_read_by_their_content_under_any_suffix(tmp_path, sample_text, suffix):
     content = "\n".join(sample_text(f"question {index}") for index in range(2000)).encode()
     compressed = COMPRESSORS[suffix](content)
     assert len(compressed) < len(content)

@@ -88,7 +88,7 @@ def test_a_key_that_holds_nothing_counts_as_not_given(nothing):
 
 
 class FixedCodec:
-    """Gives the same codes for every clip."""
+    """Gives the same codes for each clip."""
 
     kind = "glm4voice"
 

@@ -1,4 +1,4 @@
-"""The loader: full rows, the same for a seed, resumed to the row, whatever the samples are like."""
+"""The loader: full rows, the same for a seed, resumed to the row, with good samples and bad."""
 
 from __future__ import annotations
 

@@ -32,3 +32,17 @@ def test_the_auto_classes_open_a_checkpoint_after_the_package_is_imported(tiny_w
         [sys.executable, "-c", code, str(tiny_world.model_dir)], capture_output=True, text=True, check=True
     )
     assert result.stdout.split() == ["Qwen2MTPConfig", "Qwen2MTPModel", "Qwen2MTPForCausalLM"]
+
+
+@pytest.mark.parametrize("order", ["vita_audio first", "transformers first"])
+def test_the_processor_is_registered_in_either_order_of_imports(tiny_world, order):
+    imports = ["import vita_audio", "from transformers import AutoProcessor"]
+    if order == "transformers first":
+        imports.reverse()
+    code = (
+        f"import sys; {'; '.join(imports)}; print(type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_world.model_dir)], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["VitaAudioProcessor"]

@@ -232,9 +232,28 @@ def test_a_saved_processor_opens_with_its_codec_and_other_folders_can_be_given(w
     moved = shutil.copytree(tiny_world.codec_dir, tmp_path / "codec")
     opened = AutoProcessor.from_pretrained(tmp_path / "saved", audio_tokenizer_path=moved)
     assert opened.to_dict() == world.processor.to_dict() | {"audio_tokenizer_path": str(moved)}
-    with pytest.raises(ValueError, match="no such folder") as refusal:
-        AutoProcessor.from_pretrained(tmp_path / "saved", audio_tokenizer_path=tmp_path / "nowhere")
+    opened.save_pretrained(tmp_path / "saved")
+    shutil.rmtree(moved)
+    with pytest.raises(
+        ValueError, match=r"processor_config.json says audio_tokenizer_path=.*; give"
+    ) as refusal:
+        AutoProcessor.from_pretrained(tmp_path / "saved")
     assert "\n" not in str(refusal.value)
+
+
+def test_a_model_of_the_hugging_face_cache_opens_by_its_name(world, tmp_path):
+    revision = "a" * 40
+    cached = tmp_path / "models--owner--name"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(revision)
+    shutil.copytree(
+        world.folder, cached / "snapshots" / revision, ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    processor = AutoProcessor.from_pretrained(
+        "owner/name", **world.codec, cache_dir=tmp_path, local_files_only=True
+    )
+    assert processor.to_dict() == world.processor.to_dict()
+    assert_same(processor("hello"), world.prompts(prompts.chat("hello")))
 
 
 def test_without_a_codec_text_works_and_audio_is_refused(world, tiny_world):

@@ -12,7 +12,7 @@ Everything runs at the released sizes with random weights, since time does not d
    vocoder; both parts are measured at several lengths, interpolated between them and summed over the
    demo's prefixes, because running all of them would take an hour.
 
-``--max-steps`` caps the solver steps of parts 3 and 4 alike, so that they fit into minutes on a CPU; the
+``--max_steps`` caps the solver steps of parts 3 and 4 alike, so that they fit into minutes on a CPU; the
 totals of the full schedules follow from it by adding the missing flow steps, whose time was measured.
 ``--clock process`` counts processor time of one thread, for machines that are busy with other things.
 """
@@ -43,6 +43,7 @@ from vita_audio.audio.glm4voice import (
 from vita_audio.audio.glm4voice.config import FlowConfig, VocoderConfig
 from vita_audio.audio.glm4voice.streaming import StreamSchedule
 from vita_audio.audio.glm4voice.vq_encoder import SAMPLE_RATE, released_config
+from vita_audio.cli.arguments import command_parser
 
 CODES_PER_SECOND = 12.5
 MIN_SLOPE_POINTS = 4
@@ -289,16 +290,16 @@ def _slope(seconds: list[float]) -> tuple[float, float]:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py codec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, prog="benchmark.py codec")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the reply")
-    parser.add_argument("--max-steps", type=int, default=1, help="cap on solver steps, both ways alike")
+    parser.add_argument("--max_steps", type=int, default=1, help="cap on solver steps, both ways alike")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", choices=("wall", "process"), default="wall")
-    parser.add_argument("--flow", help="folder of a decoder; random weights of released sizes when absent")
-    parser.add_argument("--only-stream", action="store_true", help="skip the offline figures")
+    parser.add_argument(
+        "--flow", help="folder of a decoder; without it, random weights of the released sizes"
+    )
+    parser.add_argument("--only_stream", action="store_true", help="skip the offline figures")
     arguments = parser.parse_args(argv)
     if arguments.clock == "process" and (arguments.threads != 1 or arguments.device != "cpu"):
         parser.error("--clock process needs --threads 1 on the cpu")

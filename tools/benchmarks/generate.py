@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vita_audio.cli.arguments import command_parser
 from vita_audio.models.schedule import BACKBONE, SCHEDULES, Schedule
 
 FIRST_CHUNK_TOKENS = 10
@@ -65,11 +66,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__, prog="benchmark.py generate")
     parser.add_argument("--model", type=Path, required=True, help="config.json or a model folder")
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens (the paper's figure: 32)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens to generate")

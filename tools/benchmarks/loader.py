@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from vita_audio.chat import ChatTokens
+from vita_audio.cli.arguments import command_parser
 from vita_audio.data import CodecSpec, DataConfig, TrainLoader, build_train_loader
 from vita_audio.data.packing import RowPacker
 from vita_audio.data.token_cache import CachedClip, CodecIdentity, write_identity, write_shard
@@ -40,7 +41,7 @@ WORDS = (
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="benchmark.py loader", description=__doc__.splitlines()[0])
+    parser = command_parser(__doc__, prog="benchmark.py loader")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--samples", type=int, default=50_000, help="over which memory is watched")
     parser.add_argument("--rows", type=int, default=150, help="over which speed is measured")

@@ -20,6 +20,7 @@ from math import log
 from rich.console import Console
 from rich.table import Table
 
+from vita_audio.cli.arguments import command_parser
 from vita_audio.data.packing import RowPacker
 
 MEAN_LENGTH = 180
@@ -28,7 +29,7 @@ SIGMAS = (0.8, 1.4)
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="benchmark.py packing", description=__doc__.splitlines()[0])
+    parser = command_parser(__doc__, prog="benchmark.py packing")
     parser.add_argument("--capacity", type=int, default=8192, help="tokens in a row")
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--sources", type=int, default=40)

@@ -35,6 +35,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from vita_audio.cli.arguments import command_parser
 from vita_audio.constants import IGNORE_INDEX
 from vita_audio.models import Qwen2MTPConfig, Qwen2MTPForCausalLM, freeze_backbone
 from vita_audio.models.attention import attention_masks, document_ids
@@ -58,11 +59,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmark.py train-step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(__doc__, prog="benchmark.py train-step")
     parser.add_argument("--heads", type=int, default=10)
     parser.add_argument("--layers", type=int, default=8, help="backbone layers")
     parser.add_argument("--hidden", type=int, default=512)
@@ -73,10 +70,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--supervised", type=float, default=0.4, help="share of each document, at its end")
     parser.add_argument("--frozen", action="store_true", help="train the heads only (stages 2 and 3)")
     parser.add_argument(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="in every way measured, as the stage scripts train",
+        "--no_gradient_checkpointing",
+        dest="gradient_checkpointing",
+        action="store_false",
+        help="keep all activations; the stage scripts train with checkpointing, and so do all ways measured here",
     )
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that warms up")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")

@@ -55,8 +55,14 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else map(str, args))
         end = words.index("--") if "--" in words else len(words)
-        words[:end] = map(_snake_case, words[:end])
+        words[:end] = map(self._snake_case, words[:end])
         return super().parse_known_args(words, namespace)
+
+    def _snake_case(self, word: str) -> str:
+        flag, separator, value = word.partition("=")
+        if not flag.startswith("--") or flag in self._option_string_actions:
+            return word
+        return f"--{flag[2:].replace('-', '_')}{separator}{value}"
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
@@ -225,13 +231,6 @@ def _plain(text: str) -> str:
     """Without markup and the last full stop."""
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text)
     return text.replace("``", "").removesuffix(".")
-
-
-def _snake_case(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    flag, separator, value = word.partition("=")
-    return f"--{flag[2:].replace('-', '_')}{separator}{value}"
 
 
 def _default(entry: Field[Any]) -> Any:

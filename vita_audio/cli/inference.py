@@ -37,7 +37,7 @@ from vita_audio.inference import (
     prompts,
 )
 from vita_audio.inference.options import system_message
-from vita_audio.models.open import open_config
+from vita_audio.inference.pipeline import read_checkpoint_config
 
 NOTHING_GIVEN = """\
 inference_sts needs a model, its codec and a question:
@@ -45,8 +45,6 @@ inference_sts needs a model, its codec and a question:
   --audio_tokenizer_type KIND --audio_tokenizer_path DIR [--flow_path DIR]      the codec it was trained with
   --text "…", --question WAV, --asr WAV, --tts "…" [--voice WAV] or --samples JSONL      what to ask
 No weights yet? bash scripts/quickstart.sh trains a small model and says how to talk to it. All flags: --help"""
-
-NO_MODEL_YET = "bash scripts/quickstart.sh makes a small one to talk to"
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def read_questions(args: argparse.Namespace) -> Iterator[Question]:
     Raises:
         ValueError: a file is missing, or the model's folder, whose system message questions take.
     """
-    system = chosen_system(args)
+    system = system_message(args.system_prompt, read_checkpoint_config(args.model_name_or_path))
     for number, text in enumerate(args.text, start=1):
         yield Question(f"text_{number}", "text", prompts.chat(text, system))
     for number, audio in enumerate(map(existing, args.question), start=1):
@@ -169,20 +167,6 @@ def sample_questions(path: Path, data_root: Path | None) -> Iterator[Question]:
         yield Question(
             "_".join(filter(None, (task.replace(" ", "_").lower(), str(number), name))), task, conversation
         )
-
-
-def chosen_system(args: argparse.Namespace) -> str | None:
-    """The system message of ``--system_prompt`` for the model of the command line.
-
-    Raises:
-        CheckpointError: the model's folder cannot be used.
-    """
-    try:
-        return system_message(args.system_prompt, open_config(args.model_name_or_path))
-    except ValueError as error:
-        if Path(args.model_name_or_path).exists():
-            raise
-        raise ValueError(f"{error}; {NO_MODEL_YET}") from error
 
 
 def existing(path: str | Path) -> Path:

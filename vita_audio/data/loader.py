@@ -4,7 +4,7 @@
 
 Workers do all of it, and ``torchdata``'s StatefulDataLoader runs them: with each batch it brings the
 worker's state to the main process, so :meth:`TrainLoader.state_dict` speaks of the last batch that
-the trainer received, however far the workers are ahead. docs/data.md says why torchdata and not grain.
+the trainer received, not of how far the workers are ahead. docs/data.md says why torchdata and not grain.
 
 Workers start from a fork server: the trainer's process holds threads (OpenMP, CUDA, gloo), which a
 plain fork would copy in the middle of what they hold, and spawning would import everything again in each.
@@ -72,7 +72,8 @@ def build_train_loader(
     Args:
         config: what to read.
         tokenizer: extended by :func:`vita_audio.chat.extend_tokenizer`.
-        codec: a spec, opened by each worker on first need; or an open, picklable codec; None for text.
+        codec: a spec, opened by each worker when it is first needed; or an open codec that can be pickled. None: text
+            only.
         rank: of this process.
         world_size: number of processes that share the mix.
         seed: of all shuffling; the same on every rank.

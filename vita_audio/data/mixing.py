@@ -103,7 +103,7 @@ def read_mix(path: str | Path, data_root: str | Path | None = None) -> list[Sour
         data_root: folder that relative paths start from. None: ``$ROOT_PATH``, else the YAML's own folder.
 
     Raises:
-        MixError: anything in the file that cannot be right.
+        MixError: the file cannot be read, or something in it is wrong.
     """
     path = Path(path)
     try:

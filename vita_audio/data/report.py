@@ -1,7 +1,7 @@
-"""What became of every sample: counters, the error file, and the decision to stop.
+"""What happened to each sample: counters, the error file, and the decision to stop.
 
-Workers count and describe; the counts travel with the batches, so what is counted is what the trainer
-has received, and a resumed run goes on counting from its checkpoint.
+Workers count. The counts travel with the batches, so they describe what the trainer has received, and a
+resumed run continues them from its checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 ERROR_FILE = "data_errors.jsonl"
 _TOO_LONG = frozenset({Reason.TOO_LONG.value, Reason.AUDIO_TOO_LONG.value})
-"""Samples of a sound mix may be longer than a row: they are counted, but only a file without any other stops a run."""
+"""A good mix may hold samples that are longer than a row. They are counted, and stop a run only where a file holds
+nothing else."""
 _SAMPLES_BEFORE_JUDGEMENT = 500
 _BAD_ROWS_OF_A_USELESS_FILE = 64
 """A file of which so many rows are bad and none was usable is taken to be useless."""
@@ -68,7 +69,7 @@ class Report:
 
     @property
     def bad(self) -> int:
-        """Skipped samples that ought not to be in a mix."""
+        """Skipped samples that should not be in a mix: all but those that are too long."""
         return sum(count for (_, reason), count in self.skipped.items() if reason not in _TOO_LONG)
 
     def check(self, max_error_share: float, epoch_samples: int) -> None:
@@ -187,7 +188,7 @@ class ErrorFile:
         self.path = None if folder is None else Path(folder) / ERROR_FILE
 
     def write(self, errors: list[dict[str, Any]]) -> None:
-        """Append a line for each error. A file that cannot be written is said in the log and stops no run."""
+        """Append a line for each error. A file that cannot be written is reported in the log and stops no run."""
         if self.path is None or not errors:
             return
         lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)

@@ -2,7 +2,7 @@
 
 For the codes of ``DIR/NAME.EXT`` it asks, in this order, the token cache, the file
 ``DIR/NAME_CODEC.json`` that the public tools write, and the codec, which is opened on first need, in
-the worker that needs it. What is found is checked before it is believed.
+the worker that needs it. Stored codes are checked before they are used.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from vita_audio.data.token_cache import TokenCache, audio_key, discrete_kind, id
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """A codec by name and folders: light to send to workers, opened where it is used.
+    """A codec by name and folders: cheap to send to workers, opened where it is used.
 
     Attributes:
         kind: a registered kind, such as ``"glm4voice"`` or ``"sensevoice_glm4voice"``.
-        path: folder of the discrete codec's weights; may be None where all codes are cached.
+        path: folder of the discrete codec's weights. None: all codes were made ahead.
         frontend_path: folder of SenseVoice's ``am.mvn``, for continuous kinds.
         token_cache: folder of cached codes.
         feature_cache: folder where features are kept. None: they are computed each time.
@@ -48,7 +48,7 @@ class CodecSpec:
     device: str = "cpu"
 
     def codebook_size(self) -> int:
-        """Number of speech codes; opens the codec only where nothing else knows."""
+        """Number of speech codes; opens the codec only where neither kind nor cache tells."""
         if discrete_kind(self.kind) == "glm4voice":
             return AUDIO_CODEBOOK_SIZE
         for _, identity in identities(self.token_cache) if self.token_cache else ():
@@ -89,7 +89,7 @@ class SpeechReader:
 
     Args:
         codec: a spec, or an open codec.
-        cache: codes made ahead, if any.
+        cache: codes made ahead. None: there are none.
         data_root: where the cache's relative paths start.
         max_seconds: longer clips are refused before they are read.
 

@@ -79,13 +79,13 @@ class CachedClip:
 
 
 def audio_key(path: str | Path, data_root: str | Path) -> str:
-    """How a cache names a file: relative to the data root where possible, so that the data can move."""
+    """The name of a file in a cache: relative to the data root where possible, so that the data can move."""
     absolute, root = os.path.abspath(path), os.path.abspath(data_root)
     return os.path.relpath(absolute, root) if absolute.startswith(root + os.sep) else absolute
 
 
 def content_hash(path: str | Path) -> str:
-    """Name of a file's bytes."""
+    """A digest of a file's bytes, in hexadecimal."""
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -108,7 +108,7 @@ def write_shard(folder: Path, name: str, clips: Sequence[CachedClip]) -> Path:
 
 
 def write_identity(folder: Path, identity: CodecIdentity) -> None:
-    """Say whose codes a folder holds."""
+    """Write ``codec.json``, which says which codec made a folder's codes."""
     write_json(folder / CODEC_FILE, asdict(identity))
 
 
@@ -204,7 +204,7 @@ class TokenCache:
         return {**self.__dict__, "_index": None}  # the map is opened again, not copied
 
     def find_clip(self, key: str) -> CachedClip | None:
-        """The clip of a path key (see :func:`audio_key`), if it is there."""
+        """The clip of a path key (see :func:`audio_key`); None: it is not in the cache."""
         if self._index is None:
             self._index = np.load(self._index_file, mmap_mode="r")
         wanted = path_hash(key)

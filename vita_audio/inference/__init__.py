@@ -6,9 +6,8 @@ Importing it registers the processor with transformers.
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from transformers import AutoProcessor
 
 from vita_audio.chat import Conversation, prompts
 from vita_audio.inference.backend import (
@@ -30,7 +29,7 @@ from vita_audio.inference.options import (
     default_system,
 )
 from vita_audio.inference.pipeline import SpeechPipeline
-from vita_audio.lazy import LazyClass
+from vita_audio.lazy import LazyClass, when_imported
 from vita_audio.models import (
     SCHEDULES,
     Qwen2MTPConfig,
@@ -41,11 +40,6 @@ from vita_audio.models import (
 
 if TYPE_CHECKING:
     from vita_audio.inference.processor import VitaAudioProcessor
-
-for config_class in (Qwen2MTPConfig, Qwen2MTPSenseVoiceConfig):
-    # transformers' processors import its modeling code, see vita_audio/models/__init__.py.
-    processor: Any = LazyClass("vita_audio.inference.processor", "VitaAudioProcessor")
-    AutoProcessor.register(config_class, processor, exist_ok=True)
 
 __all__ = [
     "AUTO_SYSTEM",
@@ -76,3 +70,13 @@ def __getattr__(name: str) -> Any:
     if name != "VitaAudioProcessor":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return import_module("vita_audio.inference.processor").VitaAudioProcessor
+
+
+def _register_processor(transformers_processors: ModuleType) -> None:
+    processor: Any = LazyClass("vita_audio.inference.processor", "VitaAudioProcessor")
+    for config_class in (Qwen2MTPConfig, Qwen2MTPSenseVoiceConfig):
+        transformers_processors.AutoProcessor.register(config_class, processor, exist_ok=True)
+
+
+# transformers' processors import its modeling code, which not everybody needs (see vita_audio/models/__init__.py).
+when_imported("transformers.models.auto.processing_auto", _register_processor)

@@ -18,6 +18,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -104,7 +105,7 @@ class SpeechPipeline:
         codec, runtime = codec or CodecOptions(), runtime or RuntimeOptions()
         device = models.check_device(runtime.device or default_device())
         check_attention(runtime.attn_implementation, device)
-        config = models.open_config(model_dir)
+        config = read_checkpoint_config(model_dir)
         check_family(config, codec.audio_tokenizer_type)
         opened = get_audio_tokenizer(
             codec.audio_tokenizer_type,
@@ -212,6 +213,22 @@ class SpeechPipeline:
 def _system_of(conversation: Conversation) -> str | None:
     first = conversation.messages[0]
     return first.content if first.role == "system" else None
+
+
+def read_checkpoint_config(model_dir: str | PathLike[str]) -> PreTrainedConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be used. Where there is no such folder the message says how to get a small one.
+    """
+    try:
+        return models.open_config(model_dir)
+    except models.CheckpointError as error:
+        if Path(model_dir).exists():
+            raise
+        raise models.CheckpointError(
+            f"{error}; bash scripts/quickstart.sh makes a small one to talk to"
+        ) from error
 
 
 def default_device() -> str:

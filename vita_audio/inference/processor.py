@@ -17,7 +17,7 @@ Prompts are rendered where everybody's are (:mod:`vita_audio.chat`), so that the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import dropwhile, islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, P
 from vita_audio.audio import AudioLike, AudioTokenizer, get_audio_tokenizer
 from vita_audio.chat import ChatTokens, Conversation, build_prompt, split_reply
 from vita_audio.chat.content import as_clip, read_chatml, read_content, write_chatml
-from vita_audio.constants import IM_START
 from vita_audio.inference.backend import collate_prompts
 from vita_audio.inference.pipeline import check_codec
 from vita_audio.models import check_device, open_tokenizer
@@ -145,12 +144,21 @@ class VitaAudioProcessor(ProcessorMixin):
             "frontend_path": frontend_path,
         }
         saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub)
-        chosen = {name: saved.get(name) if value is None else value for name, value in values.items()}
+        for name, value in values.items():
+            kept = saved.get(name)
+            if value is not None or kept is None:
+                continue
+            if name.endswith("_path") and not (isinstance(kept, str) and Path(kept).is_dir()):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: processor_config.json says {name}={kept!r}, which is no folder "
+                    f"of this machine; give {name}=…"
+                )
+            values[name] = kept
         if Path(pretrained_model_name_or_path).is_dir():
             tokenizer = open_tokenizer(pretrained_model_name_or_path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
-        return cls(tokenizer, **chosen, device=device)
+        return cls(tokenizer, **values, device=device)
 
     def to_dict(self) -> dict[str, Any]:
         """What processor_config.json keeps: the codec's kind and its folders' absolute paths."""
@@ -277,7 +285,9 @@ class VitaAudioProcessor(ProcessorMixin):
         ids = _to_list(token_ids)
         if ids and isinstance(ids[0], list):
             raise ValueError(f"got a batch of {len(ids)} replies; give one row at a time")
-        if self.tokenizer.convert_tokens_to_ids(IM_START) in ids:
+        tokens = ChatTokens.of(self.tokenizer)
+        unpadded = list(dropwhile(lambda token: token == tokens.pad, ids))
+        if any(unpadded[: len(opening)] == opening for opening in tokens.turn_openings.values()):
             raise ValueError(
                 "the ids begin with the prompt; give generated[row, inputs['input_ids'].shape[1]:]"
             )
