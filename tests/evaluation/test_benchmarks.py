@@ -323,7 +323,7 @@ def test_a_list_as_the_last_content_is_a_list_of_answers(tmp_path, write_lines):
     [
         (question(None), r"content of message 1 must be text, it is missing"),
         (question({"text": "a"}), r"content of message 1 must be text, it is of type dict"),
-        (question([]), r"'answers' must be a list of texts"),
+        (question([]), r"the last message lists no answers"),
         (question([1, 2]), r"'answers' must be a list of texts"),
         (question("?"), r"the answer '\?' holds no words"),
         (question("right", answers=["yes", "…"]), r"the answer '…' holds no words"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from vita_audio.evaluation import normalisers
 from vita_audio.inference import SpeechPipeline
 
 REPOSITORY = Path(__file__).parents[2]
@@ -171,6 +172,7 @@ def test_foreign_prompts_a_missing_grammar_and_the_system_message_are_said(
         (["--limit", 0], "a limit of 0 items"),
         (["--checkpoints", "tiny=nowhere"], "nowhere"),
         (["--checkpoints", "tiny"], "--checkpoints tiny: write STAGE=DIR"),
+        (["--audio_tokenizer_type", "sensevoice_mel_vq"], "give --audio_tokenizer_type mel_vq"),
         (["--text_normaliser", "libritts"], "the libritts normaliser needs WeTextProcessing"),
     ],
 )
@@ -178,7 +180,8 @@ def test_the_table_refuses_in_one_line_before_a_model_is_loaded(
     run_tool, table_flags, monkeypatch, flags, message
 ):
     monkeypatch.setattr(SpeechPipeline, "open", lambda *_, **__: pytest.fail("a model was loaded"))
-    monkeypatch.setattr("vita_audio.evaluation.normalisers.import_module", raise_import_error)
+    monkeypatch.setattr(normalisers, "import_module", raise_import_error)
+    normalisers._text_normaliser.cache_clear()
     with pytest.raises(SystemExit) as exit_:
         run_tool("evaluate_table", *table_flags, *flags)
     assert message in str(exit_.value)
@@ -254,6 +257,42 @@ def test_the_script_finds_the_newest_run_of_every_stage(tiny_world, table_flags,
     assert "torch.distributed.run" in result.stdout
     assert result.stdout.strip().endswith("--x")
     assert "stage 2 (mtp1_stage1) has no result" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["libritts", "seedtts"])
+def test_the_published_commands_take_their_arguments(run_tool, tiny_world, tmp_path, name):
+    grammar = tmp_path / "words.gram"
+    grammar.write_text(GRAMMAR)
+    if name == "libritts":
+        pytest.importorskip("tn.english.normalizer", reason="WeTextProcessing is an extra")
+        arguments = ["--json_path", tiny_world.data_dir / "tts.jsonl"]
+    else:
+        (tmp_path / "en").mkdir()
+        (tmp_path / "en" / "meta.lst").write_text(
+            f"utt|hello|{tiny_world.audio('answer.wav')}|the quiet river runs\n"
+        )
+        arguments = ["--data_path", tmp_path / "en" / "meta.lst", "--speaker_prompt"]
+    run_tool(
+        f"evaluate_{name}", *arguments, "--model_name_or_path", tiny_world.model_dir, "--output_dir", tmp_path / "out",
+        "--audio_tokenizer_path", tiny_world.codec_dir, "--audio_tokenizer_type", "mel_vq", "--batch_size", 1,
+        "--num_workers", 0, "--transcriber", "pocketsphinx", "--grammar", grammar, "--transcriber_processes", 0,
+        "--max_new_tokens", 60,
+    )  # fmt: skip
+    (row,) = json.loads((tmp_path / "out" / "scores.json").read_text())
+    (facts,) = row["sets"].values()
+    assert facts["options"]["do_sample"] is True
+    assert row["tts_wer" if name == "libritts" else "seed_tts_wer"] > 0
+
+
+def test_tts_may_be_counted_as_seed_tts_counts(run_tool, tiny_world, codec_flags, tmp_path):
+    grammar = tmp_path / "words.gram"
+    grammar.write_text(GRAMMAR)
+    run_tool(
+        "evaluate_tts", "--model_name_or_path", tiny_world.model_dir, *codec_flags, "--mode", "turbo",
+        "--metric", "seed-tts-zh", "--json_path", tiny_world.data_dir / "tts.jsonl", "--output_dir", tmp_path,
+        "--grammar", grammar, "--transcriber_processes", 0,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "tts_scores.json").read_text())["seed_tts_utterances"] == 1
 
 
 def test_the_script_scores_the_published_sets_that_are_there(tmp_path):

@@ -54,6 +54,13 @@ def test_the_table_is_readable_in_80_columns_and_says_what_matters():
     assert "| stage4 | boost | published |" in text
 
 
+def test_a_note_that_is_true_of_several_sets_stands_once():
+    heard = [f"{name}: heard by whisper" for name in ("clean", "other", "clean")]
+    assert "* clean, other: heard by whisper\n" in markdown(
+        [ROW | {"notes": heard}, ROW | {"notes": heard[:1]}]
+    )
+
+
 def test_columns_of_several_sets_keep_apart():
     titles = [column.title for column in columns([ROW])]
     assert titles == [

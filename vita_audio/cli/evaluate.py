@@ -12,6 +12,7 @@ OUTPUT_DIR/STAGE-MODE/ holds every utterance and its WAV file, OUTPUT_DIR/run.js
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,8 +41,8 @@ from vita_audio.evaluation.tasks.seed_tts import LANGUAGES, language_of
 from vita_audio.evaluation.transcribers import RECOGNISERS, TranscriberConfig
 from vita_audio.files import write_json
 from vita_audio.inference import GenerationOptions, Schedule, SpeechPipeline
-from vita_audio.inference.pipeline import default_device
-from vita_audio.models.open import open_config
+from vita_audio.inference.pipeline import check_family, default_device
+from vita_audio.models.open import locate, open_config
 from vita_audio.models.schedule import SCHEDULES, schedules_for
 from vita_audio.provenance import RUN_FILE, describe_run
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = [(task, text) for task in TASKS for text in getattr(args, task)]
     if not files:
         raise ValueError(f"nothing to score: give one of {', '.join(f'--{task}' for task in TASKS)}")
-    checkpoints = [_read_checkpoint(text, args.modes) for text in args.checkpoints]
+    checkpoints = [_read_checkpoint(text, args) for text in args.checkpoints]
     settings = replace(_settings(args), decodings=tuple(dict.fromkeys(args.decoding)))
     settings = replace(
         settings, max_new_tokens=args.max_new_tokens, seed=args.seed, speed_items=args.speed_items
@@ -119,11 +120,12 @@ def main_single(task: str, argv: Sequence[str] | None = None, **defaults: object
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
 
-    folder = Path(args.model_name_or_path)
+    heads = _count_heads(args.model_name_or_path, args.audio_tokenizer_type)
+    folder = locate(args.model_name_or_path)
     given = GENERATION.read(args)
     if not given.do_sample:
         given = replace(given, seed=None)
-    checkpoint = Checkpoint(folder.name or str(folder), folder, [_resolved_mode(folder, given)])
+    checkpoint = Checkpoint(folder.name or str(folder), folder, [_resolved_mode(folder, heads, given)])
     settings = replace(
         _settings(args), given=given, max_new_tokens=given.max_new_tokens, speed_items=0, single=True,
         recordings=getattr(args, "floor", True),
@@ -182,7 +184,7 @@ def _add_common_arguments(parser: CommandParser) -> None:
     RUNTIME.add_to(parser)
     CODEC.add_to(parser)
     transcriber_group().add_to(parser)
-    group = parser.add_argument_group("recognisers")
+    group = parser.add_argument_group("listening")
     group.add_argument(
         "--transcriber_processes", type=int, default=Settings.transcriber_processes, metavar="N",
         help="recognisers side by side; 0 recognises in this process (default: 2)",
@@ -205,22 +207,32 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def _read_checkpoint(text: str, modes: Sequence[str]) -> Checkpoint:
+def _read_checkpoint(text: str, args: argparse.Namespace) -> Checkpoint:
     """``STAGE=DIR[@MODE,…]`` to its parts, the modes that its heads suffice for filled in."""
     stage, separator, rest = text.partition("=")
     folder, _, chosen = rest.partition("@")
     if not separator or not stage or not folder or "/" in stage:
         raise ValueError(f"--checkpoints {text}: write STAGE=DIR, without / in the name of the stage")
-    heads = open_config(folder).num_nextn_predict_layers
-    names = [mode.replace("-", " ") for mode in (chosen.split(",") if chosen else modes)]
+    heads = _count_heads(folder, args.audio_tokenizer_type)
+    names = [mode.replace("-", " ") for mode in (chosen.split(",") if chosen else args.modes)]
     for name in names:
         Schedule.parse(name)
-    return Checkpoint(stage, Path(folder), names if chosen else schedules_for(heads, names))
+    return Checkpoint(stage, locate(folder), names if chosen else schedules_for(heads, names))
 
 
-def _resolved_mode(folder: Path, given: GenerationOptions) -> str:
+def _count_heads(folder: str | Path, audio_tokenizer_type: str) -> int:
+    """The heads of a checkpoint, once it is known to fit the codec.
+
+    Raises:
+        ValueError: no checkpoint of the family, or one that reads another kind of input.
+    """
+    config = open_config(folder)
+    check_family(config, audio_tokenizer_type)
+    return int(config.num_nextn_predict_layers)
+
+
+def _resolved_mode(folder: Path, heads: int, given: GenerationOptions) -> str:
     """The given mode, else the checkpoint's."""
-    heads = open_config(folder).num_nextn_predict_layers
     stored = folder / "generation_config.json"
     config = GenerationConfig.from_pretrained(folder) if stored.is_file() else GenerationConfig()
     return given.resolved(config, heads).schedule.name
@@ -247,6 +259,9 @@ def _named_file(text: str, data_root: Path | None) -> tuple[str, Path]:
     return name, Path(file) if Path(file).exists() or not Path(below).exists() else Path(below)
 
 
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
 def _set_names(given: Sequence[tuple[str, Path]]) -> list[str]:
     """A name for each set that no other has: as given, else the file's, with as many folders as tell it apart."""
     stems = [name or path.name.partition(".json")[0].removesuffix(".lst") for name, path in given]
@@ -259,7 +274,7 @@ def _set_names(given: Sequence[tuple[str, Path]]) -> list[str]:
     twice = [path for name, (_, path) in zip(names, given, strict=True) if names.count(name) > 1]
     if twice:
         raise ValueError(f"{twice[0]}: two test sets of this name; give them different ones with NAME=FILE")
-    files = [name if name.replace("-", "").isalnum() else file_name(name) for name in names]
+    files = [name if _FILE_NAME.fullmatch(name) else file_name(name) for name in names]
     return files if len(set(map(str.lower, files))) == len(files) else [file_name(name) for name in names]
 
 

@@ -70,14 +70,18 @@ class Utterance:
     wav: str | None = None
 
 
+Items = list[BenchmarkItem]
+AnyPath = str | PathLike[str]
+
+
 def read_test_set(
-    path: str | PathLike[str],
-    data_root: str | PathLike[str] | None = None,
+    path: AnyPath,
+    data_root: AnyPath | None = None,
     limit: int | None = None,
     *,
     answer_lists: bool = False,
     check: Callable[[BenchmarkItem], None] | None = None,
-) -> list[BenchmarkItem]:
+) -> Items:
     """Read a test set in the training data's format.
 
     Args:
@@ -94,7 +98,7 @@ def read_test_set(
         raise ValueError(f"{path}: no such test set")
     root = None if data_root is None else Path(data_root)
     samples = list(read_samples(path, root, answer_lists=answer_lists))
-    items: list[BenchmarkItem] = []
+    items: Items = []
     for number, sample in every_nth(samples, limit, path):
         try:
             item = _read_item(sample, number)

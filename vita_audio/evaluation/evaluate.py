@@ -312,7 +312,8 @@ class _Scorer:
             self.fingerprint, timed.fingerprint, self.settings.speed_items, self.settings.max_new_tokens
         )
         folder = self._folder(mode, "greedy")
-        scores = keep_scores(folder, "speed", fingerprint, lambda: self._speeds.get(mode, {}))
+        # No test set is named so: their names begin with a letter or a digit.
+        scores = keep_scores(folder, "_speed", fingerprint, lambda: self._speeds.get(mode, {}))
         return {name: value for name, value in scores.items() if name != "fingerprint"}
 
     @cached_property

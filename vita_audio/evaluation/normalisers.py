@@ -51,7 +51,7 @@ def _text_normaliser() -> Any:
         package = import_module("tn.english.normalizer")
     except ImportError as error:
         raise ValueError(
-            "the libritts normaliser needs WeTextProcessing; pip install 'vita-audio[libritts]'"
+            "the libritts normaliser needs WeTextProcessing; pip install -e '.[libritts]'"
         ) from error
     logging.getLogger("wetext").setLevel(logging.WARNING)  # it announces where its grammar lies
     return package.Normalizer()

@@ -101,7 +101,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 def markdown(rows: Sequence[Row]) -> str:
     """The tables as Markdown that also reads well as text, and what their columns mean."""
     parts = ["\n".join(_lines(table, rows)) for table in tables(rows)]
-    notes = list(dict.fromkeys(note for row in rows for note in row.get("notes", ())))
+    notes = _notes(rows)
     if notes:
         parts.append(
             "\n".join(
@@ -116,6 +116,15 @@ def write_table(folder: Path, rows: Sequence[Row]) -> Path:
     write_json(folder / "scores.json", list(rows))
     write_text(folder / "scores.md", markdown(rows))
     return folder / "scores.md"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """What readers must know, each thing once with the test sets that it is true of."""
+    sets: dict[str, list[str]] = {}
+    for name, _, note in (note.partition(": ") for row in rows for note in row.get("notes", ())):
+        if name not in sets.setdefault(note, []):
+            sets[note].append(name)
+    return [f"{', '.join(names)}: {note}" for note, names in sets.items()]
 
 
 def _sets(rows: Sequence[Row]) -> Iterator[tuple[str, str, int | None, bool]]:

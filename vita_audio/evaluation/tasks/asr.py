@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
 
 from vita_audio.chat import prompts
 from vita_audio.evaluation.benchmarks import Bench, BenchmarkItem, Utterance, gather, read_test_set
 from vita_audio.evaluation.metrics import corpus_error_rate, word_tokens
-from vita_audio.evaluation.tasks.task import Column, Scores, need_utterances
+from vita_audio.evaluation.tasks.task import AnyPath, Column, Items, Scores, need_utterances
 
 _TOKENS_BEYOND_PROMPT = 32
 
@@ -25,12 +24,7 @@ class SpeechRecognition:
     samples: bool = False
     open_system: bool = False
 
-    def read(
-        self,
-        path: str | PathLike[str],
-        data_root: str | PathLike[str] | None = None,
-        limit: int | None = None,
-    ) -> list[BenchmarkItem]:
+    def read(self, path: AnyPath, data_root: AnyPath | None = None, limit: int | None = None) -> Items:
         return read_test_set(path, data_root, limit, check=_check)
 
     def is_as_trained(self, item: BenchmarkItem) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 
 from vita_audio.chat import default_data_root, locate_file, prompts
@@ -22,7 +21,7 @@ from vita_audio.evaluation.benchmarks import (
     refuse_repeated_ids,
 )
 from vita_audio.evaluation.metrics import seed_tts_error_rate, seed_tts_tokens
-from vita_audio.evaluation.tasks.task import Column, Scores, need_utterances
+from vita_audio.evaluation.tasks.task import AnyPath, Column, Items, Scores, need_utterances
 from vita_audio.evaluation.tasks.tts import check_text, is_reading_request, requested_text
 
 LANGUAGES = ("zh", "en")
@@ -46,12 +45,7 @@ class SeedTTS:
     samples: bool = True
     open_system: bool = False
 
-    def read(
-        self,
-        path: str | PathLike[str],
-        data_root: str | PathLike[str] | None = None,
-        limit: int | None = None,
-    ) -> list[BenchmarkItem]:
+    def read(self, path: AnyPath, data_root: AnyPath | None = None, limit: int | None = None) -> Items:
         """Items of a ``meta.lst``, or of a test set of :class:`~.tts.SpeechSynthesis` where it is named ``*.json*``."""
         path = Path(path)
         if ".json" in path.name:
@@ -82,7 +76,7 @@ class SeedTTS:
             "seed_tts_without_audio": sum(utterance.heard is None for utterance in utterances),
         }
 
-    def _read_list(self, path: Path, root: str | PathLike[str], limit: int | None) -> list[BenchmarkItem]:
+    def _read_list(self, path: Path, root: AnyPath, limit: int | None) -> list[BenchmarkItem]:
         if not path.is_file():
             raise ValueError(f"{path}: no such test set")
         try:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
 
 from vita_audio.evaluation.answers import answer_words, contains_answer
 from vita_audio.evaluation.benchmarks import Bench, BenchmarkItem, Utterance, read_test_set
-from vita_audio.evaluation.tasks.task import Column, Scores, need_utterances
+from vita_audio.evaluation.tasks.task import AnyPath, Column, Items, Scores, need_utterances
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,7 @@ class QuestionAnswering:
             for said in "ts"
         )
 
-    def read(
-        self,
-        path: str | PathLike[str],
-        data_root: str | PathLike[str] | None = None,
-        limit: int | None = None,
-    ) -> list[BenchmarkItem]:
+    def read(self, path: AnyPath, data_root: AnyPath | None = None, limit: int | None = None) -> Items:
         """See :class:`~vita_audio.evaluation.tasks.task.Task`; the last content may be a list of answers."""
         return read_test_set(path, data_root, limit, answer_lists=True, check=self._check)
 

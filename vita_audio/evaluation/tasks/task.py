@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from os import PathLike
 from typing import Protocol
 
-from vita_audio.evaluation.benchmarks import Bench, BenchmarkItem, Utterance
+from vita_audio.evaluation.benchmarks import AnyPath, Bench, BenchmarkItem, Items, Utterance
 from vita_audio.inference import GenerationOptions
 
 Scores = dict[str, float | int | None]
@@ -69,9 +68,7 @@ class Task(Protocol):
     @property
     def open_system(self) -> bool: ...
 
-    def read(
-        self, path: str | PathLike[str], data_root: str | PathLike[str] | None, limit: int | None
-    ) -> list[BenchmarkItem]:
+    def read(self, path: AnyPath, data_root: AnyPath | None = None, limit: int | None = None) -> Items:
         """The items of a test set.
 
         Raises:

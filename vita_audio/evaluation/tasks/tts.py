@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from os import PathLike
 
 from vita_audio.audio import AudioTokenizer
 from vita_audio.chat import prompts
@@ -17,7 +16,7 @@ from vita_audio.distributed import rank, world_size
 from vita_audio.evaluation.benchmarks import Bench, BenchmarkItem, Utterance, gather, read_test_set
 from vita_audio.evaluation.metrics import CorpusErrors, corpus_error_rate
 from vita_audio.evaluation.normalisers import Normaliser, normaliser, plain_words
-from vita_audio.evaluation.tasks.task import Column, Scores, need_utterances
+from vita_audio.evaluation.tasks.task import AnyPath, Column, Items, Scores, need_utterances
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,7 @@ class SpeechSynthesis:
     samples: bool = True
     open_system: bool = False
 
-    def read(
-        self,
-        path: str | PathLike[str],
-        data_root: str | PathLike[str] | None = None,
-        limit: int | None = None,
-    ) -> list[BenchmarkItem]:
+    def read(self, path: AnyPath, data_root: AnyPath | None = None, limit: int | None = None) -> Items:
         return read_test_set(path, data_root, limit, check=check_text)
 
     def is_as_trained(self, item: BenchmarkItem) -> bool:
