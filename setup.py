@@ -4,6 +4,7 @@
 train        training, and the data engine that feeds it
 gpu          FlashAttention and Liger kernels
 eval         metrics and the embedded recogniser
+libritts     the text normaliser of the published LibriTTS figures
 quickstart   train, eval, and what scripts/quickstart.sh speaks and draws with
 docs         the documentation site
 dev          quickstart, docs, and the tools that scripts/test.sh runs
@@ -59,6 +60,7 @@ setup(
         "train": TRAIN,
         "gpu": ["flash-attn", "liger-kernel"],
         "eval": EVAL,
+        "libritts": ["WeTextProcessing"],
         "quickstart": QUICKSTART,
         "docs": DOCS,
         "dev": [

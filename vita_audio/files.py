@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and JSON lines.
+"""Files that are whole or absent, JSON lines, and short names of content.
 
 A process may be killed while it writes. Everything here is written under a temporary name beside its
 target and then renamed, so a reader sees the old file or the new one, never a part. The temporary name
@@ -7,12 +7,16 @@ starts with a dot and ends in ``.tmp``, and no two writers share one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_SAMPLED_BLOCKS = 64
+_BLOCK_BYTES = 1 << 16
 
 
 @contextmanager
@@ -91,3 +95,17 @@ def read_json_lines(path: str | Path) -> Iterator[Any]:
                     yield json.loads(line)
                 except ValueError as error:
                     raise ValueError(f"{path}:{number}: not valid JSON ({error})") from error
+
+
+def content_fingerprint(paths: Iterable[Path]) -> str:
+    """Short digest of files: their sizes and evenly spaced blocks, so that gigabytes cost milliseconds."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with path.open("rb") as file:
+            last = max(0, size - _BLOCK_BYTES)
+            for index in range(_SAMPLED_BLOCKS):
+                file.seek(last * index // (_SAMPLED_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:16]

@@ -1,21 +1,26 @@
 #!/usr/bin/env bash
-# Scores checkpoints on ASR, TTS and speech-QA test sets, in every generation mode:
-#   bash scripts/deepspeed/evaluate_sts.sh [flags of tools/evaluate_table.py]
+# Scores checkpoints on ASR, TTS and question-answering test sets:
+#   bash scripts/deepspeed/evaluate_sts.sh [TIMESTAMP] [flags of tools/evaluate_table.py]
 #
 # Which checkpoints (one of):
 #   MODEL_NAME_OR_PATH   a checkpoint folder, or several as "NAME=DIR NAME=DIR@vanilla,turbo"
-#   STAGES_ROOT          folder that the stage scripts wrote to (their OUTPUT_ROOT); with STAGE_PREFIX
-#                        (glm4voice or sensevoice_glm4voice) and TIMESTAMP (default: the newest run)
+#   STAGES_ROOT          folder that the stage scripts wrote to (their OUTPUT_ROOT): all four stages; with
+#                        STAGE_PREFIX (glm4voice or sensevoice_glm4voice) and TIMESTAMP (default: the newest run)
+#   neither              the last stage below $ROOT_PATH/output/LM
 # Which codec:           AUDIO_TOKENIZER_TYPE AUDIO_TOKENIZER_PATH FLOW_PATH AUDIO_MODEL_NAME_OR_PATH
-# Which test sets:       ASR_JSON TTS_JSON SQA_JSON (JSON lines; several separated by spaces), or CORPUS, a
-#                        folder with asr_test.jsonl, tts_test.jsonl, sqa_test.jsonl and grammar.jsgf; DATA_ROOT
-#                        for relative audio paths; LIMIT items of each set
-# Which recogniser:      TRANSCRIBER (pocketsphinx, whisper, paraformer) TRANSCRIBER_PATH GRAMMAR LANGUAGE_CODE
-# Also:                  MODES OUTPUT_DIR SYSTEM_PROMPT (omni, luke, none, or a text) BATCH_SIZE MAX_NEW_TOKENS
-#                        SPEED_ITEMS; EVALUATION_PROCESSES (default: one per GPU, one without) and NNODES
-#                        NODE_RANK MASTER_ADDR MASTER_PORT as in the stage scripts
+# Which test sets (one of):
+#   ASR_JSON TTS_JSON SQA_JSON TEXT_QA_JSON SEED_TTS_LIST   files, several separated by spaces, each FILE or NAME=FILE
+#   CORPUS               a folder with asr_test.jsonl, tts_test.jsonl, sqa_test.jsonl, text_qa_test.jsonl, grammar.jsgf
+#   neither              the published sets that lie below $ROOT_PATH/data, decoded, heard and counted as published
+#   DATA_ROOT for relative audio paths; LIMIT items of each set
+# Which recogniser:      TRANSCRIBER (pocketsphinx, whisper, paraformer) TRANSCRIBER_PATH GRAMMAR LANGUAGE_CODE;
+#                        CHINESE_TRANSCRIBER_PATH (Paraformer, for Mandarin Seed-TTS)
+# Also:                  MODES DECODING (greedy, published or both) OUTPUT_DIR SYSTEM_PROMPT (auto, omni, luke, none, or
+#                        a text) BATCH_SIZE MAX_NEW_TOKENS SPEED_ITEMS TEXT_NORMALISER (words, libritts);
+#                        EVALUATION_PROCESSES (default: one per GPU, one without) and NNODES NODE_RANK MASTER_ADDR
+#                        MASTER_PORT as in the stage scripts
 #
-# Writes OUTPUT_DIR/scores.json, scores.md, and every utterance with its WAV file.
+# Writes OUTPUT_DIR/scores.json, scores.md, run.json, and every utterance with its WAV file.
 set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
@@ -24,9 +29,12 @@ die() {
   exit 1
 }
 
+if [[ $# -gt 0 && $1 != -* ]]; then
+  TIMESTAMP=$1
+  shift
+fi
 ROOT_PATH=${ROOT_PATH:-$REPOSITORY}
-LOCAL_ROOT_PATH=${LOCAL_ROOT_PATH:-$ROOT_PATH}
-OUTPUT_DIR=${OUTPUT_DIR:-$LOCAL_ROOT_PATH/output/evaluation}
+OUTPUT_DIR=${OUTPUT_DIR:-$ROOT_PATH/output/evaluation${TIMESTAMP:+/$TIMESTAMP}}
 AUDIO_TOKENIZER_TYPE=${AUDIO_TOKENIZER_TYPE:-${STAGE_PREFIX:-glm4voice}}
 if [[ $AUDIO_TOKENIZER_TYPE == sensevoice_* ]]; then
   AUDIO_MODEL_NAME_OR_PATH=${AUDIO_MODEL_NAME_OR_PATH:-$ROOT_PATH/models/FunAudioLLM/SenseVoiceSmall}
@@ -53,7 +61,11 @@ read -r -a checkpoints <<<"${MODEL_NAME_OR_PATH:-}"
 for i in "${!checkpoints[@]}"; do
   [[ ${checkpoints[i]} == *=* ]] || checkpoints[i]=$(basename "${checkpoints[i]}")=${checkpoints[i]}
 done
-if [[ ${#checkpoints[@]} -eq 0 && -n ${STAGES_ROOT:-} ]]; then
+last_only=
+if [[ -z ${STAGES_ROOT:-} ]]; then
+  STAGES_ROOT=$ROOT_PATH/output/LM last_only=yes
+fi
+if [[ ${#checkpoints[@]} -eq 0 && -d $STAGES_ROOT ]]; then
   number=0
   for name in stage1 mtp1_stage1 mtp10_stage1 mtp10_stage2; do
     number=$((number + 1))
@@ -61,24 +73,67 @@ if [[ ${#checkpoints[@]} -eq 0 && -n ${STAGES_ROOT:-} ]]; then
     if [[ -f $folder/config.json ]]; then
       checkpoints+=("stage$number=$folder")
     else
-      echo "stage $number ($name) has no result under $STAGES_ROOT; left out" >&2
+      [[ -n $last_only ]] || echo "stage $number ($name) has no result under $STAGES_ROOT; left out" >&2
     fi
   done
+  if [[ -n $last_only && ${#checkpoints[@]} -gt 0 ]]; then checkpoints=("${checkpoints[@]: -1}"); fi
 fi
 [[ ${#checkpoints[@]} -gt 0 ]] || die "nothing to score: set MODEL_NAME_OR_PATH or STAGES_ROOT"
 
 # -- test sets ------------------------------------------------------------------------------------------
 
 sets=()
-for task in asr tts sqa; do
+add_sets() { # FLAG FILES…
+  [[ $# -eq 1 ]] || sets+=("$@")
+}
+present() { # NAME=PATH_BELOW_DATA…: fills FOUND with those that are there
+  local entry
+  FOUND=()
+  for entry in "$@"; do
+    [[ ! -f $ROOT_PATH/data/${entry#*=} ]] || FOUND+=("${entry%%=*}=$ROOT_PATH/data/${entry#*=}")
+  done
+}
+for task in asr tts sqa text_qa; do
   variable=${task^^}_JSON
   read -r -a files <<<"${!variable:-}"
   if [[ ${#files[@]} -eq 0 && -n ${CORPUS:-} && -f $CORPUS/${task}_test.jsonl ]]; then
     files=("$CORPUS/${task}_test.jsonl")
   fi
-  [[ ${#files[@]} -eq 0 ]] || sets+=("--$task" "${files[@]}")
+  add_sets "--$task" "${files[@]}"
 done
-[[ ${#sets[@]} -gt 0 ]] || die "no test set: set ASR_JSON, TTS_JSON or SQA_JSON, or CORPUS"
+read -r -a files <<<"${SEED_TTS_LIST:-}"
+add_sets --seed_tts "${files[@]}"
+
+if [[ ${#sets[@]} -eq 0 && -z ${CORPUS:-} ]]; then
+  lists=jsonl/fixie-ai
+  present llama-questions=$lists/llama-questions/test.jsonl trivia-qa=$lists/trivia_qa-audio/validation.jsonl \
+    web-questions=$lists/spoken-web-questions/test.jsonl
+  add_sets --sqa "${FOUND[@]}"
+  present librispeech-dev-clean=$lists/librispeech_asr/validation.clean.jsonl \
+    librispeech-dev-other=$lists/librispeech_asr/validation.other.jsonl \
+    librispeech-test-clean=$lists/librispeech_asr/test.clean.jsonl \
+    librispeech-test-other=$lists/librispeech_asr/test.other.jsonl \
+    wenetspeech-net=jsonl/wenet-e2e/wenetspeech/TEST_NET.jsonl \
+    wenetspeech-meeting=jsonl/wenet-e2e/wenetspeech/TEST_MEETING.jsonl \
+    aishell-1=jsonl/shenyunhang/AISHELL-1/test.jsonl
+  add_sets --asr "${FOUND[@]}"
+  present libritts=jsonl/mythicinfinity/libritts/test.clean.jsonl
+  add_sets --tts "${FOUND[@]}"
+  lists=BytedanceSpeech/seed-tts-eval/seedtts_testset
+  present seed-tts-zh=$lists/zh/meta.lst seed-tts-zh-hard=$lists/zh/hardcase.lst seed-tts-en=$lists/en/meta.lst
+  add_sets --seed_tts "${FOUND[@]}"
+  if [[ ${#sets[@]} -gt 0 ]]; then
+    sets+=(--speaker_prompt)
+    DATA_ROOT=${DATA_ROOT:-$ROOT_PATH}
+    DECODING=${DECODING:-published} TEXT_NORMALISER=${TEXT_NORMALISER:-libritts}
+    TRANSCRIBER=${TRANSCRIBER:-whisper} LANGUAGE_CODE=${LANGUAGE_CODE:-en}
+    if [[ $TRANSCRIBER == whisper && -d $ROOT_PATH/models/openai/whisper-large-v3 ]]; then
+      TRANSCRIBER_PATH=${TRANSCRIBER_PATH:-$ROOT_PATH/models/openai/whisper-large-v3}
+    fi
+  fi
+fi
+[[ ${#sets[@]} -gt 0 ]] ||
+  die "no test set: set ASR_JSON, TTS_JSON, SQA_JSON, TEXT_QA_JSON or SEED_TTS_LIST, or CORPUS; none lies below $ROOT_PATH/data"
 DATA_ROOT=${DATA_ROOT:-${CORPUS:-}}
 if [[ -z ${GRAMMAR:-} && -n ${CORPUS:-} && -f $CORPUS/grammar.jsgf ]]; then
   GRAMMAR=$CORPUS/grammar.jsgf
@@ -103,6 +158,12 @@ add --transcriber "${TRANSCRIBER:-}"
 add --transcriber_path "${TRANSCRIBER_PATH:-}"
 add --grammar "${GRAMMAR:-}"
 add --language "${LANGUAGE_CODE:-}"
+add --chinese_transcriber_path "${CHINESE_TRANSCRIBER_PATH:-}"
+add --text_normaliser "${TEXT_NORMALISER:-}"
+if [[ -n ${DECODING:-} ]]; then
+  read -r -a decodings <<<"$DECODING"
+  options+=(--decoding "${decodings[@]}")
+fi
 if [[ -n ${MODES:-} ]]; then
   read -r -a modes <<<"$MODES"
   options+=(--modes "${modes[@]}")

@@ -12,7 +12,8 @@ import torch
 
 from vita_audio.audio.glm4voice import FlowDecoder, Vocoder
 from vita_audio.audio.glm4voice.config import ConfigError, DecoderConfig, load_decoder_config
-from vita_audio.audio.glm4voice.weights import WeightsError, content_fingerprint
+from vita_audio.audio.glm4voice.weights import WeightsError
+from vita_audio.files import content_fingerprint
 
 DECODER = Path(__file__).parents[1] / "goldens" / "glm4voice" / "decoder"
 

@@ -40,7 +40,7 @@ def test_features_are_computed_once_and_stay_the_same(tmp_path, open_reader):
     assert (first.sources, second.sources) == ({"features": 1}, {"feature_cache": 1})
 
 
-def test_another_clip_or_another_normalisation_is_computed_anew(tmp_path, open_reader):
+def test_another_clip_or_another_normalisation_is_computed_again(tmp_path, open_reader):
     clip = write_clip(tmp_path / "a.wav", 0)
     open_reader().features(clip)
     write_clip(tmp_path / "a.wav", 1, samples=9000)
@@ -67,7 +67,7 @@ def test_the_data_may_move_with_its_root(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"no tensors here", None], ids=["empty", "garbage", "cut short"])
-def test_a_damaged_file_is_computed_anew_and_mended(tmp_path, open_reader, damage):
+def test_a_damaged_file_is_computed_again_and_mended(tmp_path, open_reader, damage):
     clip = write_clip(tmp_path / "a.wav", 0)
     expected = open_reader().features(clip)
     (file,) = (tmp_path / "features").rglob("*.safetensors")

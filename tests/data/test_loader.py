@@ -1,4 +1,4 @@
-"""The loader: full rows, the same for a seed, resumed to the row, whatever the samples are like."""
+"""The loader: full rows, the same for a seed, resumed to the row, with good samples and bad."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+import torch
 
+from vita_audio.chat import ChatTokens
 from vita_audio.constants import IGNORE_INDEX
-from vita_audio.data import CodecSpec, DataConfig, TooManyBadSamples, build_train_loader
+from vita_audio.data import CodecSpec, DataConfig, TooManyBadSamples, build_example, build_train_loader
 from vita_audio.data.mixing import Mix, read_mix
 
 SAMPLES_PER_FILE = 300
@@ -27,7 +31,7 @@ def mix_file(tmp_path_factory, text_sample, write_lines):
     folder = tmp_path_factory.mktemp("loader")
     for name in "ab":
         samples = [
-            text_sample(f"{name}{index}.", "hey " * (index * 7 % 50)) for index in range(SAMPLES_PER_FILE)
+            text_sample(f"{name}{index}.", "hey " * (1 + index * 7 % 50)) for index in range(SAMPLES_PER_FILE)
         ]
         write_lines(folder / f"{name}.jsonl", samples)
     return write_lines(
@@ -162,6 +166,95 @@ def test_all_ranks_and_workers_share_an_epoch_without_overlap(open_loader, names
     seen = Counter(name for stream in streams for _ in range(3) for name in names(next(stream)))
     assert set(seen.values()) == {1}
     assert len(seen) > 50
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_counters_live_on_once_when_a_run_is_resumed_on_other_ranks(open_loader, after):
+    before = [open_loader(rank, 2) for rank in range(2)]
+    for loader in before:
+        list(islice(loader, 7))
+    used = sum(loader.report.used.total() for loader in before)
+    states = [loader.state_dict() for loader in before]
+    resumed = [open_loader(rank, after) for rank in range(after)]
+    for loader in resumed:
+        loader.load_state_dict(states)
+    assert sum(loader.report.used.total() for loader in resumed) == used
+    assert max(loader.counts()["epoch"] for loader in resumed) == max(
+        loader.counts()["epoch"] for loader in before
+    )
+
+
+def test_a_document_of_exactly_a_rows_length_is_used(
+    open_loader, tmp_path, text_sample, write_lines, goldens
+):
+    sample = text_sample("exact.", "hey " * 30)
+    length = len(build_example(sample, goldens.tokenizer("glm4voice"), None))
+    write_lines(tmp_path / "a.jsonl", [sample])
+    mix = write_lines(tmp_path / "mix.yaml", ["dataset: {s: {data_paths: [a.jsonl]}}"])
+    batch = next(iter(open_loader(dataset_path=mix, seq_length=length)))
+    assert (batch["position_ids"][0] == torch.arange(length)).all()
+    with pytest.raises(TooManyBadSamples, match=f"{length} tokens, a row holds {length - 1}"):
+        next(iter(open_loader(dataset_path=mix, seq_length=length - 1)))
+
+
+class FoundCodec:
+    """One code, and notes of what it was asked for."""
+
+    kind = "glm4voice"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def encode(self, audio: str) -> list[int]:
+        self.asked.append(audio)
+        return [1]
+
+
+def spoken(audio: str) -> dict:
+    messages = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "<|audio|>"}]
+    return {"messages": messages, "audios": [audio]}
+
+
+@pytest.mark.parametrize("below_root", [True, False])
+def test_audio_below_the_data_root_comes_before_audio_beside_the_file(
+    open_loader, tmp_path, write_lines, below_root
+):
+    root, beside = tmp_path / "root", tmp_path / "beside"
+    root.mkdir()
+    write_lines(beside / "a.jsonl", [spoken("clip.wav")])
+    mix = write_lines(tmp_path / "mix.yaml", [f"dataset: {{s: {{data_paths: [{beside / 'a.jsonl'}]}}}}"])
+    for folder in [root, beside] if below_root else [beside]:
+        soundfile.write(folder / "clip.wav", np.zeros(1600), 16_000)
+    codec = FoundCodec()
+    next(iter(open_loader(dataset_path=mix, codec=codec, data_root=root)))
+    assert set(codec.asked) == {str((root if below_root else beside) / "clip.wav")}
+
+
+def test_a_clip_may_be_as_long_as_a_row_at_twelve_and_a_half_codes_a_second(
+    open_loader, tmp_path, write_lines, text_sample
+):
+    for name, seconds in (("fits", 7.9), ("long", 8.1)):
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(int(seconds * 8000)), 8000)
+    write_lines(tmp_path / "a.jsonl", [spoken("fits.wav")] * 10 + [spoken("long.wav")] * 20)
+    mix = write_lines(tmp_path / "mix.yaml", ["dataset: {s: {data_paths: [a.jsonl]}}"])
+    codec = FoundCodec()
+    loader = open_loader(dataset_path=mix, codec=codec, seq_length=100)
+    list(islice(loader, 30))  # two thirds are too long, which is no fault of the data
+    assert set(codec.asked) == {str(tmp_path / "fits.wav")}
+    assert set(loader.report.skipped) == {("s/a", "audio_too_long")}
+    assert loader.report.bad == 0
+
+
+def test_codes_that_the_tokenizer_does_not_know_are_bad_codes(open_loader, tmp_path, write_lines, goldens):
+    size = ChatTokens.of(goldens.tokenizer("glm4voice")).codebook_size
+    for name, code in (("last", size - 1), ("beyond", size)):
+        (tmp_path / f"{name}_glm4voice.json").write_text(json.dumps([0, code]))
+    write_lines(tmp_path / "a.jsonl", [spoken("last.wav"), spoken("beyond.wav")])
+    mix = write_lines(tmp_path / "mix.yaml", ["dataset: {s: {data_paths: [a.jsonl]}}"])
+    loader = open_loader(dataset_path=mix, codec=CodecSpec("glm4voice"), seq_length=32, max_error_share=1)
+    list(islice(loader, 5))
+    assert set(loader.report.skipped) == {("s/a", "bad_codes")}
+    assert abs(loader.report.used.total() - loader.report.skipped.total()) <= 1
 
 
 def test_states_that_do_not_fit_are_refused_in_a_sentence(open_loader, mix_file):

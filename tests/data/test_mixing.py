@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vita_audio.chat import locate_audio
+from vita_audio.chat import locate_file
 from vita_audio.chat.sample import SampleError, parse_sample
 from vita_audio.data.mixing import Mix, MixError, permuted, read_mix
 from vita_audio.data.sources import Rows
@@ -114,6 +114,9 @@ def test_missing_files_are_reported_together_and_refused_when_strict(open_mix, c
         (MIX.format(paths="d/qa.jsonl", more="ration: 1"), "unknown ration"),
         (MIX.format(paths="'${NOT_SET_ANYWHERE}/qa.jsonl'", more="ratio: 1"), "NOT_SET_ANYWHERE; export it"),
         ("dataset:\n  a:\n    ratio: 1.0\n", "'data_paths' must list"),
+        (MIX.format(paths="''", more="ratio: 1"), "'data_paths' must list"),
+        (MIX.format(paths="d/qa.jsonl", more="ratio: 1\n    ratio: 2"), "the key 'ratio' is given twice"),
+        ("dataset: {a: {data_paths: [d/qa.jsonl]}, a: {data_paths: [d/qa.jsonl]}}", "key 'a' is given twice"),
         ("dataset: {}\n", "at least one data set"),
         ("dataset: [\n", "cannot be read"),
         ("just text\n", "needs a section 'dataset'"),
@@ -137,6 +140,51 @@ def test_paths_expand_the_environment_and_start_at_the_data_root(mix_folder, mon
         f"{mix_folder}/x",
     ]
     assert read_mix(file)[1].path == tmp_path / "d/qa.jsonl"
+
+
+def test_relative_data_files_are_found_below_the_root_or_beside_the_mix(tmp_path, monkeypatch):
+    monkeypatch.delenv("ROOT_PATH", raising=False)
+    root, own = tmp_path / "root", tmp_path / "own"
+    (root / "data").mkdir(parents=True)
+    own.mkdir()
+    for file in (root / "data" / "a.jsonl", root / "both.jsonl", own / "both.jsonl", own / "b.jsonl"):
+        file.touch()
+    mix = own / "mix.yaml"
+    mix.write_text("dataset: {s: {data_paths: [datasets/a.jsonl, both.jsonl, b.jsonl, gone.jsonl]}}")
+    found = [root / "data" / "a.jsonl", root / "both.jsonl", own / "b.jsonl", root / "gone.jsonl"]
+    assert [spec.path for spec in read_mix(mix, root)] == found
+    monkeypatch.setenv("ROOT_PATH", str(root))
+    assert [spec.path for spec in read_mix(mix)] == found
+    monkeypatch.delenv("ROOT_PATH")
+    assert [spec.path for spec in read_mix(mix)][1:3] == [own / "both.jsonl", own / "b.jsonl"]
+
+
+def test_a_key_without_a_value_counts_as_not_given(open_mix):
+    assert open_mix(MIX.format(paths="d/qa.jsonl", more="ratio:\n    num: null")).used == [9]
+
+
+def test_numbers_may_have_an_exponent_without_a_point(tmp_path):
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(MIX.format(paths="a.jsonl", more="ratio: 1e-1\n    num: 2E3"))
+    [spec] = read_mix(mix)
+    assert (spec.ratio, spec.num) == (0.1, 2000)
+
+
+@pytest.mark.parametrize("folder", ["data[1]", "data*", "da?a1", "{data1,x}", "[!x]ata1"])
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_paths_are_literal(tmp_path, folder, suffix, text_sample, write_lines):
+    import datasets
+
+    for name in ("data1", folder):
+        file = tmp_path / name / f"a.{suffix}"
+        file.parent.mkdir()
+        if suffix == "parquet":
+            datasets.Dataset.from_list([text_sample(name)]).to_parquet(file)
+        else:
+            write_lines(file, [text_sample(name)])
+        for cache in ("arrow", "arrow[1]"):
+            rows = Rows(file, str(tmp_path / cache))
+            assert [parse_sample(rows[row]).messages[0].content for row in range(len(rows))] == [name]
 
 
 def test_every_epoch_has_its_own_order_and_the_same_seed_the_same(open_mix):
@@ -187,6 +235,14 @@ def test_a_lone_surrogate_in_an_array_costs_its_sample_only(tmp_path, arrow_cach
         parse_sample(rows[1])
 
 
+def test_a_changed_parquet_file_is_read_again(tmp_path, arrow_cache, text_sample):
+    import datasets
+
+    for name in ("one", "two"):  # of equal size
+        datasets.Dataset.from_list([text_sample(name)]).to_parquet(tmp_path / "a.parquet")
+        assert parse_sample(Rows(tmp_path / "a.parquet", arrow_cache)[0]).messages[0].content == name
+
+
 def test_a_changed_file_is_read_again(tmp_path, arrow_cache, text_sample, write_lines):
     mix_file = write_lines(tmp_path / "mix.yaml", [MIX.format(paths="a.jsonl", more="ratio: 1")])
     for rows in (3, 4):
@@ -233,7 +289,7 @@ def test_datasets_below_the_root_also_means_its_data_folder(tmp_path):
         (tmp_path / folder).mkdir()
     (tmp_path / "data" / "a.jsonl").touch()
     (tmp_path / "beside" / "b.jsonl").touch()
-    place = partial(locate_audio, data_root=tmp_path, beside=tmp_path / "beside")
+    place = partial(locate_file, data_root=tmp_path, beside=tmp_path / "beside")
     assert place("datasets/a.jsonl") == str(tmp_path / "data" / "a.jsonl")
     assert place("b.jsonl") == str(tmp_path / "beside" / "b.jsonl")
     # What is nowhere was expected below the root, in the folder that is there.

@@ -81,6 +81,38 @@ def test_a_waiting_row_is_finished_after_the_patience_even_when_another_is_fulle
     assert any("waiting" in row for row in finished if row)
 
 
+def test_a_document_goes_into_the_fullest_row_that_has_room():
+    packer: RowPacker[str] = RowPacker(100, open_rows=3)
+    for name, length in (("a", 60), ("b", 70), ("c", 80)):
+        assert packer.add(name, length) is None
+    assert packer.add("d", 25) is None  # c has no room, b is fuller than a
+    assert [row.documents for row in packer.rows] == [["a"], ["b", "d"], ["c"]]
+    assert packer.add("e", 40) == ["a", "e"]  # fills a row to the last token, which finishes it
+
+
+def test_where_no_row_has_room_the_fullest_is_finished():
+    packer: RowPacker[str] = RowPacker(100, open_rows=3)
+    for name, length in (("a", 60), ("b", 80), ("c", 70)):
+        packer.add(name, length)
+    assert packer.add("d", 50) == ["b"]
+    assert [row.documents for row in packer.rows] == [["a"], ["c"], ["d"]]
+
+
+def test_rows_age_by_one_with_every_row_that_is_finished():
+    packer: RowPacker[str] = RowPacker(100, open_rows=2, patience=3)
+    packer.add("waiting", 10)
+    assert packer.add("whole", 100) == ["whole"]  # a document as long as a row is a row
+    assert [row.age for row in packer.rows] == [1]
+    packer.add("a", 95)
+    assert [row.age for row in packer.rows] == [1, 0]
+    assert packer.add("b", 95) == ["a"]
+    assert [row.age for row in packer.rows] == [2, 0]
+    assert packer.add("c", 95) == ["b"]
+    assert [row.age for row in packer.rows] == [3, 0]
+    assert packer.add("d", 95) == ["waiting"]  # it has waited for three rows
+    assert [row.age for row in packer.rows] == [1, 0]
+
+
 def golden_documents(case: dict) -> list[Example]:
     documents = []
     for index, length in enumerate(case["lengths"]):

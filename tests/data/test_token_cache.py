@@ -167,7 +167,7 @@ def test_rows_from_cached_codes_equal_rows_encoded_on_the_fly(
     assert cached.counts()["speech/cache"] == on_the_fly.counts()["speech/codec"]
 
 
-def test_a_clip_that_changed_since_is_encoded_anew(corpus, run_tool, open_loader):
+def test_a_clip_that_changed_since_is_encoded_again(corpus, run_tool, open_loader):
     run_tool()
     wave, rate = soundfile.read(corpus / "audio/3.wav")
     soundfile.write(corpus / "audio/3.wav", wave[: len(wave) // 2], rate)
@@ -256,7 +256,7 @@ def test_public_token_files_are_used_when_sound_and_passed_over_when_not(goldens
         codec = CountingCodec(case["encoder_would_return"])
         codec.kind = case["audio_tokenizer_type"]
         reader = SpeechReader(codec)
-        # Defect 21 of the public code: it believes whatever is in the file.
+        # Defect 21 of the public code: it believes any content of the file.
         sound = isinstance(before, list) and bool(before)
         assert reader.encode(str(folder / case["audio_path"])) == (before if sound else codec.codes), case[
             "name"

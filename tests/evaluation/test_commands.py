@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
+
+from vita_audio.inference import SpeechPipeline
 
 REPOSITORY = Path(__file__).parents[2]
 GRAMMAR = "#JSGF V1.0;\ngrammar words;\npublic <words> = ( river | blue | quiet )+;\n"
@@ -64,33 +67,126 @@ def test_the_table_is_written_and_continued(run_tool, table_flags, tmp_path, mon
         assert row["tts_wer"] == row["tts_floor_wer"]
         assert row["tokens_per_second"] > 0
         assert row["first_chunk_seconds"] > 0
-    assert "| tiny | 1 10 |" in (tmp_path / "out" / "scores.md").read_text()
+    assert re.search(r"\| tiny +\| 1 10 +\|", (tmp_path / "out" / "scores.md").read_text())
     assert (tmp_path / "out" / "tiny-1-10" / "wav" / "tts" / "tts_1.wav").is_file()
 
     def refuse(*_, **__):
         raise AssertionError("a finished row was computed again")
 
-    monkeypatch.setattr("vita_audio.evaluation.table.score_row", refuse)
+    monkeypatch.setattr(SpeechPipeline, "open", refuse)
     run_tool("evaluate_table", *table_flags)
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == rows
 
 
-def test_ids_of_several_test_sets_stay_apart(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
-    tool = runpy.run_path(str(REPOSITORY / "tools" / "evaluate_table.py"))
-    args = Namespace(data_root=None, limit=None)
-    paths = [tmp_path / name for name in ("first.jsonl", "second.jsonl")]
-    for path in paths:
-        messages = [{"role": "user", "content": path.stem}, {"role": "assistant", "content": "a"}]
-        path.write_text(json.dumps({"messages": messages}) + "\n")  # no id: the line's number is its name
-    items = tool["read_sets"](paths, args)
-    assert [(item.id, item.conversation.messages[0]["content"]) for item in items] == [
-        ("first_1", "first"),
-        ("second_1", "second"),
-    ]
-    assert [item.id for item in tool["read_sets"](paths[:1], args)] == ["1"]
-    with pytest.raises(ValueError, match="'first_1' occurs twice"):
-        tool["read_sets"]([paths[0], paths[0]], args)
+def test_every_test_set_has_its_own_scores_and_files(
+    run_tool, table_flags, tiny_world, tmp_path, write_lines
+):
+    """Two sets of one file name, of which the second has other answers."""
+    right, wrong = tiny_world.samples["sqa"], json.loads(json.dumps(tiny_world.samples["sqa"]))
+    wrong["messages"][-1]["content"] = ["red", "green"]
+    wrong["audios"] = wrong["audios"][:1]
+    for folder, sample in (("llama", right), ("trivia", wrong)):
+        write_lines(tmp_path / folder / "test.jsonl", [sample])
+    run_tool(
+        "evaluate_table", *table_flags, "--checkpoints", f"tiny={tiny_world.model_dir}@turbo",
+        "--speed_items", 0, "--data_root", tiny_world.data_dir,
+        "--sqa", tmp_path / "llama" / "test.jsonl", tmp_path / "trivia" / "test.jsonl",
+    )  # fmt: skip
+    (row,) = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert row["llama_test.sqa_s2t_accuracy"] == 1.0
+    assert row["trivia_test.sqa_s2t_accuracy"] == 0.0
+    assert "sqa_s2t_accuracy" not in row, "nothing is pooled"
+    folder = tmp_path / "out" / "tiny-turbo"
+    assert json.loads((folder / "trivia_test.jsonl").read_text())["reference"] == ["red", "green"]
+    assert (folder / "wav" / "llama_test" / "1.wav").is_file()
+    table = (tmp_path / "out" / "scores.md").read_text()
+    assert "### speech QA · llama_test · 1 item" in table
+    assert "### speech QA · trivia_test · 1 item" in table
+    with pytest.raises(SystemExit, match="two test sets of this name"):
+        run_tool("evaluate_table", *table_flags, "--sqa", *[f"a={tmp_path / 'llama' / 'test.jsonl'}"] * 2)
+
+
+def test_greedy_and_published_decoding_stand_side_by_side(
+    run_tool, table_flags, tmp_path, tiny_world, capsys
+):
+    folder = tmp_path / "penalised"
+    shutil.copytree(tiny_world.model_dir, folder)
+    stored = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
+    (folder / "generation_config.json").write_text(json.dumps(stored))
+    run_tool(
+        "evaluate_table", *table_flags, "--checkpoints", f"tiny={folder}@turbo", "--decoding", "greedy", "published"
+    )  # fmt: skip
+    greedy, published = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert [row["decoding"] for row in (greedy, published)] == ["greedy", "published"]
+    for task in ("asr", "tts", "sqa"):
+        plain, drawn = greedy["sets"][task]["options"], published["sets"][task]["options"]
+        assert (plain["do_sample"], plain["repetition_penalty"]) == (False, 1.0)
+        assert (drawn["do_sample"], drawn["repetition_penalty"]) == (task == "tts", 1.05)
+        assert plain["max_new_tokens"] == drawn["max_new_tokens"] == 1024
+    options = published["sets"]["tts"]["options"]
+    assert (options["temperature"], options["top_k"], options["top_p"]) == (0.7, 20, 0.8)
+    assert any("as published: temperature 0.7" in note for note in published["notes"])
+
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["command"] == "evaluate"
+    assert run["arguments"]["speed_items"] == 1
+    assert set(run["data"]) == {"asr", "tts", "sqa"}
+    said = capsys.readouterr().out.rstrip().splitlines()
+    assert said[-1] == str(tmp_path / "out" / "scores.md")
+    assert max(map(len, said[:-1])) <= 80
+
+
+def test_foreign_prompts_a_missing_grammar_and_the_system_message_are_said(
+    run_tool, tiny_world, codec_flags, tmp_path, write_lines
+):
+    sample = json.loads(json.dumps(tiny_world.samples["asr"]))
+    sample["messages"][0]["content"] = "Transcribe: <|audio|>"
+    path = write_lines(tmp_path / "foreign.jsonl", [sample])
+    run_tool(
+        "evaluate_table", "--checkpoints", f"tiny={tiny_world.model_dir}@turbo", *codec_flags, "--asr", path,
+        "--sqa", tiny_world.data_dir / "sqa.jsonl", "--data_root", tiny_world.data_dir, "--speed_items", 0,
+        "--transcriber_processes", 0, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    (row,) = json.loads((tmp_path / "out" / "scores.json").read_text())
+    notes = " ".join(row["notes"])
+    assert "foreign: 1 of 1 prompts are not worded as in the training data" in notes
+    assert "sqa: heard by pocketsphinx without a grammar" in notes
+    assert "sqa: questions without a system message were asked with no system message" in notes
+    assert row["sets"]["sqa"]["system"] is None
+    said = " ".join((tmp_path / "out" / "scores.md").read_text().split())
+    assert "without a grammar, which mishears much of open speech" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--transcriber", "whisper", "--transcriber_path", "nowhere"], "nowhere: no folder with Whisper's"),
+        (["--transcriber", "whisper", "--transcriber_path", "a/b"], "a/b: no folder with Whisper's"),
+        (["--transcriber", "paraformer"], "the paraformer transcriber needs FunASR"),
+        (["--grammar", "nowhere.gram"], "nowhere.gram: no such grammar file"),
+        (["--batch_size", -1], "--batch_size -1: give 1 or more"),
+        (["--max_new_tokens", 0], "--max_new_tokens 0: give 1 or more"),
+        (["--speed_items", -1], "--speed_items -1: give 0 or more"),
+        (["--transcriber_processes", -1], "--transcriber_processes -1: give 0 or more"),
+        (["--limit", 0], "a limit of 0 items"),
+        (["--checkpoints", "tiny=nowhere"], "nowhere"),
+        (["--checkpoints", "tiny"], "--checkpoints tiny: write STAGE=DIR"),
+        (["--text_normaliser", "libritts"], "the libritts normaliser needs WeTextProcessing"),
+    ],
+)
+def test_the_table_refuses_in_one_line_before_a_model_is_loaded(
+    run_tool, table_flags, monkeypatch, flags, message
+):
+    monkeypatch.setattr(SpeechPipeline, "open", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("vita_audio.evaluation.normalisers.import_module", raise_import_error)
+    with pytest.raises(SystemExit) as exit_:
+        run_tool("evaluate_table", *table_flags, *flags)
+    assert message in str(exit_.value)
+    assert "\n" not in str(exit_.value)
+
+
+def raise_import_error(name: str) -> None:
+    raise ImportError(name)
 
 
 @pytest.mark.parametrize("task", ["asr", "tts", "sqa"])
@@ -106,6 +202,9 @@ def test_single_benchmarks_write_their_scores(run_tool, tiny_world, codec_flags,
     scores = json.loads((tmp_path / f"{task}_scores.json").read_text())
     good = {"asr": ("asr_wer", 0.0), "tts": ("tts_without_audio", 0), "sqa": ("sqa_s2t_accuracy", 1.0)}[task]
     assert scores[good[0]] == good[1]
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["arguments"]["max_new_tokens"] == 1024
+    assert run["arguments"]["do_sample"] is False
 
 
 @pytest.mark.parametrize(
@@ -131,10 +230,12 @@ def test_the_script_says_what_it_lacks(variables, message):
 
 def test_the_script_finds_the_newest_run_of_every_stage(tiny_world, table_flags, tmp_path):
     """With PYTHON replaced by a command that shows how it was called."""
-    for name, run in (("stage1", "old"), ("stage1", "new"), ("mtp10_stage2", "only")):
+    runs = (("stage1", "b", 3), ("stage1", "a", 1), ("stage1", "c", 2), ("mtp10_stage2", "only", 1))
+    for name, run, age in runs:  # the newest is neither the first nor the last by name
         folder = tmp_path / "stages" / f"finetune_glm4voice_{name}" / run
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
+        os.utime(folder / "config.json", (10**9 + age, 10**9 + age))
     script = REPOSITORY / "scripts" / "deepspeed" / "evaluate_sts.sh"
     variables = {
         "PATH": "/usr/bin:/bin", "PYTHON": "echo", "STAGES_ROOT": str(tmp_path / "stages"),
@@ -145,7 +246,7 @@ def test_the_script_finds_the_newest_run_of_every_stage(tiny_world, table_flags,
     )
     stages = tmp_path / "stages"
     expected = (
-        f"--checkpoints stage1={stages}/finetune_glm4voice_stage1/new "
+        f"--checkpoints stage1={stages}/finetune_glm4voice_stage1/b "
         f"stage4={stages}/finetune_glm4voice_mtp10_stage2/only"
     )
     assert expected in result.stdout
@@ -153,6 +254,49 @@ def test_the_script_finds_the_newest_run_of_every_stage(tiny_world, table_flags,
     assert "torch.distributed.run" in result.stdout
     assert result.stdout.strip().endswith("--x")
     assert "stage 2 (mtp1_stage1) has no result" in result.stderr
+
+
+def test_the_script_scores_the_published_sets_that_are_there(tmp_path):
+    """With PYTHON replaced by a command that shows how it was called."""
+    present = (
+        "jsonl/fixie-ai/llama-questions/test.jsonl",
+        "jsonl/fixie-ai/librispeech_asr/test.clean.jsonl",
+        "jsonl/mythicinfinity/libritts/test.clean.jsonl",
+        "BytedanceSpeech/seed-tts-eval/seedtts_testset/zh/hardcase.lst",
+    )
+    for name in present:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    result = tmp_path / "output" / "LM" / "finetune_glm4voice_mtp10_stage2" / "20250101"
+    for folder in (
+        result,
+        result.with_name("20260101"),
+        result.parents[1] / "finetune_glm4voice_stage1" / "20250101",
+    ):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    script = REPOSITORY / "scripts" / "deepspeed" / "evaluate_sts.sh"
+    variables = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHON": "echo",
+        "ROOT_PATH": str(tmp_path),
+        "EVALUATION_PROCESSES": "1",
+    }
+    said = subprocess.run(
+        ["bash", str(script), "20250101"], env=variables, capture_output=True, text=True, check=True
+    ).stdout
+    data = tmp_path / "data"
+    for words in (
+        f"--checkpoints stage4={result} --",
+        f"--sqa llama-questions={data / present[0]} --asr librispeech-test-clean={data / present[1]} "
+        f"--tts libritts={data / present[2]} --seed_tts seed-tts-zh-hard={data / present[3]} --speaker_prompt",
+        f"--output_dir {tmp_path}/output/evaluation/20250101",
+        "--decoding published",
+        "--text_normaliser libritts",
+        "--transcriber whisper",
+        f"--data_root {tmp_path} ",
+    ):
+        assert words in said
 
 
 @pytest.mark.slow

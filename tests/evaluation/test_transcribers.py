@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -18,31 +22,53 @@ def grammar(tmp_path):
     return str(path)
 
 
-def babble(seed: int, rate: int = 16_000) -> torch.Tensor:
-    """Noise bursts that a grammar bends into words."""
-    generator = torch.Generator().manual_seed(seed)
-    envelope = torch.sin(torch.arange(rate) / rate * 12).clamp(min=0)
-    return 0.3 * envelope * torch.randn(rate, generator=generator)
+@pytest.fixture(scope="module")
+def clips() -> list[tuple[torch.Tensor, int]]:
+    """Spoken digits, some of them in noise."""
+    folder = next((Path(__file__).parents[2] / "tools").rglob("espeak.py"))
+    espeak = runpy.run_path(str(folder), run_name="espeak")
+    try:
+        synthesiser = espeak["open_synthesiser"]()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    made = []
+    for number in range(8):
+        generator = torch.Generator().manual_seed(number)
+        digits = torch.randint(5, (4,), generator=generator).tolist()
+        text = " ".join("zero one two three four".split()[digit] for digit in digits)
+        voice = espeak["Voice"](("en-us+f2", "en-us+m3", "en-us", "en-us+klatt3")[number % 4])
+        speech = torch.as_tensor(synthesiser.speak(text, voice))
+        noise = (0.0, 0.05)[number % 2] * torch.randn(len(speech), generator=generator)
+        made.append(((0.5 * speech / speech.abs().max() + noise).clamp(-1, 1), synthesiser.sample_rate))
+    return made
 
 
-def test_a_grammar_bounds_what_is_heard(grammar):
-    words = " ".join(PocketSphinxTranscriber(grammar).transcribe(babble(seed), 16_000) for seed in range(4))
-    assert words
+def test_a_grammar_bounds_what_is_heard(grammar, clips):
+    words = " ".join(PocketSphinxTranscriber(grammar).transcribe(*clip) for clip in clips[:2])
+    assert words.strip()
     assert set(words.split()) <= {"zero", "one", "two", "three", "four"}
 
 
-def test_what_came_before_changes_nothing(grammar):
-    fresh, used = PocketSphinxTranscriber(grammar), PocketSphinxTranscriber(grammar)
-    for seed in range(1, 5):
-        used.transcribe(20 * babble(seed), 16_000)
-    assert used.transcribe(babble(0), 16_000) == fresh.transcribe(babble(0), 16_000)
+def test_a_clip_is_heard_alike_alone_and_after_others_in_any_order(grammar, clips):
+    """Likelihoods are compared too: they show what words alone rarely do."""
+
+    def hear(transcriber: PocketSphinxTranscriber, clip: tuple[torch.Tensor, int]) -> tuple[str, float]:
+        words = transcriber.transcribe(*clip)
+        return words, transcriber._decoder.hyp().score
+
+    alone = [hear(PocketSphinxTranscriber(grammar), clip) for clip in clips]
+    assert sum(bool(words) for words, _ in alone) == len(clips)
+    used = PocketSphinxTranscriber(grammar)
+    for seed in range(2):
+        order = random.Random(seed).sample(range(len(clips)), len(clips))
+        assert [hear(used, clips[index]) for index in order] == [alone[index] for index in order]
 
 
-def test_processes_hear_what_one_hears_and_in_order(grammar, tmp_path):
+def test_processes_hear_what_one_hears_and_in_order(grammar, clips, tmp_path):
     files = []
-    for seed in range(4):
-        files.append(str(tmp_path / f"{seed}.wav"))
-        save_audio(files[-1], babble(seed, 22_050), 22_050)
+    for number, (speech, rate) in enumerate(clips[:4]):
+        files.append(str(tmp_path / f"{number}.wav"))
+        save_audio(files[-1], speech, rate)
     config = TranscriberConfig(grammar=grammar)
     with TranscriberPool(config, processes=0) as alone, TranscriberPool(config, processes=2) as pool:
         assert list(pool.transcribe(files)) == list(alone.transcribe(files))
@@ -69,7 +95,7 @@ def test_a_grammar_with_unknown_words_is_refused(tmp_path):
 
 
 def test_a_worker_says_why_it_cannot_listen(tmp_path):
-    save_audio(tmp_path / "a.wav", babble(0), 16_000)
+    save_audio(tmp_path / "a.wav", torch.zeros(16_000), 16_000)
     with TranscriberPool(TranscriberConfig(grammar="nowhere.gram"), processes=1) as pool:
         future = pool.submit(str(tmp_path / "a.wav"))
         with pytest.raises(ValueError, match=r"nowhere\.gram"):

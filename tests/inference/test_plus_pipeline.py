@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from vita_audio.inference import GenerationOptions, Reply, SpeechPipeline, prompts
-from vita_audio.models import Qwen2MTPSenseVoiceConfig, Qwen2MTPSenseVoiceForCausalLM
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-ENCODER = {"output_size": 32, "attention_heads": 2, "linear_units": 64, "num_blocks": 2, "tp_blocks": 1}
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    """Random weights, large enough that different questions get different replies."""
-    folder = tmp_path_factory.mktemp("plus")
-    tokenizer = AutoTokenizer.from_pretrained(GOLDENS / "data" / "tokenizer" / "sensevoice_glm4voice")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen2MTPSenseVoiceConfig(
-        vocab_size=-(-len(tokenizer) // 8) * 8,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_nextn_predict_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-        audio_encoder=ENCODER | {"ctc_vocab_size": 8},
-    )
-    Qwen2MTPSenseVoiceForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipeline(model_dir, tiny_world) -> SpeechPipeline:
+def pipeline(plus_model_dir, frontend_dir, tiny_world) -> SpeechPipeline:
     return SpeechPipeline.from_pretrained(
-        model_dir,
+        plus_model_dir,
         "sensevoice_mel_vq",
         tiny_world.codec_dir,
-        frontend_path=GOLDENS / "sensevoice",
+        frontend_path=frontend_dir,
         device="cpu",
         dtype=torch.float32,
     )
@@ -91,13 +61,13 @@ def test_streamed_reply_equals_the_whole_one(pipeline, tiny_world, mode):
     assert (last.text, last.codes, last.token_ids) == (whole.text, whole.codes, whole.token_ids)
 
 
-def test_model_and_codec_must_be_of_one_family(model_dir, tiny_world):
+def test_model_and_codec_must_be_of_one_family(plus_model_dir, frontend_dir, tiny_world):
     with pytest.raises(ValueError, match="sensevoice_mel_vq"):
-        SpeechPipeline.from_pretrained(model_dir, "mel_vq", tiny_world.codec_dir)
+        SpeechPipeline.from_pretrained(plus_model_dir, "mel_vq", tiny_world.codec_dir)
     with pytest.raises(ValueError, match="--audio_tokenizer_type mel_vq"):
         SpeechPipeline.from_pretrained(
             tiny_world.model_dir,
             "sensevoice_mel_vq",
             tiny_world.codec_dir,
-            frontend_path=GOLDENS / "sensevoice",
+            frontend_path=frontend_dir,
         )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import vita_audio
+from vita_audio.models import Qwen2MTPConfig, Qwen2MTPForCausalLM
 from vita_audio.models.attention import document_ids, group_documents
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "mctp"
@@ -109,3 +110,63 @@ def test_grouped_documents_cover_every_position_once_and_in_order(rows):
     starts = torch.tensor([length for row in rows for length in row]).cumsum(0)
     expected = zip([0, *starts.tolist()], [length for row in rows for length in row], strict=False)
     assert found == set(expected)
+
+
+@pytest.fixture(scope="module")
+def windowed():
+    """One layer that sees everything, then one and a head that see four positions."""
+    torch.manual_seed(0)
+    config = Qwen2MTPConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_nextn_predict_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
+    )
+    assert config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+    return Qwen2MTPForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("implementation", ["packed_sdpa", "sdpa", "eager"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_with_a_window_see_nothing_beyond_it(windowed, implementation, packed):
+    windowed.set_attn_implementation(implementation)
+    torch.manual_seed(1)
+    hidden = torch.randn(1, 12, 32)
+    changed = hidden.clone()
+    changed[:, 0] += 1
+    positions = torch.cat([torch.arange(9), torch.arange(3)])[None] if packed else torch.arange(12)[None]
+    masks = vita_audio.models.attention.attention_masks(windowed.config, hidden, None, None, positions)
+    for index, reach in enumerate([9 if packed else 12, 4, 4]):
+        with torch.no_grad():
+            before, after = (
+                windowed.model.layers[index](
+                    states,
+                    attention_mask=masks[windowed.config.layer_types[index]],
+                    position_ids=positions,
+                    position_embeddings=windowed.model.rotary_emb(states, positions),
+                )
+                for states in (hidden, changed)
+            )
+        seen = (before != after).any(dim=-1)[0].tolist()
+        assert seen == [position < reach for position in range(12)], index
+
+
+def test_a_window_holds_for_backbone_and_heads_in_training_and_generation(windowed):
+    windowed.set_attn_implementation("packed_sdpa")
+    ids = torch.randint(0, 96, (1, 14), generator=torch.Generator().manual_seed(0))
+    full = Qwen2MTPForCausalLM(
+        Qwen2MTPConfig(**windowed.config.to_dict() | {"use_sliding_window": False, "layer_types": None})
+    )
+    full.load_state_dict(windowed.state_dict())
+    with torch.no_grad():
+        window_losses, full_losses = (model(ids, labels=ids) for model in (windowed, full.eval()))
+    assert not torch.isclose(window_losses.main_loss, full_losses.main_loss)
+    options = {"max_new_tokens": 12, "mtp_inference_mode": [1, 1], "eos_token_id": None, "do_sample": False}
+    cached = windowed.generate(ids, **options)
+    assert cached.equal(windowed.generate(ids, use_cache=False, **options))

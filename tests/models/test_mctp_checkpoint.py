@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 import vita_audio  # noqa: F401
 from vita_audio.models import (
@@ -82,6 +83,15 @@ def test_every_size_in_configs_is_a_qwen2_5_with_heads_added(path):
     published = {"0.5b": 0.36, "1.5b": 1.31, "3b": 2.77, "7b": 6.53}[path.stem.split("_")[1]]
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     assert (total - own - embeddings) / 1e9 == pytest.approx(published, abs=0.006)
+
+
+@pytest.mark.parametrize("path", SIZES, ids=lambda path: path.stem)
+def test_every_size_in_configs_turns_its_positions_as_qwen2_5_does(path):
+    config = AutoConfig.from_pretrained(path)
+    assert config.rope_parameters == {"rope_theta": 1e6, "rope_type": "default"}
+    head_size = config.hidden_size // config.num_attention_heads
+    expected = 1e6 ** (-torch.arange(0, head_size, 2) / head_size)
+    torch.testing.assert_close(Qwen2RotaryEmbedding(config).inv_freq, expected)
 
 
 def test_there_are_twelve_sizes():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from vita_audio.audio.sensevoice import SenseVoiceEncoder
 from vita_audio.models import (
@@ -16,6 +16,7 @@ from vita_audio.models import (
     Qwen2MTPSenseVoiceForCausalLM,
     load_with_heads,
 )
+from vita_audio.training.stages import apply_stage
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "sensevoice"
 
@@ -112,6 +113,55 @@ def test_the_next_stage_keeps_the_encoder_of_the_checkpoint(plain_qwen2, tmp_pat
                 assert torch.equal(model.state_dict()[name], value), name
     copied = second.model.layers[2].mlp.up_proj.weight
     assert torch.equal(copied, first.model.layers[1].mlp.up_proj.weight)
+
+
+def test_each_family_grows_with_its_own_way_of_detaching(plain_qwen2, tmp_path):
+    discrete = load_with_heads(plain_qwen2, 1)
+    assert not discrete.config.mtp_detach_backbone
+    discrete.save_pretrained(tmp_path / "discrete")
+    plus = load_with_heads(tmp_path / "discrete", 2, sensevoice=True, audio_model_path=GOLDENS)
+    assert plus.config.mtp_detach_backbone
+    plus.save_pretrained(tmp_path / "plus")
+    assert load_with_heads(tmp_path / "plus", 3).config.mtp_detach_backbone
+    # What a folder of the same family says is kept.
+    plus.config.mtp_detach_backbone = False
+    plus.save_pretrained(tmp_path / "other")
+    assert not load_with_heads(tmp_path / "other", 3).config.mtp_detach_backbone
+
+
+@pytest.mark.parametrize("language_model_freeze", [False, True])
+def test_a_stage_freezes_the_encoder_and_its_dropout_unless_asked_not_to(
+    sensevoice_checkpoint, language_model_freeze
+):
+    model = load_with_heads(sensevoice_checkpoint, 2)
+    for frozen in (True, False):
+        apply_stage(model, language_model_freeze=language_model_freeze, audio_model_freeze=frozen)
+        trains = {
+            name: parameter.requires_grad
+            for name, parameter in model.named_parameters()
+            if name.startswith("model.audio_model.")
+        }
+        assert trains
+        # A frozen language model trains heads alone, whatever is said of the encoder.
+        assert set(trains.values()) == {not frozen and not language_model_freeze}
+        assert model.train().model.audio_model.training == (not frozen and not language_model_freeze)
+        adapter = model.model.audio_projection.mlp[0].weight
+        assert adapter.requires_grad == (not language_model_freeze)
+
+
+def test_the_bare_plus_backbone_is_initialized_as_a_whole():
+    encoder = {"output_size": 64, "num_blocks": 2, "tp_blocks": 1, "linear_units": 32, "ctc_vocab_size": 8}
+    config = Qwen2MTPSenseVoiceConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        audio_encoder=encoder,
+    )
+    adapter = AutoModel.from_config(config).audio_projection
+    assert adapter.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_a_missing_encoder_without_path_and_a_torn_encoder_are_refused(

@@ -3,9 +3,12 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -15,12 +18,18 @@ TOKENIZER = REPOSITORY / "tests/goldens/data/tokenizer/glm4voice"
 STAGES = REPOSITORY / "scripts/deepspeed/sts_qwen25"
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @dataclass
 class TinyWorld:
     """Folders of a run, and a way to start its stages."""
 
     root: Path
-    port: int = 29630
+    port: int = field(default_factory=_free_port)
 
     def environment(self, **settings: str) -> dict[str, str]:
         return {
@@ -102,13 +111,48 @@ class TinyWorld:
         return self.root / "out" / f"finetune_glm4voice_{name}" / "run"
 
     def losses(self, name: str) -> list[dict[str, float]]:
-        return logged(self.result(name))
+        return self.logged(self.result(name))
+
+    @staticmethod
+    def logged(folder: Path) -> list[dict[str, float]]:
+        """The log lines of all steps."""
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return [line for line in history if "loss" in line]
 
 
-def logged(folder: Path) -> list[dict[str, float]]:
-    """The log lines of all steps."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [line for line in history if "loss" in line]
+class Processes:
+    """What runs on this machine."""
+
+    @staticmethod
+    def children(process: int) -> list[str]:
+        try:
+            return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        except OSError:
+            return []
+
+    @staticmethod
+    def of(folder: Path) -> list[str]:
+        """Processes with the folder in their command line."""
+        found = []
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if str(folder).encode() in file.read_bytes():
+                    found.append(file.parent.name)
+            except OSError:
+                continue
+        return found
+
+    @staticmethod
+    def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Processes:
+    return Processes()
 
 
 @pytest.fixture(scope="module")

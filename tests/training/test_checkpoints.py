@@ -1,7 +1,12 @@
 """A checkpoint counts only when every rank has written its part."""
 
-import pytest
+from itertools import islice
 
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from vita_audio.data import DataConfig, build_train_loader, extend_tokenizer
 from vita_audio.training.checkpoints import (
     CheckpointStateError,
     last_complete_checkpoint,
@@ -85,3 +90,31 @@ def test_the_number_of_writers_is_known(tmp_path):
     for rank in range(3):
         save_loader_state(tmp_path, rank, {"rank": rank})
     assert writers(tmp_path) == 3
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_real_loaders_state_is_plain_json_and_continues_with_the_same_rows(
+    tiny_world, tmp_path, num_workers
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world.root / "base")
+    extend_tokenizer(tokenizer, False, 16384)
+
+    def open_loader():
+        config = DataConfig(
+            tiny_world.root / "mix.yaml", seq_length=128, num_workers=num_workers, open_rows=4
+        )
+        return build_train_loader(config, tokenizer, None)
+
+    loader = open_loader()
+    rows = iter(loader)
+    for _ in range(5):
+        next(rows)
+    state = loader.state_dict()
+    save_loader_state(tmp_path, 0, state)
+    (restored,) = load_loader_states(tmp_path)
+    assert restored == state
+    assert [file.suffix for file in (tmp_path / "loader_state").iterdir()] == [".json"]
+    continued = open_loader()
+    continued.load_state_dict(restored)
+    for mine, other in islice(zip(rows, continued, strict=False), 5):
+        assert torch.equal(mine["input_ids"], other["input_ids"])

@@ -22,7 +22,7 @@ DEEPSPEED = REPOSITORY / "scripts/deepspeed"
 def forget_deepspeed(monkeypatch):
     """transformers remembers a process's last DeepSpeed config while it lives."""
     monkeypatch.delenv("ROOT_PATH", raising=False)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield
     unset_hf_deepspeed_config()
 
@@ -403,7 +403,7 @@ def test_where_cpus_are_chosen_what_works_there_is_taken_and_said(needed, caplog
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without GPU")
 def test_gpus_that_are_missing_are_not_replaced_by_cpus_in_silence(needed, monkeypatch):
-    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
     assert "--ddp_backend nccl: this machine shows no NVIDIA GPU" in refusal(
         [*needed, "--ddp_backend", "nccl"]
     )

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vita_audio.cli.finetune import main
 from vita_audio.cli.launch import REFUSED
 from vita_audio.models import load_with_heads
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +76,7 @@ def test_a_run_leaves_a_model_folder_that_says_where_it_comes_from(finetune):
     assert config["use_cache"] is True
     card = (folder / "README.md").read_text()
     assert "backbone of 2 layers with 1 MCTP heads" in card
+    assert "| Trained | language model and 1 heads |" in card
     assert run["data"]["fingerprint"] in card
     assert "| Default schedule | 1 6 2 6 |" in card
     assert 'AutoModelForCausalLM.from_pretrained("PATH")' in card
@@ -145,6 +151,41 @@ def test_strict_data_refuses_a_mix_of_which_a_file_is_missing(finetune, refusal,
 def test_old_checkpoints_are_deleted_once_the_new_one_is_whole(finetune):
     folder = finetune(max_steps=6, save_steps=2, save_total_limit=2)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("freeze", [None, True, False])
+def test_the_sensevoice_encoder_is_frozen_unless_asked_for(finetune, plus_model, caplog, freeze):
+    caplog.set_level(logging.INFO)
+    finetune(
+        model_name_or_path=plus_model,
+        audio_tokenizer_type="sensevoice_glm4voice",
+        audio_model_name_or_path=REPOSITORY / "tests" / "goldens" / "sensevoice",
+        num_nextn_predict_layers=json.loads((plus_model / "config.json").read_text())[
+            "num_nextn_predict_layers"
+        ],
+        audio_model_freeze=freeze,
+        max_steps=1,
+    )
+    encoder, of_encoder = re.search(r"audio encoder: (\S+) of (\S+) parameters", caplog.text).groups()
+    adapter, of_adapter = re.search(r"audio adapter: (\S+) of (\S+) parameters", caplog.text).groups()
+    assert encoder == (of_encoder if freeze is False else "0")
+    assert adapter == of_adapter != "0"
+
+
+@pytest.fixture(scope="module")
+def plus_model(tiny_world):
+    """The golden Plus model, with the golden tokenizer of that family."""
+    goldens, folder = REPOSITORY / "tests" / "goldens", tiny_world.root / "plus"
+    AutoTokenizer.from_pretrained(goldens / "data/tokenizer/sensevoice_glm4voice").save_pretrained(folder)
+    goldens /= "sensevoice"
+    config = json.loads((goldens / "lm_config.json").read_text())
+    config |= {"model_type": "qwen2_mtp_sensevoice", "architectures": ["Qwen2MTPSenseVoiceForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(goldens / "lm_weights.safetensors", folder / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(688)
+    model.save_pretrained(folder)
+    return folder
 
 
 # -- going on ------------------------------------------------------------------------------------------------
@@ -305,7 +346,6 @@ def test_wrong_options_are_told_without_the_list_of_all_options(refusal):
 
 def test_what_the_machine_lacks_is_told_before_the_model_is_loaded(refusal, monkeypatch):
     monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     if not torch.cuda.is_available():
         assert "--ddp_backend nccl: this machine shows no NVIDIA GPU" in refusal(
             ddp_backend="nccl", use_cpu=None
@@ -346,7 +386,10 @@ def test_a_result_without_weights_is_not_called_complete(finetune, refusal, monk
             weights = load_file(f"{self.args.output_dir}/model.safetensors")
             from safetensors.torch import save_file
 
-            save_file(dict(list(weights.items())[1:]), f"{self.args.output_dir}/model.safetensors")
+            save_file(
+                {name: weight for name, weight in weights.items() if name != "model.norm.weight"},
+                f"{self.args.output_dir}/model.safetensors",
+            )
 
     monkeypatch.setattr(SpeechTrainer, "save_model", save_without_weights)
     message = refusal(max_steps=1)

@@ -214,8 +214,8 @@ class World:
             **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1"),
             "MASTER_PORT": str(port),
             "PYTHONPATH": str(REPOSITORY),
-            # There is no GPU here: the tool takes gloo, sdpa and PyTorch's Adam, and says so.
-            "DS_ACCELERATOR": "cpu",
+            # CPUs are chosen: the tool takes gloo, sdpa and PyTorch's Adam, and says so.
+            "ACCELERATE_USE_CPU": "true",
             "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",

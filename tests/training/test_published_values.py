@@ -37,7 +37,7 @@ SCRIPTS = [f"finetune_{family}_{stage}" for family in FAMILIES for stage in STAG
 @pytest.fixture(autouse=True)
 def forget_deepspeed(monkeypatch):
     """transformers remembers a process's last DeepSpeed config while it lives."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield
     unset_hf_deepspeed_config()
 

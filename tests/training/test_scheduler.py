@@ -23,6 +23,7 @@ def rates(scheduler, optimizer: torch.optim.SGD, steps: int) -> list[tuple[float
     used = []
     for _ in range(steps):
         used.append(tuple(group["lr"] for group in optimizer.param_groups))
+        optimizer.step()
         scheduler.step()
     return used
 

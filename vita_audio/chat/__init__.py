@@ -1,15 +1,9 @@
 """A conversation <-> token ids: one reader, one renderer and one parser for the whole project."""
 
 from vita_audio.chat import prompts
-from vita_audio.chat.files import (
-    SampleFileError,
-    default_data_root,
-    locate,
-    locate_audio,
-    read_samples,
-    sample_lines,
-)
+from vita_audio.chat.files import SampleFileError, locate, read_samples, sample_lines
 from vita_audio.chat.interleave import interleave_text_audio
+from vita_audio.chat.paths import default_data_root, locate_file
 from vita_audio.chat.render import Example, build_example, build_prompt
 from vita_audio.chat.reply import ReplyParser, split_reply
 from vita_audio.chat.sample import Conversation, Message, Reason, Sample, SampleError, parse_sample
@@ -32,7 +26,7 @@ __all__ = [
     "extend_tokenizer",
     "interleave_text_audio",
     "locate",
-    "locate_audio",
+    "locate_file",
     "parse_sample",
     "prompts",
     "read_samples",

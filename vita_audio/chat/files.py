@@ -1,22 +1,29 @@
 """The one reader of sample files: for training, evaluation, demos and inspection alike.
 
-A sample file holds JSON lines, or one JSON array. Its audio paths are absolute, or lie below the data root or
-beside the file.
+A sample file holds JSON lines or one JSON array, plain or compressed (gzip, bzip2, xz, Zstandard). Where its
+audio files lie is said in :mod:`vita_audio.chat.paths`.
 """
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
-import os
-from collections.abc import Iterator
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path, PurePath
-from typing import TypeVar
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
+from vita_audio.chat.paths import default_data_root, locate_file
 from vita_audio.chat.sample import Conversation, Sample, SampleError, parse_sample
 
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_PUBLISHED_LINK, _PUBLISHED_FOLDER = "datasets", "data"
 _Conversation = TypeVar("_Conversation", bound=Conversation)
 
 
@@ -45,12 +52,15 @@ def read_samples(
     path = Path(path)
     root = default_data_root(path) if data_root is None else data_root
     number = 0
-    for number, line in sample_lines(path):
-        try:
-            sample = parse_sample(line, need_reply=need_reply, answer_lists=answer_lists)
-        except SampleError as error:
-            raise SampleFileError(f"{path}:{number}: {error}") from error
-        yield number, locate(sample, root, path.parent)
+    try:
+        for number, line in sample_lines(path):
+            try:
+                sample = parse_sample(line, need_reply=need_reply, answer_lists=answer_lists)
+            except SampleError as error:
+                raise SampleFileError(f"{path}:{number}: {error}") from error
+            yield number, locate(sample, root, path.parent)
+    except OSError as error:
+        raise SampleFileError(f"{path}: cannot be read: {error.strerror or error}") from error
     if number == 0:
         raise SampleFileError(f"{path}: holds no samples")
 
@@ -62,74 +72,100 @@ def sample_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     broken and its neighbours are not.
 
     Raises:
-        SampleFileError: there is no such file, or its array is not JSON.
-        OSError: it cannot be read.
+        SampleFileError: there is no such file, its format is not known, its array is not JSON, or its
+            compressed data is damaged.
+        OSError: the disk or the system failed.
     """
     path = Path(path)
     if not path.is_file():
         raise SampleFileError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
-    if _starts_array(path):
-        yield from _array_elements(path)
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(_BYTE_ORDER_MARK)
-            if line.strip():
-                yield number, line.strip().decode("utf-8", errors="backslashreplace")
+    _check_suffix(path)
+    with path.open("rb") as raw, _decompressed(path, raw) as file:
+        try:
+            yield from _lines_or_elements(path, file)
+        except (EOFError, zlib.error, lzma.LZMAError) as error:
+            raise SampleFileError(f"{path}: its compressed data is damaged or cut off: {error}") from error
+        except OSError as error:
+            if error.errno is None:  # how gzip, bzip2 and Zstandard name damaged data
+                raise SampleFileError(
+                    f"{path}: its compressed data is damaged or cut off: {error}"
+                ) from error
+            raise
 
 
 def locate(conversation: _Conversation, data_root: str | Path, beside: str | Path) -> _Conversation:
-    """The same conversation with the places of its audio files, see :func:`locate_audio`."""
+    """The same conversation with the places of its audio files, see :func:`~vita_audio.chat.paths.locate_file`."""
     audios = tuple(
-        locate_audio(audio, data_root, beside) if isinstance(audio, str) else audio
+        locate_file(audio, data_root, beside) if isinstance(audio, str) else audio
         for audio in conversation.audios
     )
     return replace(conversation, audios=audios)
 
 
-def locate_audio(path: str, data_root: str | Path, beside: str | Path) -> str:
-    """Where a file lies that a sample or a mix names: the one rule for relative paths.
-
-    Below the data root ``datasets/…`` also means ``data/…``: in the published code's working folder ``datasets`` is a
-    link to ``$ROOT_PATH/data``, and published mixes and JSON files name their files so.
-
-    Args:
-        path: as it is written there; an absolute one is returned as it is.
-        data_root: folder that relative paths start from.
-        beside: folder of the file that names it, where it is looked for next.
-
-    Returns:
-        The first place where it exists, or the place below ``data_root`` where it was expected.
-    """
-    if os.path.isabs(path):
-        return path
-    expected = os.path.join(data_root, path)
-    places = [expected, os.path.join(beside, path)]
-    first, *rest = PurePath(path).parts or ("",)
-    if first == _PUBLISHED_LINK:
-        linked, folder = os.path.join(data_root, _PUBLISHED_LINK), os.path.join(data_root, _PUBLISHED_FOLDER)
-        places.insert(1, os.path.join(folder, *rest))
-        if os.path.isdir(folder) and not os.path.isdir(linked):
-            expected = places[1]
-    return next((place for place in places if os.path.exists(place)), expected)
+def _check_suffix(path: Path) -> None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
+        suffixes.pop()
+    if not suffixes or suffixes[-1] in JSON_SUFFIXES:
+        return
+    if suffixes[-1] == ".parquet":
+        raise SampleFileError(f"{path}: Parquet is read in data mixes only; give JSON lines here")
+    raise SampleFileError(
+        f"{path}: {suffixes[-1]} files are not read; convert it to one of "
+        f"{', '.join(JSON_SUFFIXES)} (also with {', '.join(COMPRESSED_SUFFIXES)}), or to .parquet for a data mix"
+    )
 
 
-def default_data_root(file: str | Path) -> Path:
-    """The data root where none is given: ``$ROOT_PATH``, else the folder of the mix or sample file ``file``."""
-    root = os.environ.get("ROOT_PATH")
-    return Path(root) if root else Path(file).parent
+def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    """The file's content. The first bytes decide, since some tools decompress a file and keep its name."""
+    head = raw.read(6)
+    raw.seek(0)
+    if head.startswith((b"PK\x03\x04", b"PAR1")):
+        kind = "Parquet" if head.startswith(b"PAR1") else "a ZIP archive or spreadsheet"
+        raise SampleFileError(f"{path}: its content is {kind}, not JSON; convert it to JSON lines")
+    for magic, opened in _OPENERS.items():
+        if head.startswith(magic):
+            try:
+                content: IO[bytes] = opened(raw)
+                return content
+            except ImportError as error:
+                raise SampleFileError(
+                    f"{path}: Zstandard needs pyarrow (pip install pyarrow); or compress the file with gzip"
+                ) from error
+    return raw
 
 
-def _starts_array(path: Path) -> bool:
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()
-    return head.startswith(b"[")
+def _zstandard(raw: IO[bytes]) -> IO[bytes]:
+    import pyarrow  # not among what inference needs
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
 
 
-def _array_elements(path: Path) -> Iterator[tuple[int, str]]:
+_OPENERS: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": _zstandard,
+}
+
+
+def _lines_or_elements(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
+    blank_so_far = True
+    for number, line in enumerate(file, start=1):
+        if number == 1:
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+        line = line.strip()
+        if blank_so_far and line.startswith(b"["):
+            yield from _array_elements(path, line + b"\n" + file.read())
+            return
+        if line:
+            blank_so_far = False
+            yield number, line.decode("utf-8", errors="backslashreplace")
+
+
+def _array_elements(path: Path, array: bytes) -> Iterator[tuple[int, str]]:
     try:
-        elements = json.loads(path.read_text(encoding="utf-8-sig"))
+        elements = json.loads(array.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise SampleFileError(f"{path}: starts like a JSON array but is none: {error}") from error
     for number, element in enumerate(elements, start=1):

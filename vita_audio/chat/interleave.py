@@ -47,7 +47,7 @@ def interleave_text_audio(
 
     Raises:
         SpanError: more than one span, or markers that do not pair up.
-        ValueError: a ratio that would never end (see :func:`check_ratio`).
+        ValueError: a ratio that uses up no tokens (see :func:`check_ratio`).
     """
     ids = list(ids)
     text_sizes, audio_sizes = check_ratio(ratio)

@@ -48,7 +48,7 @@ def transcription(audio: AudioLike) -> Conversation:
 
 
 def synthesis(text: str, voice: AudioLike | None = None) -> Conversation:
-    """Text to be read aloud (TTS), in the voice of ``voice`` if given."""
+    """Text to be read aloud (TTS), in the voice of ``voice``. None: in the model's own."""
     user = Message("user", (f"{TTS_PROMPT}\n{text}",))
     if voice is not None:
         return Conversation((_VOICE, user), (voice,))

@@ -136,7 +136,7 @@ _MAX_CONTENT_CHARACTERS = 1_000_000
 def parse_sample(
     raw: str | Mapping[str, Any], *, need_reply: bool = True, answer_lists: bool = False
 ) -> Sample:
-    """Check a sample.
+    """Check a sample. A key that holds null or nothing counts as not given.
 
     Args:
         raw: a line of JSON, or the object it holds.
@@ -152,9 +152,7 @@ def parse_sample(
         raw = _parse_json(raw)
     if not isinstance(raw, Mapping):
         raise SampleError(Reason.WRONG_TYPE, f"a sample must be an object, this is {_kind(raw)}")
-    messages = raw.get("messages")
-    if raw.get("conversations") is not None:
-        messages = raw["conversations"]
+    messages = _first_present(raw, "conversations", "messages")
     answers = _check_answers(raw.get("answers"))
     if answer_lists:
         messages, listed = _split_answers(messages)
@@ -163,7 +161,7 @@ def parse_sample(
     if need_reply:
         _check_replies(turns)
     name = raw.get("id")
-    return Sample(turns, audios, None if name is None else str(name), answers)
+    return Sample(turns, audios, None if name in (None, "") else str(name), answers)
 
 
 def check_messages(messages: Iterable[Message | Mapping[str, Any]] | None) -> tuple[Message, ...]:
@@ -172,7 +170,7 @@ def check_messages(messages: Iterable[Message | Mapping[str, Any]] | None) -> tu
     Raises:
         SampleError: no messages, an unknown role, or content that is not text.
     """
-    if messages is None or messages == [] or messages == ():
+    if messages is None or (isinstance(messages, (list, tuple, str)) and not messages):
         raise SampleError(Reason.NO_MESSAGES, "'messages' is missing or empty")
     if not isinstance(messages, (list, tuple)):
         raise SampleError(Reason.WRONG_TYPE, f"'messages' must be a list, it is {_kind(messages)}")
@@ -208,12 +206,14 @@ def _check_message(message: Any, index: int) -> Message:
     return Message.of(_ROLES[role], content)
 
 
-def _first_present(message: Mapping[str, Any], *keys: str) -> Any:
-    return next((message[key] for key in keys if message.get(key) is not None), None)
+def _first_present(entry: Mapping[str, Any], *keys: str) -> Any:
+    """The value of the first key that holds something. One that holds null or nothing counts as missing."""
+    values = [entry[key] for key in keys if entry.get(key) is not None]
+    return next((value for value in values if value not in ("", [], {})), values[0] if values else None)
 
 
 def _check_audios(audios: Any) -> tuple[str, ...]:
-    if audios is None:
+    if audios is None or audios == "":
         return ()
     if isinstance(audios, str):  # one path written without its list
         audios = [audios]
@@ -226,9 +226,9 @@ def _check_audios(audios: Any) -> tuple[str, ...]:
 
 
 def _check_answers(answers: Any) -> tuple[str, ...]:
-    if answers is None:
+    if answers is None or answers == []:
         return ()
-    if not isinstance(answers, list) or not answers or not all(isinstance(one, str) for one in answers):
+    if not isinstance(answers, list) or not all(isinstance(one, str) for one in answers):
         raise SampleError(Reason.WRONG_TYPE, f"'answers' must be a list of texts, it is {answers!r:.80}")
     return tuple(answers)
 
@@ -241,6 +241,8 @@ def _split_answers(messages: Any) -> tuple[Any, tuple[str, ...]]:
     content = _first_present(last, "content", "value")
     if not isinstance(content, list):
         return messages, ()
+    if not content:
+        raise SampleError(Reason.NO_REPLY, "the last message lists no answers")
     answers = _check_answers(content)
     return [*messages[:-1], {**last, "content": answers[0]}], answers
 

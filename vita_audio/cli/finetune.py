@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import is_flash_attn_2_available
 
 from vita_audio.audio import is_continuous_kind
@@ -36,12 +36,13 @@ from vita_audio.data import (
     build_train_loader,
     extend_tokenizer,
 )
+from vita_audio.data.faults import MachineError
 from vita_audio.data.loader import TrainLoader
 from vita_audio.data.mixing import MixError
 from vita_audio.data.token_cache import TokenCacheError
 from vita_audio.distributed import agreed, barrier, is_first, local_rank, rank, world_size
 from vita_audio.files import write_json
-from vita_audio.models import load_with_heads, resize_vocabulary
+from vita_audio.models import load_with_heads, open_tokenizer, resize_vocabulary
 from vita_audio.models.compat import disable_shared_memory_allreduce
 from vita_audio.provenance import RUN_FILE, describe_run
 from vita_audio.training import (
@@ -59,6 +60,7 @@ from vita_audio.training import (
 )
 from vita_audio.training.checkpoints import load_loader_states, steps_done
 from vita_audio.training.command_line import parse_arguments
+from vita_audio.training.deepspeed_config import builds_optimizer
 from vita_audio.training.quiet import hush_libraries
 from vita_audio.training.result import check_result
 
@@ -66,20 +68,20 @@ logger = logging.getLogger("finetune_sts")
 
 AT_THE_DOOR = (ValueError, OSError, ImportError)
 """What wrong input raises while options, folders, codec, tokenizer and model are opened."""
-WHILE_TRAINING = (MixError, TokenCacheError, ResumeError, TooManyBadSamples, FloatingPointError)
+WHILE_TRAINING = (MixError, TokenCacheError, ResumeError, TooManyBadSamples, MachineError, FloatingPointError)
 """What input may raise later; any other error keeps its traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train one stage from command-line options; ``sys.argv`` by default."""
     end_with_launcher()
-    hush_libraries()
     # 1. Options, and whether this machine can serve them.
     with told_in_one_line(*AT_THE_DOOR):
         model_args, data_args, stage_args = parse_arguments(argv)
         check_input_folder(model_args.model_name_or_path)
         dtype, attention = choose_numerics(model_args, stage_args)
         check_launch(stage_args)
+    hush_libraries()
     set_up_logging(stage_args)
     connect(stage_args)
     set_seed(stage_args.seed)
@@ -102,7 +104,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         with told_in_one_line(*AT_THE_DOOR), agreed(*AT_THE_DOOR):
             tokenizer, codec = open_tokenizers(model_args, data_args)
             loader = open_rows(data_args, stage_args, tokenizer, codec)
-            require_codec(codec, loader)
             run = describe(model_args, data_args, stage_args, dtype, loader, checkpoint)
             if checkpoint is not None:
                 logger.info("continuing from %s", checkpoint)
@@ -111,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     logger.warning("%s", line)
                 states = load_loader_states(checkpoint)
                 loader.load_state_dict(states[rank()] if len(states) == world_size() else states)
+        with told_in_one_line(*AT_THE_DOOR):
+            loader.check_ranks_agree()
         if is_first():
             folder.reopen()
             write_json(folder.path / RUN_FILE, run)
@@ -204,9 +207,7 @@ def open_tokenizers(
     Raises:
         ValueError, OSError: a folder cannot serve.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.tokenizer_name_or_path or model_args.model_name_or_path
-    )
+    tokenizer = open_tokenizer(model_args.tokenizer_name_or_path or model_args.model_name_or_path)
     codec = CodecSpec(
         kind=data_args.audio_tokenizer_type,
         path=data_args.audio_tokenizer_path,
@@ -224,20 +225,6 @@ def open_tokenizers(
             ) from error
     extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
     return tokenizer, codec
-
-
-def require_codec(codec: CodecSpec, loader: TrainLoader) -> None:
-    """Refuse a codec's folder that is not there when the mix holds speech and no codes were made ahead.
-
-    Raises:
-        ArgumentError: it names the folder.
-    """
-    missing = codec.path is not None and not Path(codec.path).exists()
-    if missing and loader.needs_codec():
-        raise ArgumentError(
-            f"--audio_tokenizer_path {codec.path}: no such folder, and the mix holds speech; "
-            "give the codec's folder, or codes made ahead with --audio_token_cache"
-        )
 
 
 def open_rows(
@@ -278,14 +265,13 @@ def describe(
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """What ``run.json`` says."""
-    config = stage_args.hf_deepspeed_config.config if stage_args.deepspeed else {}
     arguments = {
         **asdict(model_args),
         **asdict(data_args),
         **stage_args.to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
-        "deepspeed_zero_stage": config.get("zero_optimization", {}).get("stage"),
-        "deepspeed_builds_optimizer": "optimizer" in config,
+        "deepspeed_builds_optimizer": isinstance(stage_args.deepspeed, dict)
+        and builds_optimizer(stage_args.deepspeed),
     }
     data = {"fingerprint": loader.mix.fingerprint, "samples_per_epoch": len(loader.mix)}
     resumed = None if checkpoint is None else checkpoint.name

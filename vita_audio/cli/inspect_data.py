@@ -126,7 +126,7 @@ def inspect(options: argparse.Namespace) -> Inspection:
     )
     codec = _codec(options)
     tokenizer = _tokenizer(options.tokenizer, codec)
-    mix = Mix(read_mix(config.dataset_path, config.data_root), options.seed)
+    mix = Mix(read_mix(config.dataset_path, config.root), options.seed)
     rows = PackedRows(config, mix, tokenizer, _reader(codec, config), rank=0, world_size=1)
 
     sources: dict[str, SourceView] = defaultdict(SourceView)
@@ -188,18 +188,15 @@ def _reader(codec: CodecSpec | None, config: DataConfig) -> SpeechReader | None:
     cache = None
     if config.token_cache:
         cache = TokenCache.find(config.token_cache, codec.kind, codec.fingerprint())
-    assert config.data_root is not None, "DataConfig fills it in"
-    assert config.max_audio_seconds is not None, "DataConfig fills it in"
-    return SpeechReader(codec, cache, config.data_root, config.max_audio_seconds)
+    return SpeechReader(codec, cache, config.root, config.longest_clip)
 
 
 def _audio_files(mix: Mix, place: Place, config: DataConfig) -> list[str]:
-    assert config.data_root is not None, "DataConfig fills it in"
     try:
         sample = parse_sample(mix.raw(place))
     except SampleError:
         return []
-    located = locate(sample, config.data_root, mix.specs[place.source].path.parent)
+    located = locate(sample, config.root, mix.specs[place.source].path.parent)
     return [str(audio) for audio in located.audios]
 
 

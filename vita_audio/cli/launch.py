@@ -72,7 +72,7 @@ def _is_launcher(process: int) -> bool:
 
 
 def _launch(arguments: list[str]) -> None:
-    from torch.distributed import run
+    from torch.distributed import DistNetworkError, run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -82,8 +82,9 @@ def _launch(arguments: list[str]) -> None:
     options.training_script_args = [_WORKER_FLAG, *script, *options.training_script_args]
     options.training_script = os.path.abspath(__file__)
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
-    # It announces every process that it stops and reports the failure that is told below.
+    # They announce every process that they stop and report the failure that is told below.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
     try:
         run.run(options)
     except ChildFailedError as error:
@@ -94,6 +95,10 @@ def _launch(arguments: list[str]) -> None:
             how = f"status {failure.exitcode}" if failure.exitcode >= 0 else failure.signal_name()
             print(f"launch: process {rank} ended with {how}; what it said stands above", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+    except DistNetworkError as error:
+        reason = str(error).splitlines()[0]
+        print(f"launch: {reason}\nlaunch: give a free port with --master_port (MASTER_PORT)", file=sys.stderr)
+        sys.exit(REFUSED)
     except SignalException as error:
         print(f"launch: stopped by {error.sigval.name}", file=sys.stderr)
         sys.exit(128 + error.sigval)

@@ -30,7 +30,7 @@ from vita_audio import files
 from vita_audio.audio import load_audio
 from vita_audio.cli.arguments import command_parser
 from vita_audio.constants import AUDIO_TAG
-from vita_audio.evaluation.table import COLUMNS, LEGEND
+from vita_audio.evaluation.scoreboard import LEGEND, columns
 from vita_audio.models.schedule import SCHEDULES
 
 STAGE_FOLDER = re.compile(r"finetune_(?:sensevoice_)?glm4voice_(\w+?)(?:\.sh)?")
@@ -225,13 +225,13 @@ def score_table(scores: list[Entry]) -> Entry | None:
     """Titles and formatted cells of the columns that any row has."""
     if not scores:
         return None
-    columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in scores)]
+    shown = columns(scores)
     rows = []
     for index, row in enumerate(scores):
-        cells = [{"value": column.cell(row), "text": column.is_text} for column in columns]
+        cells = [{"value": column.cell(row), "text": column.is_text} for column in shown]
         new_stage = index > 0 and row["stage"] != scores[index - 1]["stage"]
         rows.append({"cells": cells, "new_stage": new_stage})
-    titles = [{"title": column.title, "text": column.is_text} for column in columns]
+    titles = [{"title": column.title, "text": column.is_text} for column in shown]
     return {"columns": titles, "rows": rows, "legend": LEGEND}
 
 
@@ -240,10 +240,10 @@ def score_table(scores: list[Entry]) -> Entry | None:
 
 def loss_figure(logs: dict[str, list[Entry]]) -> Figure:
     """A panel for each stage; a line for every head, and the LLM's where it trains."""
-    columns = min(2, len(logs))
-    rows = math.ceil(len(logs) / columns)
+    across = min(2, len(logs))
+    rows = math.ceil(len(logs) / across)
     figure = Figure(figsize=(9.5, 3.1 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    panels = figure.subplots(rows, across, squeeze=False).flatten()
     for panel, (stage_title, history) in zip(panels, logs.items(), strict=False):
         heads = sorted(
             {key for entry in history for key in entry if key.startswith("mtp_loss_")}, key=head_number

@@ -27,12 +27,11 @@ from tqdm import tqdm
 from vita_audio import distributed
 from vita_audio.audio import AudioError, AudioTokenizer, available_kinds, is_continuous_kind
 from vita_audio.audio.io import audio_duration
-from vita_audio.chat import SampleError, default_data_root, locate_audio, parse_sample
+from vita_audio.chat import SampleError, default_data_root, locate_file, parse_sample
 from vita_audio.cli.arguments import command_parser
-from vita_audio.data.loader import coded_audios
 from vita_audio.data.mixing import SourceSpec, read_mix
 from vita_audio.data.sources import Rows, SourceError
-from vita_audio.data.speech import CodecSpec
+from vita_audio.data.speech import CodecSpec, coded_audios
 from vita_audio.data.token_cache import (
     CachedClip,
     CodecIdentity,
@@ -180,7 +179,7 @@ def _audios(
                 summary.bad_samples[error.reason] += 1
                 continue
             for audio in coded_audios(sample, is_continuous_kind(options.audio_tokenizer_type)):
-                located = locate_audio(audio, options.data_root, path.parent)
+                located = locate_file(audio, options.data_root, path.parent)
                 if int(path_hash(audio_key(located, options.data_root))) % world_size == rank:
                     mine.add(located)
     return mine

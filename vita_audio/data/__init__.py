@@ -12,7 +12,8 @@ from vita_audio.chat import (
 from vita_audio.extras import needs_extra
 
 with needs_extra("train"):
-    from vita_audio.data.loader import DataConfig, ResumeError, TrainLoader, build_train_loader
+    from vita_audio.data.config import DataConfig
+    from vita_audio.data.loader import ResumeError, TrainLoader, build_train_loader
     from vita_audio.data.packing import pack_lengths
     from vita_audio.data.report import TooManyBadSamples
     from vita_audio.data.speech import CodecSpec

@@ -2,8 +2,9 @@
 
 ``FOLDER/FRONTEND/ab/abcd….safetensors`` holds the features of one clip, float32 (frames, 560): about 38 kB for a
 second of speech. FRONTEND is the fingerprint of the normalisation, the file's name a hash of the clip's path
-relative to the data root. Files are filled in as clips are met, by any number of workers and
-machines on one folder, each whole or absent. A cache that cannot be written, or a damaged file of it, costs time only.
+relative to the data root. Files are added as clips are read, by any number of workers and
+machines on one folder; each is whole or absent. A cache that cannot be written, and a damaged file in it, cost
+time only.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class FeatureCache:
     """Features of clips, by path.
 
     Args:
-        folder: made on first writing.
+        folder: created when the first clip is written.
         frontend: fingerprint of what makes the features.
     """
 
@@ -49,7 +50,7 @@ class FeatureCache:
             return None
 
     def put(self, key: str, size: int, features: torch.Tensor) -> None:
-        """Keep a clip's features. A folder that cannot be written is said once and left alone."""
+        """Store a clip's features. A folder that cannot be written is reported once and not tried again."""
         if not self._writable:
             return
         try:

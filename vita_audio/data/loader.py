@@ -4,10 +4,10 @@
 
 Workers do all of it, and ``torchdata``'s StatefulDataLoader runs them: with each batch it brings the
 worker's state to the main process, so :meth:`TrainLoader.state_dict` speaks of the last batch that
-the trainer received, however far the workers are ahead. docs/data.md says why torchdata and not grain.
+the trainer received, not of how far the workers are ahead. docs/data.md says why torchdata and not grain.
 
 Workers start from a fork server: the trainer's process holds threads (OpenMP, CUDA, gloo), which a
-plain fork would copy in the middle of what they hold, and spawning would import everything anew in each.
+plain fork would copy in the middle of what they hold, and spawning would import everything again in each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,89 +26,35 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from vita_audio.audio import is_continuous_kind
 from vita_audio.chat import (
     ChatTokens,
     Example,
     Reason,
-    Sample,
     SampleError,
     build_example,
-    default_data_root,
     locate,
     parse_sample,
 )
-from vita_audio.chat.interleave import check_ratio
-from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
+from vita_audio.data.checks import DataIdentity, check_codec, check_ranks_agree
 from vita_audio.data.collator import collate_rows
+from vita_audio.data.config import DataConfig
+from vita_audio.data.faults import MachineError, first_line, machine_fault
 from vita_audio.data.mixing import Mix, Place, read_mix
-from vita_audio.data.packing import OPEN_ROWS, PATIENCE, OpenRow, RowPacker
-from vita_audio.data.report import ErrorFile, Report
+from vita_audio.data.packing import OpenRow, RowPacker
+from vita_audio.data.report import ErrorFile, FileJudge, Report
 from vita_audio.data.sharding import ShardState, reshard
-from vita_audio.data.speech import CodecSpec, SpeechReader, check_codec_matches
+from vita_audio.data.speech import CodecSpec, SpeechReader, check_codec_matches, codec_fingerprint
 from vita_audio.data.token_cache import TokenCache
 
 logger = logging.getLogger(__name__)
 
 _STATE_VERSION = 1
-_LOWEST_FRAME_RATE = 12.5
-"""Speech codes per second of all codecs here; sets the longest clip that a row could hold."""
-_SAMPLES_LOOKED_AT = 20
-"""Of each source, to see whether it needs the codec."""
 _ERRORS_BEFORE_NOTICE = 64
 """A worker that finds this many bad samples reports them even without a full batch."""
 
 
 class ResumeError(ValueError):
     """A place in the data that this run cannot continue from."""
-
-
-@dataclass
-class DataConfig:
-    """What to train on, and how it becomes rows.
-
-    Attributes:
-        dataset_path: YAML of the mix.
-        seq_length: tokens in a row.
-        text_audio_interval_ratio: text and speech run lengths of interleaved replies.
-        num_workers: worker processes of this rank; 0 works in the trainer's own.
-        micro_batch_size: rows in a batch.
-        max_error_share: the run stops when more samples than this are unusable.
-        strict: refuse to start when a file of the mix cannot be opened.
-        token_cache: folder that tools/tokenize_audio.py wrote.
-        data_root: where relative paths start. None: $ROOT_PATH, else the YAML's folder.
-        default_system_message: for samples without a system message.
-        max_audio_seconds: longer clips are refused unread; by default what a row could hold.
-        open_rows: the packer's look-ahead.
-        patience: rows after which a waiting row is finished, see :mod:`vita_audio.data.packing`.
-        arrow_cache: where ``datasets`` keeps its memory-mapped copies; its own default when absent.
-    """
-
-    dataset_path: str | Path
-    seq_length: int = 8192
-    text_audio_interval_ratio: Sequence[int] = DEFAULT_TEXT_AUDIO_RATIO
-    num_workers: int = 8
-    micro_batch_size: int = 1
-    max_error_share: float = 0.05
-    strict: bool = False
-    token_cache: str | Path | None = None
-    data_root: str | Path | None = None
-    default_system_message: str | None = None
-    max_audio_seconds: float | None = None
-    open_rows: int = OPEN_ROWS
-    patience: int = PATIENCE
-    arrow_cache: str | None = None
-
-    def __post_init__(self) -> None:
-        check_ratio(self.text_audio_interval_ratio)
-        if self.seq_length < 1 or self.micro_batch_size < 1 or self.num_workers < 0:
-            raise ValueError("seq_length and micro_batch_size must be positive, num_workers not negative")
-        if not 0 <= self.max_error_share <= 1:
-            raise ValueError(f"max_error_share must lie between 0 and 1, it is {self.max_error_share}")
-        if self.data_root is None:
-            self.data_root = default_data_root(self.dataset_path)
-        if self.max_audio_seconds is None:
-            self.max_audio_seconds = self.seq_length / _LOWEST_FRAME_RATE
 
 
 def build_train_loader(
@@ -127,7 +72,8 @@ def build_train_loader(
     Args:
         config: what to read.
         tokenizer: extended by :func:`vita_audio.chat.extend_tokenizer`.
-        codec: a spec, opened by each worker on first need; or an open, picklable codec; None for text.
+        codec: a spec, opened by each worker when it is first needed; or an open codec that can be pickled. None: text
+            only.
         rank: of this process.
         world_size: number of processes that share the mix.
         seed: of all shuffling; the same on every rank.
@@ -136,43 +82,57 @@ def build_train_loader(
     Raises:
         MixError: the mix cannot be used.
         TokenCacheError: the token cache cannot.
-        ValueError: tokenizer and codec do not match.
+        MachineError: the disk or the Arrow cache failed.
+        ValueError: tokenizer and codec do not match, or the mix needs a codec that does not open.
     """
     if codec is not None:
         check_codec_matches(codec, ChatTokens.of(tokenizer).context is not None)
-    specs = read_mix(config.dataset_path, config.data_root)
+    specs = read_mix(config.dataset_path, config.root)
     mix = Mix(specs, seed, strict=config.strict, cache_dir=config.arrow_cache)
-    reader = None
+    reader, settings = None, {"seed": str(seed), "row length": str(config.seq_length)}
     if codec is not None:
         cache = None
         if config.token_cache is not None:
-            fingerprint = (
-                codec.fingerprint() if isinstance(codec, CodecSpec) else getattr(codec, "fingerprint", None)
+            cache = TokenCache.find(
+                config.token_cache, codec.kind, codec_fingerprint(codec), config.arrow_cache
             )
-            cache = TokenCache.find(config.token_cache, codec.kind, fingerprint, config.arrow_cache)
-        reader = SpeechReader(codec, cache, config.data_root, config.max_audio_seconds)
+            settings["token cache"] = cache.fingerprint
+        reader = SpeechReader(codec, cache, config.root, config.longest_clip)
+        if check_codec(mix, reader, config.root):
+            settings["codec"] = f"{codec.kind} {codec_fingerprint(codec)}"
+    identity = DataIdentity.of(mix, settings)
     rows = PackedRows(config, mix, tokenizer, reader, rank, world_size)
-    return TrainLoader(config, rows, ErrorFile(output_dir))
+    return TrainLoader(config, rows, ErrorFile(output_dir), identity)
 
 
 class TrainLoader:
     """Endless batches with a memory of where it is. Made by :func:`build_train_loader`.
 
     Iterating yields the dicts of :func:`vita_audio.data.collator.collate_rows`, epoch after epoch, each
-    in a new order. It raises :class:`vita_audio.data.report.TooManyBadSamples` where the mix is too bad.
+    in a new order. It raises :class:`vita_audio.data.report.TooManyBadSamples` where the mix, or one file of it,
+    is too bad, and :class:`vita_audio.data.faults.MachineError` where the machine fails.
     """
 
-    def __init__(self, config: DataConfig, rows: PackedRows, errors: ErrorFile) -> None:
+    def __init__(
+        self, config: DataConfig, rows: PackedRows, errors: ErrorFile, identity: DataIdentity
+    ) -> None:
         self._config = config
         self._rows = rows
         self._errors = errors
+        self._identity_of_data = identity
+        self._ranks_agree = rows.world_size == 1
         self._report = Report()
+        self._judge = FileJudge({state.path: state.rows for state in rows.mix.files})
         self._loader = self._start_workers(rows)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.check_ranks_agree()
         for batch, report in self._loader:
+            if report.fault is not None:
+                raise MachineError(report.fault)
             self._report.add(report)
             self._errors.write(report.errors)
+            self._judge.check(report)
             self._report.check(self._config.max_error_share, len(self._rows.mix))
             if batch is not None:
                 yield batch
@@ -182,9 +142,17 @@ class TrainLoader:
         """What the rows are made of."""
         return self._rows.mix
 
-    def needs_codec(self) -> bool:
-        """Whether one of the first samples of any source holds speech whose codes were not made ahead."""
-        return any(self._rows.lacks_codes(source) for source in range(len(self.mix.specs)))
+    def check_ranks_agree(self) -> None:
+        """Compare mix, token cache and codec with those of the other ranks.
+
+        Iterating does it too; a trainer calls it before it loads a model. All ranks must call it.
+
+        Raises:
+            MixError: they differ; the message names the rank and what it lacks.
+        """
+        if not self._ranks_agree:
+            check_ranks_agree(self._identity_of_data)
+            self._ranks_agree = True
 
     @property
     def report(self) -> Report:
@@ -328,6 +296,12 @@ class PackedRows(IterableDataset):
         self._state = state["shard"]
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any] | None, Report]]:
+        try:
+            yield from self._batches()
+        except MachineError as error:  # as a value: torch would wrap the exception in a worker's traceback
+            yield None, Report(fault=str(error))
+
+    def _batches(self) -> Iterator[tuple[dict[str, Any] | None, Report]]:
         shard = ShardState.from_dict(self._state) if self._state else replace(self._start())
         packer: RowPacker[Document] = RowPacker(
             self.config.seq_length, self.config.open_rows, self.config.patience
@@ -376,11 +350,15 @@ class PackedRows(IterableDataset):
         return [read(positions) for positions in shard.ready]
 
     def read(self, place: Place, report: Report) -> Document | None:
-        """One document, or None and a reason in the report. Nothing that a sample holds may end the run."""
+        """One document, or None and a reason in the report. Nothing that a sample holds may end the run.
+
+        Raises:
+            MachineError: the sample could not be read for a fault of this machine.
+        """
         spec = self.mix.specs[place.source]
         report.position = max(report.position, place.position)
         try:
-            sample = locate(parse_sample(self.mix.raw(place)), self.config.data_root, spec.path.parent)
+            sample = locate(parse_sample(self.mix.raw(place)), self.config.root, spec.path.parent)
             example = build_example(
                 sample,
                 self.tokenizer,
@@ -392,18 +370,24 @@ class PackedRows(IterableDataset):
                 raise SampleError(
                     Reason.TOO_LONG, f"{len(example)} tokens, a row holds {self.config.seq_length}"
                 )
-        except SampleError as error:
-            self._skip(report, place, error.reason, str(error))
-            return None
-        except Exception as error:  # an unforeseen fault of one sample: counted and reported like the others
-            logger.debug("sample %s of %s", place.row, spec.path, exc_info=True)
-            self._skip(report, place, Reason.INTERNAL.value, f"{type(error).__name__}: {error}"[:500])
+        except Exception as error:
+            fault = machine_fault(error)
+            if fault is not None:
+                raise MachineError(
+                    f"{spec.path}, row {place.row}: stopped by this machine: {fault}"
+                ) from error
+            if isinstance(error, SampleError):
+                self._skip(report, place, error.reason, str(error))
+            else:  # an unforeseen fault of one sample: counted and reported like the others
+                logger.debug("sample %s of %s", place.row, spec.path, exc_info=True)
+                self._skip(report, place, Reason.INTERNAL.value, first_line(error))
             return None
         finally:
             if self.reader is not None:
                 report.speech.update(self.reader.sources)
                 self.reader.sources.clear()
         report.used[spec.name] += 1
+        report.useful_files.add(str(spec.path))
         return Document(place.position, example)
 
     def _skip(self, report: Report, place: Place, reason: str, message: str) -> None:
@@ -420,34 +404,9 @@ class PackedRows(IterableDataset):
             }
         )
 
-    def lacks_codes(self, source: int) -> bool:
-        """Whether one of a source's first samples holds a clip that the codec must encode."""
-        if self.reader is None:
-            return False
-        rows, beside = self.mix.rows[source], self.mix.specs[source].path.parent
-        for index in range(min(_SAMPLES_LOOKED_AT, len(rows))):
-            try:
-                sample = locate(parse_sample(rows[index]), self.config.data_root, beside)
-            except SampleError:
-                continue
-            if not all(
-                map(self.reader.has_codes, coded_audios(sample, is_continuous_kind(self.reader.kind)))
-            ):
-                return True
-        return False
-
     def _collate(self, rows: list[list[Document]]) -> dict[str, Any]:
         examples = [[document.example for document in row] for row in rows]
         return collate_rows(examples, self.config.seq_length, self.tokenizer.pad_token_id)
-
-
-def coded_audios(sample: Sample, assistant_only: bool) -> Iterator[str]:
-    """The clips of a sample that become codes: those of the assistant alone where users are heard as features."""
-    audios = iter(sample.audios)
-    for message in sample.messages:
-        here = list(islice(audios, message.num_audios))
-        if message.role == "assistant" or not assistant_only:
-            yield from here
 
 
 @dataclass
@@ -463,7 +422,7 @@ def _positions(documents: list[Document]) -> list[int]:
 
 
 def _shards_of(states: Sequence[dict[str, Any]]) -> list[ShardState]:
-    """All shard states inside loader states, wherever torchdata keeps them."""
+    """All shard states inside loader states, at any depth of torchdata's own structure."""
 
     def search(tree: Any) -> Iterator[ShardState]:
         if isinstance(tree, dict):
@@ -486,7 +445,7 @@ def _leave_with_the_trainer() -> None:
     """End this worker when the trainer is gone.
 
     torch's own watchdog looks at the parent, which here is the fork server, and that waits for its
-    workers: after a trainer was killed, both would stay for ever.
+    workers: after a trainer was killed, neither would end.
     """
     trainer = multiprocessing.parent_process()
     if trainer is not None:

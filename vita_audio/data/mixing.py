@@ -27,8 +27,9 @@ from typing import Any
 
 import yaml
 
-from vita_audio.chat import default_data_root, locate_audio
-from vita_audio.data.sources import Rows, SourceError
+from vita_audio.chat import default_data_root, locate_file
+from vita_audio.data.sources import MissingSource, Rows, SourceError
+from vita_audio.data.strict_yaml import load_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,25 @@ class SourceSpec:
 
 
 @dataclass(frozen=True)
+class FileState:
+    """A file of the mix as this machine has it.
+
+    Attributes:
+        name: of its source.
+        path: where it was looked for.
+        rows: samples in it; 0 where it is missing.
+        bytes: its size.
+        used: samples in an epoch.
+    """
+
+    name: str
+    path: str
+    rows: int = 0
+    bytes: int = 0
+    used: int = 0
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a stream position leads."""
 
@@ -75,19 +95,19 @@ class Place:
 def read_mix(path: str | Path, data_root: str | Path | None = None) -> list[SourceSpec]:
     """Read a mix's YAML.
 
-    ``${NAME}`` in paths comes from the environment; see :func:`~vita_audio.chat.locate_audio` for
-    relative ones.
+    ``${NAME}`` in paths comes from the environment; relative paths are found as :mod:`vita_audio.chat.paths` says.
+    A key without a value counts as not given.
 
     Args:
         path: the YAML file.
         data_root: folder that relative paths start from. None: ``$ROOT_PATH``, else the YAML's own folder.
 
     Raises:
-        MixError: anything in the file that cannot be right.
+        MixError: the file cannot be read, or something in it is wrong.
     """
     path = Path(path)
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise MixError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     named = config.get("dataset") if isinstance(config, Mapping) else None
@@ -112,16 +132,18 @@ def _read_entry(file: Path, name: str, entry: Any, root: Path) -> list[SourceSpe
     paths = entry.get("data_paths")
     if isinstance(paths, str):
         paths = [paths]
-    if not isinstance(paths, list) or not paths or not all(isinstance(item, str) for item in paths):
+    if not isinstance(paths, list) or not paths or not all(isinstance(item, str) and item for item in paths):
         raise MixError(f"{where}: 'data_paths' must list one or more files")
-    ratio = _number(where, "ratio", entry.get("ratio", 1.0))
-    num = _number(where, "num", entry.get("num", math.inf))
+    ratio = _number(where, "ratio", entry.get("ratio"), 1.0)
+    num = _number(where, "num", entry.get("num"), math.inf)
     if num != math.inf and num and len(paths) > 1:
         logger.info("%s: 'num' caps each of its %d files, not their sum", where, len(paths))
     return [SourceSpec(name, _expand(where, item, root, file), ratio, num) for item in paths]
 
 
-def _number(where: str, field: str, value: Any) -> float:
+def _number(where: str, field: str, value: Any, default: float) -> float:
+    if value is None:
+        return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise MixError(f"{where}: {field!r} must be a number of 0 or more, it is {value!r}")
     if field == "ratio" and value == math.inf:
@@ -137,7 +159,7 @@ def _expand(where: str, path: str, root: Path, file: Path) -> Path:
         return os.environ[name]
 
     expanded = os.path.expanduser(re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, path))
-    return Path(locate_audio(expanded, root, file.parent))
+    return Path(locate_file(expanded, root, file.parent))
 
 
 class Mix:
@@ -146,16 +168,18 @@ class Mix:
     Args:
         specs: the files, from :func:`read_mix`.
         seed: of all shuffling.
-        strict: refuse a mix of which a file cannot be opened, instead of going on without it.
+        strict: refuse a mix of which a file is missing, instead of going on without it.
         cache_dir: passed to :class:`Rows`.
 
     Attributes:
         specs: the files in use.
         used: samples of each file in one epoch.
-        missing: one line for each file that could not be opened.
+        files: every file that the mix asks for, also the missing ones.
+        missing: one line for each file that is not there or holds no samples.
 
     Raises:
-        MixError: nothing can be used, or, with ``strict``, any file cannot.
+        MixError: no file can be used; a file is there and cannot be read; or, with ``strict``, a file is missing.
+        MachineError: the disk or the Arrow cache failed.
     """
 
     def __init__(
@@ -164,38 +188,48 @@ class Mix:
         self.seed = seed
         self.specs: list[SourceSpec] = []
         self.rows: list[Rows] = []
+        self.files: list[FileState] = []
         self.missing: list[str] = []
         opened: dict[Path, Rows] = {}
+        unreadable: list[str] = []
         for spec in specs:
             if spec.ratio == 0 or spec.num == 0:
                 continue
             try:
                 if spec.path not in opened:
                     opened[spec.path] = Rows(spec.path, cache_dir)
-            except SourceError as error:
+            except MissingSource as error:
                 self.missing.append(f"{spec.dataset}: {error}")
+                self.files.append(FileState(spec.name, str(spec.path)))
                 continue
-            if spec.samples_per_epoch(len(opened[spec.path])) == 0:
-                logger.warning("%s: %s gives no samples", spec.dataset, spec.path)
+            except SourceError as error:
+                unreadable.append(f"{spec.dataset}: {error}")
+                continue
+            rows = len(opened[spec.path])
+            used = spec.samples_per_epoch(rows)
+            self.files.append(FileState(spec.name, str(spec.path), rows, spec.path.stat().st_size, used))
+            if rows == 0:
+                self.missing.append(f"{spec.dataset}: {spec.path}: holds no samples")
+                continue
+            if used == 0:
+                logger.warning("%s: %s gives no samples at this ratio and num", spec.dataset, spec.path)
                 continue
             self.specs.append(spec)
             self.rows.append(opened[spec.path])
-        self.used = [
-            spec.samples_per_epoch(len(rows)) for spec, rows in zip(self.specs, self.rows, strict=True)
-        ]
+        if unreadable:
+            raise MixError("; ".join(unreadable))
+        self.used = [state.used for state in self.files if state.used]
         self._ends = list(accumulate(self.used))
         self._report_missing(strict)
 
     def _report_missing(self, strict: bool) -> None:
         report = "".join(f"\n  {line}" for line in self.missing)
         if self.missing and strict:
-            raise MixError(f"{len(self.missing)} files of the mix cannot be used:{report}")
+            raise MixError(f"{len(self.missing)} files of the mix are missing:{report}")
         if not self.specs:
             raise MixError(f"the mix has no samples; check its paths, ratios and nums{report}")
         if self.missing:
-            logger.warning(
-                "%d files of the mix cannot be used and are left out:%s", len(self.missing), report
-            )
+            logger.warning("%d files of the mix are missing and left out:%s", len(self.missing), report)
 
     def __len__(self) -> int:
         """Samples in one epoch."""

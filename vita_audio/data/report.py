@@ -1,7 +1,7 @@
-"""What became of every sample: counters, the error file, and the decision to stop.
+"""What happened to each sample: counters, the error file, and the decision to stop.
 
-Workers count and describe; the counts travel with the batches, so what is counted is what the trainer
-has received, and a resumed run goes on counting from its checkpoint.
+Workers count. The counts travel with the batches, so they describe what the trainer has received, and a
+resumed run continues them from its checkpoint.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from vita_audio.chat.sample import Reason
 logger = logging.getLogger(__name__)
 
 ERROR_FILE = "data_errors.jsonl"
-_LEFT_OUT_IN_GOOD_ORDER = frozenset({Reason.TOO_LONG.value, Reason.AUDIO_TOO_LONG.value})
-"""Reasons that a sound mix gives too (long texts, short rows); they are counted, but stop no run."""
+_TOO_LONG = frozenset({Reason.TOO_LONG.value, Reason.AUDIO_TOO_LONG.value})
+"""A good mix may hold samples that are longer than a row. They are counted, and stop a run only where a file holds
+nothing else."""
 _SAMPLES_BEFORE_JUDGEMENT = 500
+_BAD_ROWS_OF_A_USELESS_FILE = 64
+"""A file of which so many rows are bad and none was usable is taken to be useless."""
 
 
 class TooManyBadSamples(RuntimeError):
@@ -38,17 +42,21 @@ class Report:
         skipped: samples by (source, reason).
         speech: where codes came from (see :class:`vita_audio.data.speech.SpeechReader`).
         errors: one object per skipped sample, for the error file.
+        useful_files: files that gave a document.
         position: the last stream position that was read.
+        fault: what failed on this machine, where that ended the work.
     """
 
     used: Counter[str] = field(default_factory=Counter)
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)
     speech: Counter[str] = field(default_factory=Counter)
     errors: list[dict[str, Any]] = field(default_factory=list)
+    useful_files: set[str] = field(default_factory=set)
     position: int = 0
+    fault: str | None = None
 
     def add(self, other: Report) -> None:
-        """Take over another report's counts (not its error objects)."""
+        """Add another report's counts (not its error objects)."""
         self.used.update(other.used)
         self.skipped.update(other.skipped)
         self.speech.update(other.speech)
@@ -56,14 +64,13 @@ class Report:
 
     @property
     def seen(self) -> int:
+        """Samples read, used or skipped."""
         return self.used.total() + self.skipped.total()
 
     @property
     def bad(self) -> int:
-        """Skipped samples that ought not to be in a mix."""
-        return sum(
-            count for (_, reason), count in self.skipped.items() if reason not in _LEFT_OUT_IN_GOOD_ORDER
-        )
+        """Skipped samples that should not be in a mix: all but those that are too long."""
+        return sum(count for (_, reason), count in self.skipped.items() if reason not in _TOO_LONG)
 
     def check(self, max_error_share: float, epoch_samples: int) -> None:
         """Stop a run whose data is bad.
@@ -104,10 +111,68 @@ class Report:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> Report:
+        """The counts that :meth:`to_dict` made."""
         skipped = {(source, reason): count for source, reason, count in state["skipped"]}
         return cls(
             Counter(state["used"]), Counter(skipped), Counter(state["speech"]), position=state["position"]
         )
+
+
+class FileJudge:
+    """Stops a run of which one file gives nothing at all, however small its part of the mix is.
+
+    A file is useless when every row of it was refused, or 64 rows were bad, or 500 were bad or too long, and
+    none was usable. Rows are counted once, so that one bad row that comes up again condemns no file. The
+    count starts afresh when a run is resumed.
+
+    Args:
+        rows: the number of rows of each file.
+    """
+
+    def __init__(self, rows: Mapping[str, int]) -> None:
+        self._rows = rows
+        self._useful: set[str] = set()
+        self._refused: dict[str, dict[int, dict[str, Any]]] = {}
+
+    def check(self, report: Report) -> None:
+        """Take in what was read since the last call.
+
+        Raises:
+            TooManyBadSamples: a file is useless. The message names it, the reasons and what to do.
+        """
+        self._useful |= report.useful_files
+        for file in report.useful_files:
+            self._refused.pop(file, None)
+        for error in report.errors:
+            if error["file"] not in self._useful:
+                self._refused.setdefault(error["file"], {})[error["row"]] = error
+        for file, errors in self._refused.items():
+            bad = sum(error["reason"] not in _TOO_LONG for error in errors.values())
+            if (
+                len(errors) >= min(self._rows[file], _SAMPLES_BEFORE_JUDGEMENT)
+                or bad >= _BAD_ROWS_OF_A_USELESS_FILE
+            ):
+                raise TooManyBadSamples(_describe_useless_file(file, list(errors.values())))
+
+
+_WHAT_TO_DO = {
+    Reason.TOO_LONG.value: "raise --model_max_length",
+    Reason.AUDIO_TOO_LONG.value: "raise --model_max_length",
+    Reason.NO_CODEC.value: "give a codec",
+    "audio_missing": "set --data_root to the folder that its audio paths start from",
+}
+
+
+def _describe_useless_file(file: str, errors: list[dict[str, Any]]) -> str:
+    reasons = Counter(error["reason"] for error in errors)
+    most = reasons.most_common(1)[0][0]
+    example = next(error for error in errors if error["reason"] == most)
+    listed = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+    advice = _WHAT_TO_DO.get(most, "repair it")
+    return (
+        f"{example['source']}: all {len(errors)} samples (100.0%) read so far of {file} are unusable ({listed}; "
+        f"row {example['row']}: {example['message']}); {advice}, or take the file out of the mix"
+    )
 
 
 class ErrorFile:
@@ -116,13 +181,14 @@ class ErrorFile:
     Lines are appended whole, under a lock, so ranks on one or many machines may share the file.
 
     Args:
-        folder: where it lies; nothing is written when absent.
+        folder: where it lies. None: errors are counted but not written.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
         self.path = None if folder is None else Path(folder) / ERROR_FILE
 
     def write(self, errors: list[dict[str, Any]]) -> None:
+        """Append a line for each error. A file that cannot be written is reported in the log and stops no run."""
         if self.path is None or not errors:
             return
         lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)

@@ -6,7 +6,7 @@ position of it. Its state is where it stands and which samples it has taken but 
 
 Because a shard is arithmetic, a run may continue on other numbers of ranks and workers: everything
 below the furthest shard's place that was not handed out becomes a backlog, dealt to the new shards, and
-from there on the stream is divided anew. No sample is repeated, none is lost.
+from there on the stream is divided again. No sample is repeated, none is lost.
 """
 
 from __future__ import annotations

@@ -8,49 +8,52 @@ that. Parquet files keep their columns.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.data_files import DataFilesDict, DataFilesList
 
-from vita_audio.chat import Reason, SampleError, sample_lines
+from vita_audio.chat import Reason, SampleError, SampleFileError, sample_lines
+from vita_audio.data.faults import MachineError, first_line, machine_fault
 
 _LINE = "line"
 _SAMPLE_COLUMNS = ("messages", "conversations", "audios")
 
-logger = logging.getLogger(__name__)
-
 
 class SourceError(ValueError):
-    """A data file that cannot be opened. The message names it and says why."""
+    """A data file that is there and cannot be used. The message names it and says why."""
+
+
+class MissingSource(SourceError):
+    """A data file that is not there, or holds nothing."""
 
 
 class Rows:
     """The raw samples of one file.
 
     Args:
-        path: a ``.jsonl``, ``.json`` (lines or one array) or ``.parquet`` file.
-        cache_dir: where the Arrow copy goes; the default cache of ``datasets`` when absent.
+        path: a ``.jsonl`` or ``.json`` file (lines or one array, plain or compressed), or a ``.parquet`` file.
+        cache_dir: where the Arrow copy goes; defaults to the cache of ``datasets``.
 
     Raises:
-        SourceError: the file is missing, is not a file, or cannot be read at all.
+        MissingSource: there is no such file, or it is a folder.
+        SourceError: the file is damaged or of a format that is not read.
+        MachineError: the disk or the Arrow cache failed.
     """
 
     def __init__(self, path: str | Path, cache_dir: str | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            problem = "is a folder" if self.path.is_dir() else "no such file"
-            raise SourceError(f"{self.path}: {problem}")
+            raise MissingSource(f"{self.path}: {'is a folder' if self.path.is_dir() else 'no such file'}")
         try:
             self._table = _open(self.path, cache_dir)
-        except SourceError:
+        except (SourceError, MachineError):
             raise
-        except Exception as error:  # whatever the reader raises, the file is named and the run may go on
-            raise SourceError(
-                f"{self.path}: cannot be read: {type(error).__name__}: {_first_line(error)}"
-            ) from error
+        except Exception as error:  # any error of a reader: the file is named, and who is at fault
+            raise _explain(self.path, cache_dir, error) from error
 
     def __len__(self) -> int:
         return len(self._table)
@@ -59,37 +62,59 @@ class Rows:
         """A raw sample: a line of JSON, or a Parquet row as an object.
 
         Raises:
-            SampleError: the row cannot be read (the disk, or a damaged file).
+            SampleError: the row cannot be read.
         """
         try:
-            row = self._table[index]
+            row: Mapping[str, Any] = self._table[index]
         except Exception as error:
-            raise SampleError(
-                Reason.UNREADABLE_ROW, f"{type(error).__name__}: {_first_line(error)}"
-            ) from error
-        return row.get(_LINE, row)
+            raise SampleError(Reason.UNREADABLE_ROW, first_line(error)) from error
+        line = row.get(_LINE)
+        return line if isinstance(line, str) else row
+
+
+def map_parquet(
+    paths: Sequence[str | Path],
+    cache_dir: str | None = None,
+) -> datasets.Dataset:
+    """Parquet files of the same columns as one memory-mapped table.
+
+    ``datasets`` takes paths for patterns and would read ``data1`` for ``data[1]``; given as resolved files they
+    are literal. Size and time are part of its cache's key, so that a file that changed is read again.
+    """
+    absolute = [os.path.abspath(path) for path in paths]
+    stats = [os.stat(path) for path in absolute]
+    versions = [
+        (path, f"{stat.st_size} {stat.st_mtime_ns}") for path, stat in zip(absolute, stats, strict=True)
+    ]
+    files = DataFilesDict({"train": DataFilesList(absolute, versions)})
+    table = datasets.Dataset.from_parquet(files, split=datasets.Split.TRAIN, cache_dir=cache_dir)
+    assert isinstance(table, datasets.Dataset)
+    return table
 
 
 def _open(path: Path, cache_dir: str | None) -> datasets.Dataset:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read: {error.strerror}") from error
     stat = path.stat()
     if stat.st_size == 0:
         return datasets.Dataset.from_dict({_LINE: []})
-    if path.suffix == ".parquet":
-        table = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=cache_dir)
+    if path.suffix.lower() == ".parquet":
+        table = map_parquet([path], cache_dir)
         columns = [name for name in _SAMPLE_COLUMNS if name in table.column_names]
         if not {"messages", "conversations"} & set(columns):
             raise SourceError(f"{path}: no column 'messages'; it has {', '.join(table.column_names)}")
         return table.select_columns(columns)
-    try:
-        return datasets.Dataset.from_generator(
-            _lines,
-            features=datasets.Features({_LINE: datasets.Value("large_string")}),
-            cache_dir=cache_dir,
-            # Size and time are part of the cache's key: a file that changed is read again.
-            gen_kwargs={"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns},
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise (error.__cause__ or error) from None
+    table = datasets.Dataset.from_generator(
+        _lines,
+        features=datasets.Features({_LINE: datasets.Value("large_string")}),
+        cache_dir=cache_dir,
+        # Size and time are part of the cache's key: a file that changed is read again.
+        gen_kwargs={"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns},
+    )
+    assert isinstance(table, datasets.Dataset)
+    return table
 
 
 def _lines(path: str, size: int, mtime_ns: int) -> Iterator[dict[str, str]]:
@@ -97,5 +122,20 @@ def _lines(path: str, size: int, mtime_ns: int) -> Iterator[dict[str, str]]:
         yield {_LINE: line}
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+def _explain(path: Path, cache_dir: str | None, error: Exception) -> Exception:
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and isinstance(
+        error.__cause__, Exception
+    ):
+        error = error.__cause__
+    if isinstance(error, SampleFileError):
+        return SourceError(str(error))
+    fault = machine_fault(error)
+    if fault is None and isinstance(error, OSError) and error.errno is not None:
+        fault = f"{error.filename}: {error.strerror}"  # the file itself was opened, so this is the cache
+    if fault is None:
+        return SourceError(f"{path}: cannot be read: {first_line(error)}")
+    cache = cache_dir or datasets.config.HF_DATASETS_CACHE
+    return MachineError(
+        f"{path}: cannot be opened, because of this machine: {fault}; its Arrow copy goes to {cache}: "
+        "make room there, or set HF_DATASETS_CACHE to a folder that can be written"
+    )

@@ -2,7 +2,7 @@
 
 For the codes of ``DIR/NAME.EXT`` it asks, in this order, the token cache, the file
 ``DIR/NAME_CODEC.json`` that the public tools write, and the codec, which is opened on first need, in
-the worker that needs it. What is found is checked before it is believed.
+the worker that needs it. Stored codes are checked before they are used.
 """
 
 from __future__ import annotations
@@ -10,30 +10,33 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from vita_audio.audio import get_audio_tokenizer, is_continuous_kind
+from vita_audio.audio import AudioLike, get_audio_tokenizer, is_continuous_kind
 from vita_audio.audio.io import audio_duration
-from vita_audio.chat.sample import Reason, SampleError
+from vita_audio.chat.sample import Reason, Sample, SampleError
 from vita_audio.constants import AUDIO_CODEBOOK_SIZE
+from vita_audio.data.faults import MachineError, first_line
 from vita_audio.data.feature_cache import FeatureCache
 from vita_audio.data.token_cache import TokenCache, audio_key, discrete_kind, identities
 
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """A codec by name and folders: light to send to workers, opened where it is used.
+    """A codec by name and folders: cheap to send to workers, opened where it is used.
 
     Attributes:
         kind: a registered kind, such as ``"glm4voice"`` or ``"sensevoice_glm4voice"``.
-        path: folder of the discrete codec's weights; may be None where all codes are cached.
+        path: folder of the discrete codec's weights. None: all codes were made ahead.
         frontend_path: folder of SenseVoice's ``am.mvn``, for continuous kinds.
         token_cache: folder of cached codes.
-        feature_cache: folder where features are kept; computed each time when absent.
+        feature_cache: folder where features are kept. None: they are computed each time.
         device: where the codec computes.
     """
 
@@ -45,7 +48,7 @@ class CodecSpec:
     device: str = "cpu"
 
     def codebook_size(self) -> int:
-        """Number of speech codes; opens the codec only where nothing else knows."""
+        """Number of speech codes; opens the codec only where neither kind nor cache tells."""
         if discrete_kind(self.kind) == "glm4voice":
             return AUDIO_CODEBOOK_SIZE
         for _, identity in identities(self.token_cache) if self.token_cache else ():
@@ -72,12 +75,21 @@ class CodecSpec:
         return Frontend(self.frontend_path)
 
 
+Part = Literal["codes", "features"]
+"""What a codec makes of speech."""
+
+_HOW_TO_GIVE: dict[Part, str] = {
+    "codes": "give the codec's folder (audio_tokenizer_path), or codes made ahead (audio_token_cache)",
+    "features": "give SenseVoice's folder (audio_model_name_or_path)",
+}
+
+
 class SpeechReader:
     """The codec that the loader renders with (:class:`vita_audio.chat.Codec`).
 
     Args:
         codec: a spec, or an open codec.
-        cache: codes made ahead, if any.
+        cache: codes made ahead. None: there are none.
         data_root: where the cache's relative paths start.
         max_seconds: longer clips are refused before they are read.
 
@@ -104,25 +116,26 @@ class SpeechReader:
         self._feature_cache: FeatureCache | None = None
         self.sources: Counter[str] = Counter()
 
-    def encode(self, audio: str) -> list[int]:
+    def encode(self, audio: AudioLike) -> list[int]:
         """Codes of a file.
 
         Raises:
             SampleError: it is too long.
             AudioError: it cannot be read.
+            MachineError: the codec does not open.
         """
+        audio = _path(audio)
         for name, find in (("cache", self._from_cache), ("file", self._from_file)):
-            codes = find(audio)
-            if codes is not None:
+            found = find(audio)
+            if found is not None:
                 self.sources[name] += 1
-                return codes
+                return found
         self._check_length(audio)
         if self._discrete is None:
-            self._discrete = (
-                self._codec.open_discrete() if isinstance(self._codec, CodecSpec) else self._codec
-            )
+            self._discrete = self._open("codes")
         self.sources["codec"] += 1
-        return self._discrete.encode(audio)
+        codes: list[int] = self._discrete.encode(audio)
+        return codes
 
     def has_codes(self, audio: str) -> bool:
         """Whether a file's codes were made ahead; nothing is counted."""
@@ -130,16 +143,20 @@ class SpeechReader:
         self.sources.clear()
         return found
 
-    def features(self, audio: str) -> Tensor:
+    def features(self, audio: AudioLike) -> Tensor:
         """Continuous features of a file, shape (frames, feature_dim).
 
         Raises:
             SampleError: it is too long.
             AudioError: it cannot be read.
+            MachineError: the front end does not open.
         """
+        audio = _path(audio)
         self._check_length(audio)
         if self._frontend is None:
-            self._open_frontend()
+            self._frontend = self._open("features")
+            if isinstance(self._codec, CodecSpec) and self._codec.feature_cache is not None:
+                self._feature_cache = FeatureCache(self._codec.feature_cache, self._frontend.fingerprint)
         if self._feature_cache is None:
             self.sources["features"] += 1
             return self._frontend(audio)
@@ -154,13 +171,41 @@ class SpeechReader:
         self._feature_cache.put(key, size, features)
         return features
 
-    def _open_frontend(self) -> None:
+    def check_opens(self, part: Part, needed: str) -> None:
+        """Open what makes codes or features, and let it go.
+
+        Args:
+            part: which of the two.
+            needed: why, for the message.
+
+        Raises:
+            ValueError: it does not open.
+        """
+        path = None
+        if isinstance(self._codec, CodecSpec):
+            path = self._codec.path if part == "codes" else self._codec.frontend_path
+            if path is None or not Path(path).exists():
+                problem = "no folder is given" if path is None else f"{path}: no such folder"
+                raise ValueError(f"{self.kind}: {problem}, and {needed}; {_HOW_TO_GIVE[part]}")
+        try:
+            self._open(part)
+        except MachineError as error:
+            raise ValueError(f"{error}; {needed}") from error
+
+    def _open(self, part: Part) -> Any:
+        """What makes codes, or features.
+
+        Raises:
+            MachineError: it does not open. No sample is at fault, and none can be used.
+        """
         if not isinstance(self._codec, CodecSpec):
-            self._frontend = self._codec.features
-            return
-        self._frontend = self._codec.open_frontend()
-        if self._codec.feature_cache is not None:
-            self._feature_cache = FeatureCache(self._codec.feature_cache, self._frontend.fingerprint)
+            return self._codec if part == "codes" else self._codec.features
+        try:
+            return self._codec.open_discrete() if part == "codes" else self._codec.open_frontend()
+        except Exception as error:  # any error of a codec's loader
+            raise MachineError(
+                f"the {self.kind} codec cannot make {part}: {first_line(error)}; {_HOW_TO_GIVE[part]}"
+            ) from error
 
     def _from_cache(self, audio: str) -> list[int] | None:
         clip = self._cache.find_clip(audio_key(audio, self._data_root)) if self._cache is not None else None
@@ -205,6 +250,28 @@ class SpeechReader:
             raise SampleError(
                 Reason.AUDIO_TOO_LONG, f"{audio}: {seconds:.0f} s, the limit is {self._max_seconds:.0f} s"
             )
+
+
+def _path(audio: AudioLike) -> str:
+    if not isinstance(audio, str):
+        raise TypeError(f"training reads audio from files, this is of type {type(audio).__name__}")
+    return audio
+
+
+def coded_audios(sample: Sample, assistant_only: bool) -> Iterator[str]:
+    """The clips of a sample that become codes: the assistant's alone where users are heard as features."""
+    audios = iter(sample.audios)
+    for message in sample.messages:
+        here = islice(audios, message.num_audios)
+        yield from (str(audio) for audio in here if message.role == "assistant" or not assistant_only)
+
+
+def codec_fingerprint(codec: CodecSpec | Any) -> str | None:
+    """What tells a codec from others of its kind; None where its weights are not on this machine."""
+    if isinstance(codec, CodecSpec):
+        return codec.fingerprint()
+    fingerprint: str | None = getattr(codec, "fingerprint", None)
+    return fingerprint
 
 
 def check_codec_matches(codec: CodecSpec | Any, continuous_tokenizer: bool) -> None:

@@ -31,6 +31,8 @@ import numpy as np
 import pyarrow.parquet
 from filelock import FileLock
 
+from vita_audio.data.faults import MachineError, first_line, machine_fault
+from vita_audio.data.sources import map_parquet
 from vita_audio.files import whole_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -77,13 +79,13 @@ class CachedClip:
 
 
 def audio_key(path: str | Path, data_root: str | Path) -> str:
-    """How a cache names a file: relative to the data root where possible, so that the data can move."""
+    """The name of a file in a cache: relative to the data root where possible, so that the data can move."""
     absolute, root = os.path.abspath(path), os.path.abspath(data_root)
     return os.path.relpath(absolute, root) if absolute.startswith(root + os.sep) else absolute
 
 
 def content_hash(path: str | Path) -> str:
-    """Name of a file's bytes."""
+    """A digest of a file's bytes, in hexadecimal."""
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -106,7 +108,7 @@ def write_shard(folder: Path, name: str, clips: Sequence[CachedClip]) -> Path:
 
 
 def write_identity(folder: Path, identity: CodecIdentity) -> None:
-    """Say whose codes a folder holds."""
+    """Write ``codec.json``, which says which codec made a folder's codes."""
     write_json(folder / CODEC_FILE, asdict(identity))
 
 
@@ -133,7 +135,7 @@ class TokenCache:
 
     Args:
         folder: a ``KIND-FINGERPRINT`` folder.
-        arrow_cache: where ``datasets`` keeps its Arrow copy of the shards; its default when absent.
+        arrow_cache: where ``datasets`` keeps its Arrow copy of the shards; defaults to HF_DATASETS_CACHE.
 
     Attributes:
         identity: the codec.
@@ -143,12 +145,20 @@ class TokenCache:
         self.folder = folder
         self.identity = dict(identities(folder))[folder]
         shards = [str(shard) for shard in readable_shards(folder)]
-        self._clips = (
-            datasets.load_dataset("parquet", data_files=shards, split="train", cache_dir=arrow_cache)
-            if shards
-            else datasets.Dataset.from_dict({name: [] for name in _FEATURES}, features=_FEATURES)
-        )
-        self._index_file = _build_index(folder, shards, self._clips)
+        self._shards = _shards_key(shards)
+        try:
+            self._clips = (
+                map_parquet(shards, arrow_cache)
+                if shards
+                else datasets.Dataset.from_dict({name: [] for name in _FEATURES}, features=_FEATURES)
+            )
+            self._index_file = _build_index(folder, shards, self._clips)
+        except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+            problem = machine_fault(error) or first_line(error)
+            raise TokenCacheError(
+                f"{folder}: cannot be opened, because of this machine: {problem}; make room, and make this "
+                "folder and HF_DATASETS_CACHE writable"
+            ) from error
         self._index: np.ndarray | None = None
 
     @classmethod
@@ -163,7 +173,7 @@ class TokenCache:
             fingerprint: needed where codes of several codecs of this kind lie in the cache.
 
         Raises:
-            TokenCacheError: there is no such part, or there are several.
+            TokenCacheError: there is no such part, there are several, or it cannot be opened.
         """
         wanted = discrete_kind(kind)
         found = [
@@ -182,13 +192,19 @@ class TokenCache:
         return cls(found[0][0], arrow_cache)
 
     def __len__(self) -> int:
+        """Clips in the cache; one that was encoded twice counts twice."""
         return len(self._clips)
 
-    def __getstate__(self) -> dict:
+    @property
+    def fingerprint(self) -> str:
+        """The codec, and the names and sizes of the shards, in short."""
+        return f"{self.identity.folder_name} of {len(self)} clips (shards {self._shards})"
+
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_index": None}  # the map is opened again, not copied
 
     def find_clip(self, key: str) -> CachedClip | None:
-        """The clip of a path key (see :func:`audio_key`), if it is there."""
+        """The clip of a path key (see :func:`audio_key`); None: it is not in the cache."""
         if self._index is None:
             self._index = np.load(self._index_file, mmap_mode="r")
         wanted = path_hash(key)
@@ -213,21 +229,26 @@ def cached_sizes(folder: Path) -> dict[str, int]:
 
 
 def readable_shards(folder: Path) -> Iterator[Path]:
-    """A damaged shard is reported and left out: its clips are encoded again on demand."""
+    """The shards that can be opened. A damaged one is reported and left out: its clips are encoded on demand.
+
+    Raises:
+        MachineError: the disk failed.
+    """
     for shard in sorted(folder.glob(_SHARD_PATTERN)):
         try:
             pyarrow.parquet.ParquetFile(shard).close()
             yield shard
         except Exception as error:
+            if (fault := machine_fault(error)) is not None:
+                raise MachineError(f"{shard}: cannot be read: {fault}") from error
             logger.warning("%s: damaged token shard left out: %s", shard, error)
 
 
 def _build_index(folder: Path, shards: list[str], clips: datasets.Dataset) -> Path:
     """Sorted path hashes with row numbers, shape (2, clips) uint64, as a file beside the shards."""
-    key = hashlib.blake2b(
-        "\n".join(f"{Path(shard).name}:{os.path.getsize(shard)}" for shard in shards).encode(), digest_size=8
-    ).hexdigest()
-    target = folder / f"index-{key}.npy"
+    target = folder / f"index-{_shards_key(shards)}.npy"
+    if target.is_file():
+        return target
     with FileLock(folder / ".index.lock"):
         if not target.is_file():
             hashes = np.fromiter(
@@ -243,6 +264,11 @@ def _build_index(folder: Path, shards: list[str], clips: datasets.Dataset) -> Pa
             with whole_file(target) as temporary, temporary.open("wb") as file:
                 np.save(file, np.stack([hashes[order.astype(np.int64)], order]))
     return target
+
+
+def _shards_key(shards: Sequence[str]) -> str:
+    names = "\n".join(f"{Path(shard).name}:{os.path.getsize(shard)}" for shard in shards)
+    return hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
 
 
 def path_hash(key: str) -> np.uint64:

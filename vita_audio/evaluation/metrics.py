@@ -1,10 +1,13 @@
-"""Scores: word and character error rates, answers by containment, the Seed-TTS error rate.
+"""Error rates: of words, of characters, and that of Seed-TTS.
 
 The pair functions count exactly as the published benchmark scripts do (section 8 of the data
 specification), so that figures stand beside the paper's. What those scripts get wrong, they
-get wrong when they combine utterances: answers that are missing vanish from the denominator.
+get wrong when they combine utterances: missing hypotheses vanish from the denominator.
 Here :func:`corpus_error_rate` counts a missing hypothesis as deletions, and reports the
 published figure (answered utterances only) beside it.
+
+Both sides are compared in Unicode's composed form (NFC): the same letter may be written as one character
+or as a letter and its accent.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from word2number import w2n
+
+from vita_audio.evaluation.normalisers import nfc
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,13 @@ class CorpusErrors:
 
     @property
     def rate(self) -> float:
+        """Errors per reference token.
+
+        Raises:
+            ValueError: the references hold no words, so there is nothing to divide by.
+        """
+        if not self.counts.reference_tokens:
+            raise ValueError("the references hold no words; there is nothing to score against")
         return self.counts.rate
 
 
@@ -102,8 +113,8 @@ def corpus_error_rate(
 
     Args:
         references: id -> text.
-        hypotheses: id -> text; absent or None means that the system gave no answer. Ids that are
-            not in ``references`` are ignored.
+        hypotheses: id -> text; None or no entry: the system gave no answer. Ids that are not in
+            ``references`` are ignored.
         characters: character instead of word errors.
     """
     count = character_error_rate if characters else word_error_rate
@@ -141,40 +152,6 @@ def read_transcripts(path: str | Path) -> dict[str, str]:
     return transcripts
 
 
-def contains_answer(prediction: str, answer: str | Sequence[str], *, whole_words: bool = False) -> bool:
-    """Whether a free-form reply holds the answer, or one of several answers.
-
-    The published rule (section 8.2): each space-separated part of the answer is a substring of
-    the prediction; failing that, the answer's number words are tried as digits. It lets "eight"
-    match "eighteen".
-
-    Args:
-        prediction: what the model said.
-        answer: an answer, or alternatives of which one suffices.
-        whole_words: the strict rule instead: the answer's words stand in the prediction
-            side by side, as whole words; numbers match in either spelling; an answer
-            without words never matches.
-
-    Raises:
-        TypeError: prediction or an answer is not a string.
-    """
-    answers = [answer] if isinstance(answer, str) else answer
-    if not isinstance(prediction, str):
-        raise TypeError(f"the prediction must be a string, not {type(prediction).__name__}")
-    if not isinstance(answers, Sequence) or not all(isinstance(item, str) for item in answers):
-        raise TypeError(f"an answer is a string or a list of strings, not {answer!r}")
-    if whole_words:
-        return any(_has_phrase(_plain_words(prediction), _plain_words(item)) for item in answers)
-    prediction = prediction.lower()
-    cleaned = [item.translate(_ANSWER_PUNCTUATION).lower().strip() for item in answers]
-    if any(_has_all_parts(prediction, item) for item in cleaned):
-        return True
-    numbers = [_number(item) for item in cleaned]
-    if None in numbers:  # one that is no number disables the second try (section 8.2)
-        return False
-    return any(_has_all_parts(prediction, str(number)) for number in numbers)
-
-
 def seed_tts_error_rate(reference: str, transcript: str, language: str) -> ErrorCounts:
     """Errors of one Seed-TTS utterance (section 8.3); the benchmark's figure is the mean of the rates.
 
@@ -201,7 +178,7 @@ def seed_tts_tokens(text: str, language: str) -> list[str]:
 
     Tabs and line breaks are spaces; the published scripts break on them (bug 20).
     """
-    text = text.translate(_SEED_TTS_PUNCTUATION)
+    text = nfc(text).translate(_SEED_TTS_PUNCTUATION)
     text = " ".join(text) if language == "zh" else text.lower()
     return [token for token in text.split(" ") if token]
 
@@ -215,6 +192,7 @@ def simplified_chinese(text: str) -> str:
 
 def word_tokens(text: str, case_sensitive: bool = False, split_ideographs: bool = True) -> list[str]:
     """Words as the published script sees them (section 8.1)."""
+    text = nfc(text)
     return _normalise_tokens(_split_words(text) if split_ideographs else text.split(), case_sensitive)
 
 
@@ -260,12 +238,13 @@ def align(reference: Sequence[str], hypothesis: Sequence[str]) -> ErrorCounts:
 _WORD_BREAKS = " \t\r\n"
 _LEADING_PUNCTUATION = frozenset("!,?、。！，；？：「」︰『』《》")
 _TAG = re.compile(r"<[^>]*(>|$)")
-_ANSWER_PUNCTUATION = str.maketrans({mark: " " for mark in string.punctuation if mark not in "'\\"})
 _CHINESE_PUNCTUATION = (
     "＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､\u3000、〃〈〉《》「」『』【】〔〕〖〗〘〙"
     "〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏﹑﹔·．！？｡。"
 )
-_SEED_TTS_PUNCTUATION = {ord(mark): None for mark in _CHINESE_PUNCTUATION + string.punctuation if mark != "'"}
+_SEED_TTS_PUNCTUATION: dict[int, str | None] = {
+    ord(mark): None for mark in _CHINESE_PUNCTUATION + string.punctuation if mark != "'"
+}
 _SEED_TTS_PUNCTUATION |= {ord(blank): " " for blank in "\t\r\n"}
 
 
@@ -299,61 +278,3 @@ def _split_words(text: str) -> list[str]:
 def _normalise_tokens(tokens: Sequence[str], case_sensitive: bool) -> list[str]:
     cased = (token if case_sensitive else token.upper() for token in tokens)
     return [bare for bare in (_TAG.sub("", token) for token in cased) if bare]
-
-
-def _has_all_parts(prediction: str, answer: str) -> bool:
-    return all(part in prediction for part in answer.split(" "))
-
-
-def _plain_words(text: str) -> list[str]:
-    """Lower-case words with numbers as digits, for whole-word matching."""
-    words = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+(?:'[^\W\d_]+)?", text.lower().replace("’", "'"))
-    plain: list[str] = []
-    number_words: list[str] = []
-    for word in [*words, ""]:
-        if word in _NUMBER_VALUES:
-            number_words.append(word)
-            continue
-        plain += _as_digits(number_words)
-        number_words = []
-        if word:
-            plain.append(word)
-    return plain
-
-
-_NUMBER_VALUES = {word: value for word, value in w2n.american_number_system.items() if word != "point"}
-
-
-def _as_digits(words: Sequence[str]) -> list[str]:
-    """Number words to digits: "twenty one" -> 21, while "three five" stays two numbers."""
-    numbers: list[list[str]] = []
-    for word in words:
-        last = _NUMBER_VALUES[numbers[-1][-1]] if numbers else 0
-        value = _NUMBER_VALUES[word]
-        continues = numbers and (value >= 100 or last >= 100 or (last >= 20 and 1 <= value <= 9))
-        if continues:
-            numbers[-1].append(word)
-        else:
-            numbers.append([word])
-    return [spelling for number in numbers for spelling in _number_spelling(number)]
-
-
-def _number_spelling(words: Sequence[str]) -> list[str]:
-    """The digits, or the words where they make no number ("million thousand")."""
-    number = _number(" ".join(words))
-    return list(words) if number is None else [str(number)]
-
-
-def _number(text: str) -> int | float | None:
-    """Value of English number words; None where there are none or they make no sense."""
-    try:
-        return w2n.word_to_num(text)
-    except (ValueError, IndexError):  # IndexError: word2number's own answer to "thousand zero"
-        return None
-
-
-def _has_phrase(words: Sequence[str], phrase: Sequence[str]) -> bool:
-    width = len(phrase)
-    return width > 0 and any(
-        list(words[start : start + width]) == list(phrase) for start in range(len(words) - width + 1)
-    )

@@ -16,13 +16,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing import get_context
 from os import PathLike
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 from vita_audio.audio import AudioLike, load_audio
+from vita_audio.files import content_fingerprint
 
 RECOGNISER_RATE = 16_000
 """All three recognisers were trained on 16 kHz speech."""
@@ -42,8 +48,9 @@ class TranscriberConfig:
 
     Attributes:
         name: ``pocketsphinx``, ``whisper`` or ``paraformer``.
-        path: weights (folder or hub name) of the neural recognisers.
-        grammar: JSGF file that bounds what pocketsphinx can hear; its language model when absent.
+        path: weights of the neural recognisers: a folder, or a name on the hub that is in the local cache;
+            defaults to the published ones.
+        grammar: JSGF file that bounds what pocketsphinx can hear; without it, its own language model does.
         language: spoken language, such as ``en`` or ``zh``; whisper only.
         device: where the neural recognisers compute.
     """
@@ -54,19 +61,76 @@ class TranscriberConfig:
     language: str | None = None
     device: str = "cpu"
 
+    def check(self) -> None:
+        """Find out in a moment, without network, whether :meth:`open` can work.
+
+        Raises:
+            ValueError: unknown name, weights or a file that are missing, or a package that is not installed.
+        """
+        if self.name == "pocketsphinx":
+            self.open()  # a third of a second
+        elif self.name == "whisper":
+            _find_weights(self.path or WHISPER)
+        elif self.name == "paraformer":
+            if find_spec("funasr") is None:
+                raise ValueError("the paraformer transcriber needs FunASR; pip install funasr")
+            if self.path is not None and not Path(self.path).is_dir():
+                raise ValueError(f"{self.path}: no such folder; give one with Paraformer's weights")
+        else:
+            raise ValueError(f"unknown transcriber {self.name!r}; known: {', '.join(RECOGNISERS)}")
+
     def open(self) -> Transcriber:
         """The recogniser.
 
         Raises:
-            ValueError: unknown name, a file that is missing, or a package that is not installed.
+            ValueError: see :meth:`check`.
         """
         if self.name == "pocketsphinx":
             return PocketSphinxTranscriber(self.grammar)
+        self.check()
         if self.name == "whisper":
-            return WhisperTranscriber(self.path or "openai/whisper-large-v3", self.language, self.device)
-        if self.name == "paraformer":
-            return ParaformerTranscriber(self.path or "paraformer-zh", self.device)
-        raise ValueError(f"unknown transcriber {self.name!r}; known: pocketsphinx, whisper, paraformer")
+            return WhisperTranscriber(str(_find_weights(self.path or WHISPER)), self.language, self.device)
+        return ParaformerTranscriber(self.path or PARAFORMER, self.device)
+
+    def fingerprint(self) -> str:
+        """Changes when what is heard may change: with the recogniser, its weights or its grammar."""
+        if self.name == "pocketsphinx":
+            content = [version("pocketsphinx"), _SETTINGS]
+            if self.grammar is not None:
+                content.append(Path(self.grammar).read_text(encoding="utf-8"))
+            return repr([self.name, *content])
+        path = (
+            _find_weights(self.path or WHISPER) if self.name == "whisper" else Path(self.path or PARAFORMER)
+        )
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return repr([self.name, self.language, content_fingerprint(files) if files else str(path)])
+
+    def describe(self) -> str:
+        """For people who read scores."""
+        if self.name == "pocketsphinx":
+            if self.grammar is None:
+                return "pocketsphinx without a grammar, which mishears much of open speech"
+            return f"pocketsphinx, bound to {Path(self.grammar).name}"
+        return f"{self.name}, {self.path or (WHISPER if self.name == 'whisper' else PARAFORMER)}"
+
+
+RECOGNISERS = ("pocketsphinx", "whisper", "paraformer")
+WHISPER = "openai/whisper-large-v3"
+PARAFORMER = "paraformer-zh"
+
+
+def _find_weights(model: str) -> Path:
+    """The folder of a model given as folder, or as a name on the hub that was fetched before."""
+    if (Path(model) / "config.json").is_file():
+        return Path(model)
+    # A name on the hub has two parts; others the hub library refuses to look up.
+    cached = try_to_load_from_cache(model, "config.json") if model.count("/") == 1 else None
+    if not isinstance(cached, str):
+        raise ValueError(
+            f"{model}: no folder with Whisper's config.json, and not in the local cache; fetch it with "
+            f"'hf download {WHISPER}' or give --transcriber_path a folder"
+        )
+    return Path(cached).parent
 
 
 class PocketSphinxTranscriber(Transcriber):
@@ -76,6 +140,10 @@ class PocketSphinxTranscriber(Transcriber):
     it hears some 20% words too many in clean synthetic digits. So every clip gets one loudness, a
     rim of silence and a floor of faint fixed noise, and under a grammar pauses may be silence
     only; that brings the 20% to about 2%.
+
+    Its acoustic model asks for noise removal, whose estimate of the noise lives in the feature extraction and
+    goes from clip to clip. That part is made again for every clip (about a millisecond), so that what is heard
+    does not depend on what came before.
 
     Args:
         grammar: JSGF file with one public rule; every word must be in CMU's dictionary.
@@ -90,7 +158,7 @@ class PocketSphinxTranscriber(Transcriber):
             ) from error
         generator = torch.Generator().manual_seed(0)
         self._noise = _NOISE_LEVEL * torch.randn(RECOGNISER_RATE, generator=generator)
-        # Cepstral means over the whole utterance: nothing is carried from one to the next.
+        # "batch": cepstral means over the whole clip.
         settings = {"samprate": float(RECOGNISER_RATE), "cmn": "batch", "loglevel": "FATAL"}
         if grammar is None:
             self._decoder = Decoder(**settings)
@@ -108,11 +176,12 @@ class PocketSphinxTranscriber(Transcriber):
 
     def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
         pcm = (self._prepare(waveform, rate).clamp(-1, 1) * 32767).to(torch.int16)
+        self._decoder.reinit_feat()
         self._decoder.start_utt()
         self._decoder.process_raw(pcm.numpy().tobytes(), full_utt=True)
         self._decoder.end_utt()
         hypothesis = self._decoder.hyp()
-        return hypothesis.hypstr if hypothesis else ""
+        return str(hypothesis.hypstr) if hypothesis else ""
 
     def _prepare(self, waveform: torch.Tensor, rate: int) -> torch.Tensor:
         waveform, _ = load_audio((waveform, rate), RECOGNISER_RATE)
@@ -125,6 +194,8 @@ class PocketSphinxTranscriber(Transcriber):
 _LOUDNESS = 0.12  # root mean square
 _NOISE_LEVEL = 10 ** (-50 / 20)  # -50 dB
 _RIM_SAMPLES = RECOGNISER_RATE // 10
+_SETTINGS = "every clip afresh"
+"""Changes with what this file does to a clip, so that scores of before are not kept."""
 
 
 class WhisperTranscriber(Transcriber):
@@ -132,12 +203,10 @@ class WhisperTranscriber(Transcriber):
 
     Args:
         model: folder or hub name.
-        language: spoken language; detected when absent.
+        language: spoken language; None: detected.
     """
 
-    def __init__(
-        self, model: str = "openai/whisper-large-v3", language: str | None = None, device: str = "cpu"
-    ):
+    def __init__(self, model: str = WHISPER, language: str | None = None, device: str = "cpu"):
         from transformers import pipeline
 
         try:
@@ -155,12 +224,12 @@ class WhisperTranscriber(Transcriber):
 
     def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
         waveform, rate = load_audio((waveform, rate), RECOGNISER_RATE)
-        result = self._pipeline(
+        result: Any = self._pipeline(
             {"raw": waveform.numpy(), "sampling_rate": rate},
             return_timestamps=len(waveform) > _WHISPER_WINDOW_SECONDS * rate,  # what its long form needs
             generate_kwargs=self._arguments,
         )
-        return result["text"].strip()
+        return str(result["text"]).strip()
 
 
 _WHISPER_WINDOW_SECONDS = 30
@@ -173,7 +242,7 @@ class ParaformerTranscriber(Transcriber):
         model: folder or hub name.
     """
 
-    def __init__(self, model: str = "paraformer-zh", device: str = "cpu"):
+    def __init__(self, model: str = PARAFORMER, device: str = "cpu"):
         try:
             from funasr import AutoModel
         except ImportError as error:
@@ -183,7 +252,7 @@ class ParaformerTranscriber(Transcriber):
     def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
         waveform, rate = load_audio((waveform, rate), RECOGNISER_RATE)
         (result,) = self._model.generate(input=waveform.numpy(), fs=rate)
-        return result["text"].strip()
+        return str(result["text"]).strip()
 
 
 class TranscriberPool:
@@ -197,13 +266,20 @@ class TranscriberPool:
     """
 
     def __init__(self, config: TranscriberConfig, processes: int = 2):
+        if processes < 0:
+            raise ValueError(f"{processes} recogniser processes: give 0 or more")
         self._in_process = config.open() if processes == 0 else None
         self._executor = _start_workers(config, processes) if processes else None
 
     def __enter__(self) -> TranscriberPool:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self._executor:
             self._executor.shutdown(cancel_futures=True)
 
@@ -212,6 +288,7 @@ class TranscriberPool:
         if self._executor:
             return self._executor.submit(_transcribe_in_worker, audio)
         result: Future[str] = Future()
+        assert self._in_process is not None
         result.set_result(_transcribe(self._in_process, audio))
         return result
 
@@ -229,6 +306,7 @@ def _start_workers(config: TranscriberConfig, processes: int) -> ProcessPoolExec
 
 
 _worker_transcriber: Transcriber | ValueError
+"""A worker's recogniser, or why it has none."""
 
 
 def _open_in_worker(config: TranscriberConfig) -> None:

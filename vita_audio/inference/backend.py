@@ -15,15 +15,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from vita_audio.audio import AudioStream, AudioTokenizer
 from vita_audio.chat import ChatTokens, Example, ReplyParser
 from vita_audio.inference.options import CHECKPOINT_OPTIONS, GenerationOptions
+
+if TYPE_CHECKING:
+    from vita_audio.models import Qwen2MTPForCausalLM
 
 Sound = Literal["streamed", "whole", "none"]
 
@@ -160,7 +163,7 @@ class ReferenceBackend(Backend):
         codec: turns codes into sound.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer):
+    def __init__(self, model: Qwen2MTPForCausalLM, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer):
         self._model = model
         self._tokenizer = tokenizer
         self._codec = codec
@@ -222,7 +225,8 @@ class ReferenceBackend(Backend):
         generators = None
         if options.do_sample and any(seed is not None for seed in seeds):
             generators = [self._generator(seed) for seed in seeds]
-        tokens = self._model.iterate(
+        iterate: Any = self._model.iterate  # MTPGenerationMixin's; PreTrainedModel does not declare it
+        tokens = iterate(
             **collate_prompts([request.prompt for request in requests], self._tokens.pad, self._model.device),
             generators=generators,
             pad_token_id=self._tokens.pad,

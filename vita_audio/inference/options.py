@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.configuration_utils import PreTrainedConfig
 
 from vita_audio.chat.prompts import SYSTEM_PROMPTS
 from vita_audio.constants import OMNI_SYSTEM_PROMPT
 from vita_audio.models.schedule import Schedule
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+    from transformers.configuration_utils import PreTrainedConfig
 
 AUTO_SYSTEM = "auto"
 """In the place of a system message: the one that the model was trained with."""

@@ -19,12 +19,14 @@ from contextlib import closing
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
+from vita_audio import models
 from vita_audio.audio import AudioLike, AudioTokenizer, get_audio_tokenizer, is_continuous_kind
 from vita_audio.chat import ChatTokens, Conversation, Example, build_prompt, prompts
 from vita_audio.distributed import local_rank
@@ -37,14 +39,10 @@ from vita_audio.inference.options import (
     RuntimeOptions,
     system_message,
 )
-from vita_audio.models import (
-    CheckpointError,
-    Qwen2MTPConfig,
-    check_device,
-    open_config,
-    open_model,
-    open_tokenizer,
-)
+from vita_audio.models.configuration import Qwen2MTPConfig
+
+if TYPE_CHECKING:
+    from vita_audio.models import Qwen2MTPForCausalLM
 
 
 class SpeechPipeline:
@@ -59,7 +57,7 @@ class SpeechPipeline:
         ValueError: model, tokenizer and codec do not belong together.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer):
+    def __init__(self, model: Qwen2MTPForCausalLM, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer):
         check_fit(model.config, tokenizer, codec)
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -105,7 +103,7 @@ class SpeechPipeline:
                 this machine lacks the device or the attention that was asked for.
         """
         codec, runtime = codec or CodecOptions(), runtime or RuntimeOptions()
-        device = check_device(runtime.device or default_device())
+        device = models.check_device(runtime.device or default_device())
         check_attention(runtime.attn_implementation, device)
         config = read_checkpoint_config(model_dir)
         check_family(config, codec.audio_tokenizer_type)
@@ -116,9 +114,9 @@ class SpeechPipeline:
             frontend_path=codec.frontend_path,
             device=str(device),
         )
-        tokenizer = open_tokenizer(model_dir)
+        tokenizer = models.open_tokenizer(model_dir)
         check_fit(config, tokenizer, opened)
-        model = open_model(
+        model = models.open_model(
             model_dir, dtype=runtime.dtype, attn_implementation=runtime.attn_implementation, device=device
         )
         return cls(model, tokenizer, opened)
@@ -223,12 +221,16 @@ def read_checkpoint_config(model_dir: str | PathLike[str]) -> PreTrainedConfig:
     Raises:
         CheckpointError: it cannot be used. Where there is no such folder the message says how to get a small one.
     """
+    from vita_audio import models
+
     try:
-        return open_config(model_dir)
-    except CheckpointError as error:
+        return models.open_config(model_dir)
+    except models.CheckpointError as error:
         if Path(model_dir).exists():
             raise
-        raise CheckpointError(f"{error}; bash scripts/quickstart.sh makes a small one to talk to") from error
+        raise models.CheckpointError(
+            f"{error}; bash scripts/quickstart.sh makes a small one to talk to"
+        ) from error
 
 
 def default_device() -> str:
@@ -261,29 +263,42 @@ def check_family(config: PreTrainedConfig, kind: str) -> None:
             f"the checkpoint is a plain {config.model_type}; give one that training has saved (qwen2_mtp)"
         )
     if is_continuous_kind(kind) != config.continuous_input:
-        discrete = kind.removeprefix("sensevoice_")
-        fitting = f"sensevoice_{discrete}" if config.continuous_input else discrete
-        raise ValueError(
-            f"a {config.model_type} model does not read the {kind} codec; give --audio_tokenizer_type {fitting}"
-        )
+        raise ValueError(_other_family(f"a {config.model_type} model", kind, config.continuous_input))
 
 
 def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
     """Refuse a model, a tokenizer and a codec that do not belong together.
 
     Raises:
-        ValueError: speech tokens of another codec, or more tokens than the model embeds; see also
-            :func:`check_family`.
+        ValueError: more tokens than the model embeds; see also :func:`check_family` and :func:`check_codec`.
     """
     check_family(config, codec.kind)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {config.vocab_size}; "
+            "give the tokenizer saved with the model"
+        )
+    check_codec(tokenizer, codec)
+
+
+def check_codec(tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
+    """Refuse a tokenizer and a codec that do not belong together.
+
+    Raises:
+        ValueError: speech tokens of another codec, or of the other family.
+    """
     tokens = ChatTokens.of(tokenizer)
     if tokens.codebook_size != codec.codebook_size:
         raise ValueError(
             f"the tokenizer has {tokens.codebook_size} speech tokens, the {codec.kind} codec {codec.codebook_size} "
             "codes; give the codec the model was trained with"
         )
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model embeds only {config.vocab_size}; "
-            "give the tokenizer saved with the model"
-        )
+    continuous_input = tokens.context is not None
+    if codec.continuous_input != continuous_input:
+        raise ValueError(_other_family("a model with this tokenizer", codec.kind, continuous_input))
+
+
+def _other_family(model: str, kind: str, continuous_input: bool) -> str:
+    discrete = kind.removeprefix("sensevoice_")
+    fitting = f"sensevoice_{discrete}" if continuous_input else discrete
+    return f"{model} does not read the {kind} codec; give --audio_tokenizer_type {fitting}"

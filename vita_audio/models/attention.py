@@ -3,7 +3,7 @@
 A row holds several documents; their position ids restart at 0, and attention stays inside each.
 The masks are made once per forward and shared by the backbone and all heads.
 
-``sdpa`` in transformers answers packing with a dense (time, time) mask: 2,048 tokens in documents of
+For packed rows, ``sdpa`` in transformers makes a dense (time, time) mask: 2,048 tokens in documents of
 80 then cost 25 times the attention they need. ``packed_sdpa``, registered here and put in its place
 when a model is built, batches the documents of similar length and runs the plain causal kernel
 on each batch. Rows without packing, and generation, go through transformers' own ``sdpa``.
@@ -12,6 +12,7 @@ on each batch. Rows without packing, and generation, go through transformers' ow
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
 
-from vita_audio.models.compat import CACHE, attention_implementation
+from vita_audio.models.compat import attention_implementation, cache_argument
 
 PACKED_SDPA = "packed_sdpa"
 
@@ -54,7 +55,7 @@ def attention_masks(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{CACHE: cache},
+            **cache_argument(cache),
         )
     return masks
 
@@ -69,7 +70,7 @@ def document_breaks(position_ids: Tensor) -> Tensor:
     return position_ids[:, 1:] != position_ids[:, :-1] + 1
 
 
-def is_packed(position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
+def is_packed(position_ids: Tensor | None, attention_mask: object | None) -> bool:
     """Whether some row holds several documents. An attention mask says padding, not packing."""
     return position_ids is not None and attention_mask is None and bool(document_breaks(position_ids).any())
 
@@ -100,7 +101,8 @@ def group_documents(position_ids: Tensor) -> PackedDocuments | None:
         return None
     lengths = starts.diff(append=starts.new_tensor([batch * time]))
     sizes = (2 * lengths - 1).log2().floor()
-    groups, restore, laid = [], torch.empty_like(is_start, dtype=torch.long), 0
+    groups: list[Tensor] = []
+    restore, laid = torch.empty_like(is_start, dtype=torch.long), 0
     for size in sizes.unique():
         chosen = sizes == size
         start, length = starts[chosen, None], lengths[chosen, None]
@@ -114,7 +116,12 @@ def group_documents(position_ids: Tensor) -> PackedDocuments | None:
 
 
 def packed_sdpa_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **kwargs
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: PackedDocuments | Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in transformers' interface: (batch, heads, time, d) in, (batch, time, heads, d) out."""
     if not isinstance(attention_mask, PackedDocuments):
@@ -123,8 +130,10 @@ def packed_sdpa_attention(
     flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
     outputs = []
     for positions in attention_mask.groups:
-        grouped = (states[positions].transpose(1, 2) for states in flat)
-        output, _ = sdpa_attention_forward(module, *grouped, None, is_causal=True, **kwargs)
+        grouped_query, grouped_key, grouped_value = (states[positions].transpose(1, 2) for states in flat)
+        output, _ = sdpa_attention_forward(
+            module, grouped_query, grouped_key, grouped_value, None, is_causal=True, **kwargs
+        )
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs)[attention_mask.restore].unflatten(0, (batch, time)), None
 

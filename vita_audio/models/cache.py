@@ -56,7 +56,7 @@ class HeadCache(DynamicCache):
         elif self.waiting:
             self.waiting = [self.take()[:, : max(known - self.get_seq_length(), 0)]]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes a copy of row ``beam_idx[i]``."""
         super().reorder_cache(beam_idx)
         self.waiting = [part.index_select(0, beam_idx.to(part.device)) for part in self.waiting]
@@ -94,7 +94,7 @@ class FirstHeadCache(HeadCache):
         self.given = [] if given is None else [given]
         self.waiting = [] if given is None else [given[:, self.get_seq_length() :]]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """See :class:`HeadCache`."""
         super().reorder_cache(beam_idx)
         self.given = [part.index_select(0, beam_idx.to(part.device)) for part in self.given]
@@ -157,7 +157,7 @@ class MCTPCache(DynamicCache):
             head.crop_to(seen, known)
             known = head.get_seq_length()  # the next head knows of what this one has seen
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes a copy of row ``beam_idx[i]``."""
         super().reorder_cache(beam_idx)
         for head in self.heads:

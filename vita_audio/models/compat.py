@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMode
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
@@ -26,6 +26,11 @@ Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 CACHE = "cache" if "cache" in inspect.signature(Qwen2DecoderLayer.forward).parameters else "past_key_values"
 """Name of the cache argument and output: ``past_key_values`` until 5.23, ``cache`` from 5.24 on."""
+
+
+def cache_argument(cache: Cache | None) -> dict[str, Any]:
+    """A cache as the keyword argument, or output field, of the installed transformers."""
+    return {CACHE: cache}
 
 
 # -- models -----------------------------------------------------------------------------------------------
@@ -57,7 +62,9 @@ def recorded_outputs(num_layers_attribute: str) -> dict[str, Any]:
             resolves negative indices; 5.17 has neither the field nor indices.
     """
     fields = inspect.signature(OutputRecorder).parameters
-    layers = {"num_hidden_layers_key": num_layers_attribute} if "num_hidden_layers_key" in fields else {}
+    layers: dict[str, Any] = {}
+    if "num_hidden_layers_key" in fields:
+        layers["num_hidden_layers_key"] = num_layers_attribute
     return {
         "hidden_states": OutputRecorder(Qwen2DecoderLayer, **layers),
         "attentions": OutputRecorder(Qwen2Attention, index=1),
@@ -68,12 +75,14 @@ def checkpointing_function(module: nn.Module) -> Callable[..., Any] | None:
     """The function that gradient checkpointing wraps around layers, or None where it is off."""
     if not getattr(module, "gradient_checkpointing", False):
         return None
-    return module._gradient_checkpointing_func
+    function: Callable[..., Any] = module._gradient_checkpointing_func  # type: ignore[assignment]
+    return function
 
 
 def keep_initialized_mark(old: nn.Module, new: nn.Module) -> None:
     """Carry over the mark that keeps ``post_init()`` from initializing a module's weights again."""
-    new._is_hf_initialized = getattr(old, "_is_hf_initialized", False)
+    mark: Any = getattr(old, "_is_hf_initialized", False)
+    new._is_hf_initialized = mark
 
 
 # -- generation -------------------------------------------------------------------------------------------
@@ -104,33 +113,40 @@ class GenerationHooks:
 
     def expand_inputs(
         self, expand: Callable[..., Any], expand_size: int, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Repeat each row ``expand_size`` times, for beams and for several sequences per prompt."""
         return expand(expand_size=expand_size, **kwargs)
+
+    def _next(self, name: str) -> Callable[..., Any]:
+        """The method that this class stands before."""
+        method: Callable[..., Any] = getattr(super(), name)
+        return method
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        return self.read_generation_config(super()._prepare_generation_config, generation_config, **kwargs)
+        return self.read_generation_config(
+            self._next("_prepare_generation_config"), generation_config, **kwargs
+        )
 
     def _validate_generation_mode(
         self, generation_mode: GenerationMode, generation_config: GenerationConfig, arguments: dict[str, Any]
     ) -> None:
-        super()._validate_generation_mode(generation_mode, generation_config, arguments)
+        self._next("_validate_generation_mode")(generation_mode, generation_config, arguments)
         self.check_generation_mode(generation_mode, generation_config)
 
     def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.decode(super()._sample, input_ids, *args, **kwargs)
+        return self.decode(self._next("_sample"), input_ids, *args, **kwargs)
 
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
         return self.expand_inputs(
-            super()._expand_inputs_for_generation,
+            self._next("_expand_inputs_for_generation"),
             expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,
@@ -155,7 +171,8 @@ def has_unfinished_sequences(
     model: PreTrainedModel, finished: bool, synced_gpus: bool, device: torch.device
 ) -> bool:
     """Whether this rank, or with ``synced_gpus`` any rank, still generates."""
-    return model._has_unfinished_sequences(finished, synced_gpus, device=device)
+    ask: Any = model._has_unfinished_sequences
+    return bool(ask(finished, synced_gpus, device=device))
 
 
 # -- training ---------------------------------------------------------------------------------------------

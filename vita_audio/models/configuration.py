@@ -49,6 +49,11 @@ class Qwen2MTPConfig(Qwen2Config):
         """Decoder layers of the language model itself."""
         return self.num_hidden_layers - self.num_nextn_predict_layers
 
+    def layer_type(self, index: int) -> str:
+        """Attention type of a decoder layer: "full_attention" or "sliding_attention"."""
+        assert self.layer_types is not None  # __post_init__ fills it in
+        return self.layer_types[index]
+
     @property
     def continuous_input(self) -> bool:
         """Whether user speech enters as continuous SenseVoice features (the Plus family)."""

@@ -137,15 +137,29 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _refuse_other_formats(folder: Path, shards: Sequence[str]) -> None:
+    """Refuse a folder without safetensors of a name we know, by what it holds instead."""
     if shards:
         raise CheckpointError(
             f"{folder}: {len(shards)} weight files without {INDEX}; copy that file from where they came"
         )
-    pickled = sorted(file.name for file in folder.glob("*.bin"))
-    if pickled:
+    if any(folder.glob("*.bin")):
         raise CheckpointError(
-            f"{folder}: weights as {pickled[0]}, which are not read here; convert them with AutoModelForCausalLM"
-            ".from_pretrained(folder).save_pretrained(folder), which writes safetensors"
+            f"{folder}: weights as {min(folder.glob('*.bin')).name}, which are not read here; convert them with "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder), which writes safetensors"
+        )
+    if (folder / "zero_to_fp32.py").is_file() or any(folder.glob("global_step*")):
+        raise CheckpointError(
+            f"{folder}: a DeepSpeed checkpoint without {WEIGHTS}; in it, "
+            "python zero_to_fp32.py --safe_serialization . . makes the weights"
+        )
+    others = sorted(
+        file.name
+        for file in folder.iterdir()
+        if file.suffix in (".safetensors", ".gguf", ".pth", ".pt", ".h5")
+    )
+    if others:
+        raise CheckpointError(
+            f"{folder}: no {WEIGHTS}, but {others[0]}, which is not read here; fetch the model in transformers' format"
         )
 
 
@@ -247,28 +261,31 @@ def check_vocabulary(folder: Path, vocab_size: int) -> None:
         )
 
 
-def useless_sampling_fields(folder: Path) -> list[str]:
-    """Fields of generation_config.json that say how to sample although it asks for greedy search.
+def useless_sampling_fields(folder: Path) -> tuple[Path, list[str]]:
+    """Fields that say how to sample although the same file asks for greedy search, and that file.
 
-    They change nothing, but transformers does not save a configuration that has them.
+    It is generation_config.json, or config.json in older folders. The fields change nothing, but transformers does
+    not save a generation config that has them.
 
     Raises:
-        CheckpointError: the configuration cannot be saved for another reason.
+        CheckpointError: the generation config cannot be saved for another reason.
     """
     file = folder / "generation_config.json"
     if not file.is_file():
-        return []
+        file = folder / "config.json"
     read_object(file)
     try:
-        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        useless = [name for name in SAMPLING_FIELDS if getattr(config, name, None) is not None]
-        useless = [] if config.do_sample else useless
+        generation_config = GenerationConfig.from_pretrained(
+            folder, config_file_name=file.name, local_files_only=True
+        )
+        useless = [name for name in SAMPLING_FIELDS if getattr(generation_config, name, None) is not None]
+        useless = [] if generation_config.do_sample else useless
         for name in useless:
-            setattr(config, name, None)
-        config.validate(strict=True)
+            setattr(generation_config, name, None)
+        generation_config.validate(strict=True)
     except (ValueError, TypeError, OSError) as error:
-        raise CheckpointError(f"{file}: {one_line(error)}; correct this field or delete the file") from error
-    return useless
+        raise CheckpointError(f"{file}: {one_line(error)}; correct this field") from error
+    return file, useless
 
 
 def one_line(error: Exception) -> str:

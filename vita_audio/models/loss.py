@@ -1,10 +1,10 @@
-"""Cross-entropy at supervised positions only, in chunks, with its gradient made on the spot.
+"""Cross-entropy at supervised positions only, in chunks, with the gradient computed along with the loss.
 
 A row of 8,192 tokens, a vocabulary of 168,072 and eleven predictions a token would need 60 GB of
 float32 logits. Here the hidden states of all supervised positions, of the backbone and of every
-head, go through the LM head together in one call: a chunk of logits is made, turned into losses
-and into gradients of its inputs, and dropped. Nothing is recomputed, one gradient buffer of the
-LM head serves all terms, and memory grows with neither sequence x vocabulary nor the number of heads.
+head, go through the LM head together in one call: a chunk of logits is computed, turned into losses
+and into the gradients of its inputs, and freed. Nothing is recomputed, all terms share one gradient
+buffer of the LM head, and memory grows with neither sequence x vocabulary nor the number of heads.
 
 On CUDA with Liger installed its fused kernels do the same; the numbers agree.
 """
@@ -12,7 +12,9 @@ On CUDA with Liger installed its fused kernels do the same; the numbers agree.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +27,13 @@ CHUNK_LOGITS_GPU = 2**27
 
 
 class LanguageModelHead(nn.Linear):
-    """The LM head, which also turns hidden states into losses without showing their logits.
+    """The LM head, which also turns hidden states into losses without returning their logits.
 
     The loss is part of this module's ``forward`` so that ZeRO-3 gathers the weight for it like for
     any other call.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, hidden: Tensor, targets: Tensor | None = None, scales: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, or losses when targets are given.
@@ -47,7 +49,7 @@ class LanguageModelHead(nn.Linear):
         """
         if targets is None:
             return super().forward(hidden)
-        # An autograd function is told of weights that take gradients even while nobody wants any.
+        # Under no_grad an autograd function still sees requires_grad, and would compute a gradient for nothing.
         weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
         return LinearCrossEntropy.apply(hidden, weight, targets, scales)
 
@@ -56,7 +58,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     """``(scales * cross_entropy(hidden @ weight.T, targets)).sum()``, a chunk of rows at a time."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor
+    ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -73,14 +77,16 @@ class LinearCrossEntropy(torch.autograd.Function):
                 needs_weight,
             )
         ctx.save_for_backward(
-            grad_hidden.to(hidden.dtype) if needs_hidden else None,
-            grad_weight.to(weight.dtype) if needs_weight else None,
+            grad_hidden.to(hidden.dtype) if grad_hidden is not None and needs_hidden else None,
+            grad_weight.to(weight.dtype) if grad_weight is not None else None,
         )
         ctx.mark_non_differentiable(losses)
         return (scales * losses).sum(), losses
 
     @staticmethod
-    def backward(ctx, grad_total: Tensor, _grad_losses: Tensor):
+    def backward(
+        ctx: Any, grad_total: Tensor, _grad_losses: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = (
             None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
         )
@@ -97,7 +103,7 @@ def chunked_losses(
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if needs_grad else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-    # Every chunk goes through the same memory; fresh pages would cost a quarter of the time on a CPU.
+    # All chunks use the same memory; fresh pages would cost a quarter of the time on a CPU.
     logits_buffer = hidden.new_empty(chunk_rows, vocabulary)
     probs_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
     for start in range(0, rows, max(chunk_rows, 1)):
@@ -107,16 +113,16 @@ def chunked_losses(
         logits = torch.mm(hidden[chunk], weight.T, out=logits_buffer[:count])
         log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=probs_buffer[:count])
         losses[chunk] = -log_probs.gather(1, target).squeeze(1)
-        if not needs_grad:
+        if grad_hidden is None:
             continue
-        # d loss / d logits = softmax - one_hot; the row's scale is applied to the small products instead.
+        # d loss / d logits = softmax - one_hot; the row's scale is applied later, to the smaller products.
         grad_logits = log_probs.exp_().scatter_add_(
             1, target, torch.full_like(target, -1, dtype=torch.float32)
         )
         grad_logits = grad_logits.to(weight.dtype)
         scale = scales[chunk, None]
         torch.mul(grad_logits @ weight, scale, out=grad_hidden[chunk])
-        if needs_weight:
+        if grad_weight is not None:
             grad_weight += grad_logits.T @ (hidden[chunk] * scale).to(weight.dtype)
     return losses, grad_hidden, grad_weight
 
@@ -125,7 +131,9 @@ def liger_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor, needs_grad: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The same, by Liger's fused linear cross-entropy kernels."""
-    losses, _, _, _, grad_hidden, grad_weight, _ = liger_forward()(
+    forward = liger_forward()
+    assert forward is not None  # the caller has asked
+    losses, _, _, _, grad_hidden, grad_weight, _ = forward(
         hidden,
         weight,
         targets,
@@ -139,8 +147,8 @@ def liger_losses(
 
 
 @lru_cache(maxsize=1)
-def liger_forward():
-    """Liger's forward function, or None when it is absent or too old to scale each row."""
+def liger_forward() -> Callable[..., tuple[Any, ...]] | None:
+    """Liger's forward function; None without Liger, or with one too old to scale each row."""
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
     except ImportError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class MCTPHead:
-    """Head k, a view on modules the model owns (their released names: see ``modeling.py``).
+    """Head k: a view on modules that the model owns (``modeling.py`` has their released names).
 
     For position t it takes h^k_t and token t+k+1, and gives h^{k+1}_t, from which the shared LM
     head predicts token t+k+2.
@@ -35,15 +36,15 @@ class MCTPHead:
         token_embeds: Tensor,
         hidden: Tensor,
         ahead: int = 0,
-        checkpoint: Callable | None = None,
-        **attention,
+        checkpoint: Callable[..., Any] | None = None,
+        **attention: Any,
     ) -> Tensor:
         """One pass of the head.
 
         Args:
             token_embeds: (batch, time, d), embeddings of tokens t+k+1, never the spliced audio.
             hidden: (batch, time, d), h^k_t; for head 0 the backbone's normed output.
-            ahead: how many places further on in ``token_embeds`` the tokens t+k+1 stand.
+            ahead: how many places further on in ``token_embeds`` the tokens t+k+1 are.
             checkpoint: runs a function so that its activations are recomputed in the backward pass.
             attention: mask, cache and rotary embeddings (of positions t+k+1) for the decoder layer,
                 which does its own checkpointing.
@@ -51,7 +52,8 @@ class MCTPHead:
         Returns:
             (batch, time, d), h^{k+1}_t.
         """
-        fuse, norm = self.fuse, self.final_norm
+        fuse: Callable[..., Tensor] = self.fuse
+        norm: Callable[..., Tensor] = self.final_norm
         if checkpoint is not None:
             # With the layer's own, a head keeps three tensors (batch, time, d): its layer's input and
             # output, and what it returns.
@@ -59,7 +61,7 @@ class MCTPHead:
         return norm(self.layer(fuse(token_embeds, hidden, ahead), **attention))
 
     def fuse(self, token_embeds: Tensor, hidden: Tensor, ahead: int = 0) -> Tensor:
-        """x^k_t = W_k [norm(embedding) ; norm(hidden)], embedding first. (batch, time, d) twice, and back."""
+        """x^k_t = W_k [norm(embedding) ; norm(hidden)], embedding first. Takes and gives (batch, time, d)."""
         if ahead:
             # Here, inside the checkpoint, so that no head keeps a shifted copy of the embeddings.
             token_embeds = token_embeds.roll(-ahead, dims=1)
@@ -72,13 +74,13 @@ def run_cascade(
     hidden: Tensor,
     position_ids: Tensor,
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    **attention,
+    **attention: Any,
 ) -> Iterator[Tensor]:
     """Run every head over whole rows, as training does; yields h^1, h^2, … each (batch, time, d).
 
-    Rows keep their length: inputs that reach past the end of a document (t > n-k-2) are computed
-    from the wrong token, but they stand last in their document, so causality keeps them from every
-    valid position, and they have no label. All heads thus share the backbone's attention mask.
+    Rows keep their length. Inputs that reach past the end of a document (t > n-k-2) are computed
+    from the wrong token, but they are the last of their document: no valid position attends to them,
+    and they have no label. So all heads share the backbone's attention mask.
 
     Args:
         token_embeds: (batch, time, d), plain embeddings of the row's own tokens.

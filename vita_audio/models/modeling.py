@@ -9,7 +9,7 @@ Everything is checked against tests/goldens/mctp (SPEC.md there).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from vita_audio.models.compat import (
     GenerationHooks,
     attention_implementation,
     backbone_forward,
+    cache_argument,
     checkpointing_function,
     keep_initialized_mark,
     recorded_outputs,
@@ -53,6 +54,7 @@ class MTPOutput(CausalLMOutputWithPast):
 class Qwen2MTPModel(Qwen2Model):
     """Token embedding, all decoder layers, final norm; its forward is the backbone's."""
 
+    config: Qwen2MTPConfig
     config_class = Qwen2MTPConfig
     _can_record_outputs = recorded_outputs("num_backbone_layers")
 
@@ -88,31 +90,33 @@ class Qwen2MTPModel(Qwen2Model):
             inputs_embeds = self.embed_tokens(input_ids)
         if inputs_embeds.shape[1] == 0:
             raise ValueError(
-                f"no new positions: the cache holds {cache_length(cache)} already; pass a longer prompt or go back "
+                f"no new positions: the cache holds {cache_length(cache)} already; pass a longer prompt, or go back "
                 "with cache.crop(-n)"
             )
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = self.positions(inputs_embeds, cache)
-        masks = attention_mask
-        if not isinstance(masks, dict):
-            masks = attention_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        masks = (
+            attention_mask
+            if isinstance(attention_mask, dict)
+            else attention_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        )
 
         hidden = inputs_embeds
         position_embeddings = self.rotary_emb(hidden, position_ids)
         for index in range(self.config.num_backbone_layers):
             hidden = self.layers[index](
                 hidden,
-                attention_mask=masks[self.config.layer_types[index]],
+                attention_mask=masks[self.config.layer_type(index)],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 use_cache=use_cache,
-                **{CACHE: cache},
+                **cache_argument(cache),
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden), **{CACHE: cache if use_cache else None}
+            last_hidden_state=self.norm(hidden), **cache_argument(cache if use_cache else None)
         )
 
     def positions(self, inputs_embeds: Tensor, cache: Cache | None = None) -> Tensor:
@@ -127,11 +131,12 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, GenerationHooks, Qwen2ForCausalLM)
     ``embedding_inputs``.
     """
 
+    config: Qwen2MTPConfig
     config_class = Qwen2MTPConfig
     accepts_loss_kwargs = True
     """The Trainer passes num_items_in_batch, and the loss is already divided by it."""
 
-    model_class = Qwen2MTPModel
+    model_class: type[Qwen2MTPModel] = Qwen2MTPModel
 
     def __init__(self, config: Qwen2MTPConfig) -> None:
         # Not Qwen2ForCausalLM's, which would build a second backbone and head only to drop them.
@@ -149,7 +154,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, GenerationHooks, Qwen2ForCausalLM)
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, object] | None = None,
         position_ids: Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -180,6 +185,8 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, GenerationHooks, Qwen2ForCausalLM)
         """
         cache = past_key_values if cache is None else cache
         if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("pass input_ids or inputs_embeds")
             inputs_embeds = self.embed_inputs(
                 input_ids, **{name: kwargs.pop(name) for name in self.embedding_inputs if name in kwargs}
             )
@@ -187,10 +194,12 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, GenerationHooks, Qwen2ForCausalLM)
             use_cache = False
         if position_ids is None:
             position_ids = self.model.positions(inputs_embeds, cache)
-        masks = attention_mask
-        if not isinstance(masks, dict):
+        masks = (
+            attention_mask
+            if isinstance(attention_mask, dict)
             # A cache that does not exist yet changes no mask, and packing is only seen without one.
-            masks = attention_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
+            else attention_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        )
 
         # A frozen LM (stages 2 and 3) has no loss of its own and receives none: no graph for it.
         heads_only = labels is not None and self.has_frozen_backbone
@@ -219,7 +228,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, GenerationHooks, Qwen2ForCausalLM)
         return MTPOutput(
             loss=loss,
             logits=logits,
-            **{CACHE: outputs.get(CACHE)},
+            **cache_argument(outputs.get(CACHE)),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             main_loss=main_loss,
@@ -300,7 +309,8 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, GenerationHooks, Qwen2ForCausalLM)
             token_embeds, hidden = token_embeds.detach(), hidden.detach()
             # A reentrant checkpoint gives its parameters no gradient unless one of its inputs takes one.
             hidden.requires_grad_(checkpoint is not None)
-        layer_types = self.config.layer_types[self.config.num_backbone_layers :]
+        first = self.config.num_backbone_layers
+        layer_types = [self.config.layer_type(first + k) for k in range(self.config.num_nextn_predict_layers)]
         if len(set(layer_types)) > 1:
             raise ValueError(f"config: all head layers must share one layer type, got {layer_types}")
         return list(
@@ -325,7 +335,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, GenerationHooks, Qwen2ForCausalLM)
                 index=k,
                 embed_norm=self.mtp_embed_norms[k],
                 hidden_norm=self.mtp_hidden_norms[k],
-                proj=self.mtp_projs[k],
+                proj=cast(nn.Linear, self.mtp_projs[k]),
                 layer=self.model.layers[first + k],
                 final_norm=self.model.norm,
             )

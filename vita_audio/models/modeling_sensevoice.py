@@ -28,6 +28,7 @@ from vita_audio.models.modeling import MTPOutput, Qwen2MTPForCausalLM, Qwen2MTPM
 class Qwen2MTPSenseVoiceModel(Qwen2MTPModel):
     """The backbone with its ear: encoder and adapter beside the decoder layers."""
 
+    config: Qwen2MTPSenseVoiceConfig
     config_class = Qwen2MTPSenseVoiceConfig
 
     def __init__(self, config: Qwen2MTPSenseVoiceConfig) -> None:
@@ -57,6 +58,7 @@ class Qwen2MTPSenseVoiceModel(Qwen2MTPModel):
 class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
     """Qwen2MTPForCausalLM whose prompts and training rows may hold audio."""
 
+    config: Qwen2MTPSenseVoiceConfig
     config_class = Qwen2MTPSenseVoiceConfig
     model_class = Qwen2MTPSenseVoiceModel
     embedding_inputs = ("audios", "audio_indices")
@@ -142,7 +144,7 @@ class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
         audios: Sequence[Tensor] | None = None,
         audio_indices: Sequence[Tensor] | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Several sequences per prompt: row r becomes rows r * size … r * size + size - 1, clips likewise."""
         input_ids, model_kwargs = super().expand_inputs(expand, expand_size, **kwargs)
         if audios:
@@ -178,7 +180,7 @@ class AudioModel(nn.Module):
 
     def __init__(self, config: Qwen2MTPSenseVoiceConfig) -> None:
         super().__init__()
-        self.model = SenseVoiceEncoder(SenseVoiceEncoderConfig.from_dict(config.audio_encoder))
+        self.model = SenseVoiceEncoder(SenseVoiceEncoderConfig.from_dict(config.audio_encoder or {}))
 
     def train(self, mode: bool = True) -> AudioModel:
         trainable = any(parameter.requires_grad for parameter in self.model.encoder.parameters())

@@ -15,10 +15,11 @@ import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -70,7 +71,9 @@ def open_model(
     config = read_config(folder)
     heads = getattr(config, "num_nextn_predict_layers", 0)
     model = _open(folder, config, heads, dtype=dtype, attn_implementation=attn_implementation)
-    return model.eval() if target is None else model.to(target).eval()
+    if target is not None:
+        cast(nn.Module, model).to(target)
+    return model.eval()
 
 
 def open_config(path: str | PathLike[str]) -> PreTrainedConfig:
@@ -191,7 +194,7 @@ def _open(
     """Check a folder, load it, and start what it lacks."""
     check_weights(folder, config)
     check_vocabulary(folder, config.vocab_size)
-    useless = useless_sampling_fields(folder)
+    generation_file, useless = useless_sampling_fields(folder)
 
     continuous = sensevoice or getattr(config, "continuous_input", False)
     model_class = Qwen2MTPSenseVoiceForCausalLM if continuous else Qwen2MTPForCausalLM
@@ -208,7 +211,7 @@ def _open(
     if useless:
         logger.warning(
             "%s: %s have no effect without do_sample and are dropped",
-            folder / "generation_config.json",
+            generation_file,
             ", ".join(useless),
         )
     started: list[str] = []
@@ -250,13 +253,15 @@ def _from_pretrained(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        return model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             folder,
             config=config,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused in our own words by refuse_other_tensors
             **kwargs,
         )
+        model, report = loaded
+        return model, report
     except (ImportError, ValueError) as error:
         attention = kwargs.get("attn_implementation")
         if attention is None or not re.search(r"attn_implementation|attention", str(error), re.IGNORECASE):
@@ -267,7 +272,7 @@ def _from_pretrained(
 
 
 def start_audio_parts(
-    model: Qwen2MTPSenseVoiceForCausalLM, missing: set[str], audio_model_path: str | PathLike[str] | None
+    model: Qwen2MTPForCausalLM, missing: set[str], audio_model_path: str | PathLike[str] | None
 ) -> list[str]:
     """Start what a folder without audio lacks: the encoder from its own weights, the adapter fresh.
 
@@ -293,7 +298,8 @@ def start_audio_parts(
                 "the model folder holds no SenseVoice encoder: pass audio_model_path "
                 "(--audio_model_name_or_path), the folder of SenseVoiceSmall"
             )
-        copy_parameters(SenseVoiceEncoder.from_pretrained(audio_model_path), model.model.audio_model.model)
+        encoder = model.get_submodule(f"{_ENCODER_PREFIX}model")
+        copy_parameters(SenseVoiceEncoder.from_pretrained(audio_model_path), encoder)
     return started
 
 
@@ -305,7 +311,8 @@ def refuse_other_tensors(
     Raises:
         CheckpointError: the weights are not those of config.json.
     """
-    expected = (*(prefix for k in grown for prefix in head_prefixes(model.config, k)), *started)
+    heads = tuple(prefix for k in grown for prefix in head_prefixes(model.config, k))
+    expected = (*heads, *started)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     missing = sorted(
         name for name in report["missing_keys"] if not name.startswith(expected) and name not in tied
@@ -320,7 +327,11 @@ def refuse_other_tensors(
             f"{folder}: {name} has shape {tuple(stored)} where config.json asks for {tuple(wanted)}; "
             "use the config.json that belongs to these weights"
         )
-    extra = sorted(set(report.get("unexpected_keys", ())) - tied)
+    # A head that is to be grown must not be in the file: growing would overwrite it.
+    unclaimed = {name for name, _ in model.named_parameters() if name.startswith(heads)} if heads else set()
+    extra = sorted(
+        (unclaimed - set(report["missing_keys"])) | (set(report.get("unexpected_keys", ())) - tied)
+    )
     if extra:
         raise CheckpointError(
             f"{folder}: {len(extra)} tensors have no place in a model of config.json, the first is {extra[0]}; use "

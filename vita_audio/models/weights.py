@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from vita_audio.models.configuration import Qwen2MTPConfig
 
 logger = logging.getLogger(__name__)
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def head_prefixes(config: Qwen2MTPConfig, k: int) -> tuple[str, ...]:
@@ -29,10 +29,11 @@ def head_prefixes(config: Qwen2MTPConfig, k: int) -> tuple[str, ...]:
     return (layer, f"mtp_projs.{k}.", f"mtp_embed_norms.{k}.", f"mtp_hidden_norms.{k}.")
 
 
-def is_head_parameter(model: PreTrainedModel, name: str) -> bool:
+def is_head_parameter(model: nn.Module, name: str) -> bool:
     """Whether a parameter belongs to a head. The shared embedding, final norm and LM head do not."""
-    heads = range(model.config.num_nextn_predict_layers)
-    return name.startswith(tuple(prefix for k in heads for prefix in head_prefixes(model.config, k)))
+    config = cast(Qwen2MTPConfig, model.config)
+    heads = range(config.num_nextn_predict_layers)
+    return name.startswith(tuple(prefix for k in heads for prefix in head_prefixes(config, k)))
 
 
 def freeze_backbone(model: Model) -> Model:
@@ -47,7 +48,8 @@ def freeze_audio_encoder(model: Model) -> Model:
 
     The adapter still trains.
     """
-    model.model.audio_model.requires_grad_(False).eval()
+    backbone: Any = model.model
+    backbone.audio_model.requires_grad_(False).eval()
     return model
 
 
@@ -60,13 +62,13 @@ def grow_heads(model: PreTrainedModel, grown: range) -> None:
     """
     if not grown:
         return
-    first = model.config.num_backbone_layers
-    layers = model.model.layers
+    first: int = model.config.num_backbone_layers
+    layers = cast(nn.ModuleList, model.model.layers)
     for k in grown:
         copy_parameters(layers[first + k - 1], layers[first + k])
         if grown.start > 0:
-            for modules in (model.mtp_projs, model.mtp_embed_norms, model.mtp_hidden_norms):
-                copy_parameters(modules[k - 1], modules[k])
+            for name in ("mtp_projs", "mtp_embed_norms", "mtp_hidden_norms"):
+                copy_parameters(model.get_submodule(f"{name}.{k - 1}"), model.get_submodule(f"{name}.{k}"))
     source = f"backbone layer {first - 1}" if grown.start == 0 else f"head {grown.start - 1}"
     logger.warning("grown from %s: heads %s", source, ", ".join(map(str, grown)))
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.utils import strtobool
 
 from vita_audio.audio import available_kinds, is_continuous_kind
 from vita_audio.chat.interleave import check_ratio
@@ -287,7 +288,7 @@ class StageArguments(TrainingArguments):
     def _prepare_deepspeed_and_device(self) -> None:
         """Check the DeepSpeed config, take its schedule, and settle for what CPUs have where they are chosen."""
         replaced = []
-        self.use_cpu = self.use_cpu or os.environ.get("DS_ACCELERATOR") == "cpu"
+        self.use_cpu = self.use_cpu or strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")) == 1
         if self.deepspeed:
             name = self.deepspeed if isinstance(self.deepspeed, str) else "(a dict)"
             config = read_deepspeed_config(self.deepspeed)
@@ -348,6 +349,13 @@ class StageArguments(TrainingArguments):
                 self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs)
             except ValueError as error:
                 raise self._unfit_scheduler_arguments(error) from error
+        if not isinstance(self.lr_scheduler_kwargs, dict | None):
+            raise self._unfit_scheduler_arguments(TypeError("not a JSON object"))
+
+    @property
+    def scheduler_arguments(self) -> dict[str, Any]:
+        """``--lr_scheduler_kwargs``, read and checked."""
+        return self.lr_scheduler_kwargs if isinstance(self.lr_scheduler_kwargs, dict) else {}
 
     def _use_current_names(self) -> None:
         """Hand ``--gradient_checkpointing`` on under the name that newer transformers asks for.
@@ -365,7 +373,7 @@ class StageArguments(TrainingArguments):
         """Build the schedule for a dummy optimizer: a wrong argument would otherwise show after the model is loaded."""
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         try:
-            build_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.lr_scheduler_kwargs)
+            build_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.scheduler_arguments)
         except (TypeError, ValueError) as error:
             raise self._unfit_scheduler_arguments(error) from error
 

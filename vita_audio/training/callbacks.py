@@ -26,6 +26,7 @@ class StopOnBadGradients(TrainerCallback):
     def __init__(self, deepspeed: Callable[[], Any]) -> None:
         self._deepspeed = deepspeed
         self._skipped = 0
+        self._made = 0
         self._bad = False
 
     def on_pre_optimizer_step(
@@ -47,12 +48,19 @@ class StopOnBadGradients(TrainerCallback):
         if engine is not None:
             self._bad = not engine.was_step_applied()
             norm = engine.get_global_grad_norm()
-            if not self._bad and norm is not None and not math.isfinite(norm):
+            # DeepSpeed's ZeRO gives -1 for a norm that is not finite.
+            if not self._bad and norm is not None and not (math.isfinite(norm) and norm >= 0):
                 raise FloatingPointError(
                     f"the gradients of step {state.global_step} are not finite, and the update was made with them; "
                     "nothing was saved since. Lower --learning_rate; the run continues from its last checkpoint"
                 )
         self._skipped = self._skipped + 1 if self._bad else 0
+        self._made += not self._bad
+        if not self._made and state.global_step >= state.max_steps:
+            raise FloatingPointError(
+                "every step was skipped because its gradients are not finite, so nothing was learned; "
+                "train in bfloat16 or float32, or lower --learning_rate"
+            )
         if self._skipped == MOST_SKIPPED_STEPS:
             raise FloatingPointError(
                 f"{MOST_SKIPPED_STEPS} steps in a row, up to step {state.global_step}, were skipped because their "

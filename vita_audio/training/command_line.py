@@ -42,9 +42,8 @@ def parse_arguments(
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("--") and words[0].endswith(".json"):
         words = [*_words_of_json(words[0]), *words[1:]]
-    parser = _Parser(
-        (ModelArguments, DataArguments, StageArguments), prog="finetune_sts.py", allow_abbrev=False
-    )
+    groups: list[Any] = [ModelArguments, DataArguments, StageArguments]
+    parser = _Parser(groups, prog="finetune_sts.py", allow_abbrev=False)
     try:
         rest = [word for flag, values in _flags(words) for word in _without_built_in(flag, values)]
         model, data, stage = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)

@@ -35,7 +35,7 @@ _FIXED = frozenset(
         "fp16",
         "optim",
         "decay_norms",
-        "deepspeed_zero_stage",
+        "deepspeed.zero_optimization.stage",
         "deepspeed_builds_optimizer",
     }
 )
@@ -58,7 +58,7 @@ def describe_changes(checkpoint: str | Path, arguments: Mapping[str, Any]) -> li
     """
     file = Path(checkpoint) / RUN_FILE
     try:
-        before = read_json(file)["arguments"]
+        before = _flat(read_json(file)["arguments"])
     except FileNotFoundError:
         return [
             f"{checkpoint} holds no {RUN_FILE}: options that have changed since it was written are not named"
@@ -67,9 +67,10 @@ def describe_changes(checkpoint: str | Path, arguments: Mapping[str, Any]) -> li
         raise ContinuationError(
             f"{file}: cannot be read ({error}); delete it to continue without comparing"
         ) from error
+    now = _flat(arguments)
     lines = []
-    for name in sorted(before.keys() & arguments.keys() - _OF_THE_PLACE):
-        old, new = before[name], arguments[name]
+    for name in sorted(before.keys() & now.keys() - _OF_THE_PLACE):
+        old, new = before[name], now[name]
         if old == new:
             continue
         change = f"--{name} {_shown(new)} (was {_shown(old)})"
@@ -82,6 +83,17 @@ def describe_changes(checkpoint: str | Path, arguments: Mapping[str, Any]) -> li
         )
         lines.append(f"{change} {effect}")
     return lines
+
+
+def _flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options, those of a DeepSpeed config, by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": item for inner, item in _flat(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _shown(value: Any) -> Any:

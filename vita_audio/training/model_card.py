@@ -66,11 +66,12 @@ def _training(folder: Path, run: Mapping[str, Any] | None) -> str:
     revision = (
         f"{git['revision']}{' with changes' if git['modified'] else ''}" if git else "not in a checkout"
     )
-    trained = "the heads alone" if arguments.get("language_model_freeze") else "backbone and heads"
+    output = Path(str(arguments.get("output_dir")))
     data, mix = run["data"], Path(str(arguments.get("dataset_name"))).name
     rows = {
+        "Run": f"`{output.parent.name}/{output.name}`",
         "Base": f"`{arguments.get('model_name_or_path')}`",
-        "Trained": trained,
+        "Trained": _trained(arguments),
         "Steps": f"{arguments.get('max_steps')}, rows of {arguments.get('model_max_length')} tokens",
         "Learning rate": f"{arguments.get('learning_rate')}, {arguments.get('lr_scheduler_type')}",
         "Data": f"`{mix}`, {data['samples_per_epoch']:,} samples, fingerprint {data['fingerprint']}",
@@ -79,3 +80,10 @@ def _training(folder: Path, run: Mapping[str, Any] | None) -> str:
     }
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items() if value is not None)
     return f"\n## Training\n\n| | |\n|---|---|\n{table}\nAll options and versions are in `run.json`.\n"
+
+
+def _trained(arguments: Mapping[str, Any]) -> str:
+    heads = arguments.get("num_nextn_predict_layers") or 0
+    if arguments.get("language_model_freeze"):
+        return f"{heads} heads, the language model frozen"
+    return f"language model and {heads} heads" if heads else "language model"

@@ -26,7 +26,7 @@ def check_result(folder: str | Path) -> None:
     for file in weight_files(folder):
         stored |= read_header(file)
     with torch.device("meta"):
-        model = getattr(models, config.architectures[0])(config)
+        model = getattr(models, (config.architectures or ["Qwen2MTPForCausalLM"])[0])(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)

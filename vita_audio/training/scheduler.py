@@ -10,7 +10,7 @@ its own peak and all groups follow the same curve.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ def build_scheduler(
     optimizer: Optimizer,
     warmup_steps: int,
     total_steps: int,
-    arguments: Mapping[str, Any] | None = None,
+    arguments: Any = None,
 ) -> LRScheduler:
     """The schedule of that name: the published one, or one of transformers'.
 

@@ -43,11 +43,13 @@ def _plain(value: Any) -> Any:
 
 
 def _defaults() -> dict[str, Any]:
-    return {
-        field.name: _plain(field.default if field.default is not MISSING else field.default_factory())
-        for field in fields(TrainingArguments)
-        if field.default is not MISSING or field.default_factory is not MISSING
-    }
+    defaults: dict[str, Any] = {}
+    for field in fields(TrainingArguments):
+        if field.default is not MISSING:
+            defaults[field.name] = _plain(field.default)
+        elif field.default_factory is not MISSING:
+            defaults[field.name] = field.default_factory()
+    return defaults
 
 
 _DEFAULTS = _defaults()

@@ -18,14 +18,15 @@ from collections import Counter
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from vita_audio.models import freeze_audio_encoder, freeze_backbone, is_head_parameter
 
 
 def apply_stage(
-    model: nn.Module, *, language_model_freeze: bool = False, audio_model_freeze: bool = True
+    model: PreTrainedModel, *, language_model_freeze: bool = False, audio_model_freeze: bool = True
 ) -> None:
-    """Set ``requires_grad`` for one stage; whatever is not frozen here trains."""
+    """Set ``requires_grad`` for one stage; what is not frozen here trains."""
     model.requires_grad_(True)
     if language_model_freeze:
         freeze_backbone(model)
@@ -34,7 +35,7 @@ def apply_stage(
 
 
 def parameter_groups(
-    model: nn.Module,
+    model: PreTrainedModel,
     learning_rate: float,
     weight_decay: float,
     head_multiplier: float = 1.0,
@@ -72,7 +73,7 @@ def parameter_groups(
     ]
 
 
-def describe_trainable(model: nn.Module) -> str:
+def describe_trainable(model: PreTrainedModel) -> str:
     """One line for the log: how many parameters of each part train."""
     trained: Counter[str] = Counter()
     total: Counter[str] = Counter()

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import (
     PreTrainedModel,
     ProgressCallback,
@@ -68,6 +68,7 @@ class SpeechTrainer(Trainer):
 
     args: StageArguments
     model: PreTrainedModel
+    lr_scheduler: Any  # any scheduler; the Trainer's annotation knows one kind
 
     def __init__(
         self, *, loader: ResumableLoader, run: Mapping[str, Any] | None = None, **kwargs: Any
@@ -112,8 +113,9 @@ class SpeechTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the heads' own rate; used when the DeepSpeed config builds none."""
         if self.optimizer is None:
+            trained: Any = self.model if model is None else model
             groups = parameter_groups(
-                self.model if model is None else model,
+                trained,
                 self.args.learning_rate,
                 self.args.weight_decay,
                 self.args.mtp_learning_rate_multiplier,
@@ -135,15 +137,18 @@ class SpeechTrainer(Trainer):
         What it plans is noted, since a checkpoint would replace it.
         """
         if self.lr_scheduler is None:
-            self.lr_scheduler = build_scheduler(
+            if optimizer is None:
+                optimizer = self.create_optimizer()
+            scheduler = build_scheduler(
                 self.args.lr_scheduler_type,
-                self.optimizer if optimizer is None else optimizer,
+                optimizer,
                 self.args.get_warmup_steps(num_training_steps),
                 num_training_steps,
-                self.args.lr_scheduler_kwargs,
+                self.args.scheduler_arguments,
             )
             self._created_lr_scheduler = True
-            self._planned_rates[:] = [PlannedRates(self.lr_scheduler)]
+            self._planned_rates[:] = [PlannedRates(scheduler)]
+            self.lr_scheduler = cast(LambdaLR, scheduler)  # the base class says so of every scheduler
         return self.lr_scheduler
 
     # -- loss ---------------------------------------------------------------------------------------------

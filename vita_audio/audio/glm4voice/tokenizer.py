@@ -25,8 +25,9 @@ from vita_audio.audio.glm4voice.streaming import (
 )
 from vita_audio.audio.glm4voice.vocoder import Vocoder
 from vita_audio.audio.glm4voice.vq_encoder import SAMPLE_RATE, EncoderStream, VQEncoder
-from vita_audio.audio.glm4voice.weights import WeightsError, content_fingerprint, find_weights
+from vita_audio.audio.glm4voice.weights import WeightsError, find_weights
 from vita_audio.audio.io import load_audio
+from vita_audio.files import content_fingerprint
 
 _ENCODER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 _FINGERPRINTED = ("config.json", "preprocessor_config.json", "model.safetensors")  # the order is kept

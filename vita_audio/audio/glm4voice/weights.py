@@ -1,8 +1,7 @@
-"""Weight files: read without running code, checked key by key, named by their content."""
+"""Weight files: read without running code, checked key by key."""
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections.abc import Iterable
 from os import PathLike
@@ -14,9 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vita_audio.audio.folders import WeightsError
-
-_SAMPLED_BLOCKS = 64
-_BLOCK_BYTES = 1 << 16
 
 
 def find_weights(folder: str | PathLike[str], stem: str) -> Path:
@@ -82,17 +78,3 @@ def load_strictly(
             raise WeightsError(f"{path}: unexpected key {key!r} of shape {list(state[key].shape)}")
     module.load_state_dict({key: value.float() for key, value in state.items()}, strict=False, assign=True)
     module.requires_grad_(False).eval()
-
-
-def content_fingerprint(paths: Iterable[Path]) -> str:
-    """Short digest of files: their sizes and evenly spaced blocks, so that gigabytes take milliseconds."""
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
-        with path.open("rb") as file:
-            last = max(0, size - _BLOCK_BYTES)
-            for index in range(_SAMPLED_BLOCKS):
-                file.seek(last * index // (_SAMPLED_BLOCKS - 1))
-                digest.update(file.read(_BLOCK_BYTES))
-    return digest.hexdigest()[:16]

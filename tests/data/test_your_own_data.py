@@ -1,0 +1,75 @@
+"""docs/your_own_data.md does what it says, as far as a test without a trained model can try it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from vita_audio.chat import read_samples
+from vita_audio.data.mixing import Mix, read_mix
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+GUIDE = (REPOSITORY / "docs" / "your_own_data.md").read_text(encoding="utf-8")
+CLIPS = 60
+
+
+def block(language: str) -> str:
+    return re.findall(rf"```{language}\n(.*?)```", GUIDE, flags=re.DOTALL)[0]
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder of recordings, made into samples by the guide's own lines."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ROOT_PATH", raising=False)
+    (tmp_path / "own").mkdir()
+    for index in range(CLIPS):
+        soundfile.write(tmp_path / "own" / f"{index:03d}.wav", np.zeros(160), 16_000)
+        (tmp_path / "own" / f"{index:03d}.txt").write_text(f"number {index}\n")
+    exec(block("python"), {})  # the lines under test
+    return tmp_path
+
+
+def test_recordings_become_samples_with_a_test_set_of_their_own(own):
+    samples = {
+        name: [sample for _, sample in read_samples(own / "own" / f"{name}.jsonl")]
+        for name in ("train", "asr_test", "tts_test")
+    }
+    assert {name: len(found) for name, found in samples.items()} == {
+        "train": 100,
+        "asr_test": 10,
+        "tts_test": 10,
+    }
+    assert all(os.path.isfile(audio) for found in samples.values() for one in found for audio in one.audios)
+    trained = {one.id for one in samples["train"]}
+    assert not trained & {one.id for name in ("asr_test", "tts_test") for one in samples[name]}
+
+
+def test_the_mix_has_the_shares_that_the_guide_names(own, text_sample, write_lines, arrow_cache):
+    for task in ("sqa", "asr", "tts", "text_qa"):
+        write_lines(own / "quickstart" / "corpus" / f"{task}_train.jsonl", [text_sample("old")] * 400)
+    (own / "own.yaml").write_text(block("yaml"))
+    mix = Mix(read_mix(own / "own.yaml", own), 0, cache_dir=arrow_cache, strict=True)
+    assert mix.used == [200, 150, 150, 150, 150]
+    assert "An epoch is 800 samples, a quarter of them new." in GUIDE
+    assert sum(mix.used[:1]) / len(mix) == 0.25
+
+
+def test_every_file_that_the_guide_names_is_there():
+    for path in re.findall(r"(?:tools|scripts|configs)/[\w/.]+\.(?:py|sh|yaml)", GUIDE):
+        assert (REPOSITORY / path).is_file(), path
+    corpus = (REPOSITORY / "tools" / "make_spoken_arithmetic.py").read_text(encoding="utf-8")
+    for name in re.findall(r"quickstart/corpus/(\w+)_(?:train|test)\.jsonl", GUIDE):
+        assert name in corpus, name
+
+
+def test_every_variable_that_the_guide_sets_is_read_by_a_script():
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "scripts").rglob("*.sh"))
+    for command in re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL):
+        for name in re.findall(r"\b([A-Z][A-Z_0-9]+)=", command):
+            assert name in scripts, name

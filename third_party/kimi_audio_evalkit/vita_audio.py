@@ -1,0 +1,80 @@
+"""VITA-Audio for Kimi-Audio-Evalkit: copy or link this file into its ``almeval/models/``.
+
+The Evalkit finds the class by itself and gives it what ``config.yaml`` there says of its name:
+
+    MODELS:
+      VITA-Audio:
+        model_dir: models/VITA-Audio-Boost
+        audio_tokenizer_type: glm4voice
+        audio_tokenizer_path: models/THUDM/glm-4-voice-tokenizer
+
+    bash run_audio.sh --model VITA-Audio --data LibriSpeech
+
+Keys are the arguments of :class:`VitaAudio`. To score several checkpoints side by side, add a subclass with a
+``NAME`` of its own for each.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from almeval.models.base import BaseModel
+
+from vita_audio.chat import Message
+from vita_audio.constants import ASR_PROMPT
+from vita_audio.inference import Conversation, GenerationOptions, SpeechPipeline, prompts
+
+
+class VitaAudio(BaseModel):
+    """Text answers to speech, made by :class:`~vita_audio.inference.SpeechPipeline`.
+
+    Args:
+        model_path: the entry of ``config.yaml``: the model's folder, or a mapping of the following arguments with
+            ``model_dir`` for the folder.
+        greedy: take the likeliest token at every step; otherwise sampling and penalties are those of the checkpoint's
+            generation_config.json.
+        generation: other choices, by the names of ``GenerationOptions``: ``mode``, ``max_new_tokens``, ``seed``, …
+        system_prompt: of everything but speech recognition: ``luke``, ``omni``, ``none``, or the text itself.
+        arguments: of ``SpeechPipeline.from_pretrained``: the codec's kind and folders, ``device``, ``dtype``. A flow
+            decoder is not needed, since only text is scored.
+
+    Raises:
+        ValueError: a folder is missing or does not fit.
+    """
+
+    NAME = "VITA-Audio"
+
+    def __init__(
+        self,
+        model_path: str | Mapping[str, Any],
+        **arguments: Any,
+    ) -> None:
+        settings = {"model_dir": model_path} if isinstance(model_path, str) else dict(model_path)
+        settings |= arguments
+        system = settings.pop("system_prompt", "none")
+        self.system = prompts.SYSTEM_PROMPTS.get(system, system)
+        options = GenerationOptions.greedy if settings.pop("greedy", False) else GenerationOptions
+        self.options = options(**settings.pop("generation", {}))
+        self.pipeline = SpeechPipeline.from_pretrained(**settings)
+
+    def generate_inner(self, msg: dict[str, Any]) -> tuple[str, str]:
+        """Answer one item of a data set.
+
+        Args:
+            msg: ``audio``, a path or several; ``text``, the question or instruction, empty where it is spoken; and
+                ``meta``, whose ``task`` says what is asked.
+
+        Returns:
+            The prompt as it was asked, and the text of the reply.
+        """
+        conversation = self.conversation(msg)
+        reply = self.pipeline.reply(conversation, self.options, decode=False)
+        return "\n".join(message.content for message in conversation.messages), reply.text
+
+    def conversation(self, msg: dict[str, Any]) -> Conversation:
+        """The prompt of an item: speech recognition in the words of the training data, all else in the item's."""
+        audios = [msg["audio"]] if isinstance(msg["audio"], str) else list(msg["audio"])
+        recognition = (msg.get("meta") or {}).get("task") == "ASR"
+        text = ASR_PROMPT if recognition else (msg.get("text") or "").strip()
+        user = Message("user", (f"{text}\n" if text else "", *[""] * len(audios)))
+        system = (Message("system", (self.system,)),) if self.system and not recognition else ()
+        return Conversation((*system, user), tuple(audios))

@@ -1,0 +1,285 @@
+"""Score checkpoints on test sets, in one process or under torchrun.
+
+    python tools/evaluate_table.py --checkpoints stage1=DIR stage3=DIR --modes vanilla boost turbo \\
+        --asr asr.jsonl --tts tts.jsonl --sqa sqa.jsonl --text_qa text_qa.jsonl --seed_tts zh/meta.lst --output_dir out
+
+One row per checkpoint and mode. A checkpoint shows the modes its heads suffice for, or those named behind its
+folder: stage2=DIR@vanilla,1-1. Every test set has its own scores; NAME=FILE names it, otherwise its file does.
+scores.json and scores.md are written row by row, and nothing is computed again unless something behind it changed.
+OUTPUT_DIR/STAGE-MODE/ holds every utterance and its WAV file, OUTPUT_DIR/run.json what was run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+from vita_audio.chat import default_data_root, locate_file
+from vita_audio.cli.arguments import (
+    CODEC,
+    GENERATION,
+    RUNTIME,
+    CommandParser,
+    add_system_prompt,
+    command_parser,
+    transcriber_group,
+)
+from vita_audio.distributed import is_first
+from vita_audio.evaluation.benchmarks import file_name
+from vita_audio.evaluation.evaluate import DECODINGS, BenchmarkSet, Checkpoint, Settings, check, evaluate
+from vita_audio.evaluation.normalisers import NORMALISERS, normaliser
+from vita_audio.evaluation.results import folder_fingerprint
+from vita_audio.evaluation.scoreboard import TASKS, Row, markdown
+from vita_audio.evaluation.tasks import SeedTTS, SpeechSynthesis, Task
+from vita_audio.evaluation.tasks.seed_tts import LANGUAGES, language_of
+from vita_audio.evaluation.transcribers import RECOGNISERS, TranscriberConfig
+from vita_audio.files import write_json
+from vita_audio.inference import GenerationOptions, Schedule, SpeechPipeline
+from vita_audio.inference.pipeline import default_device
+from vita_audio.models.open import open_config
+from vita_audio.models.schedule import SCHEDULES, schedules_for
+from vita_audio.provenance import RUN_FILE, describe_run
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The table of several checkpoints, modes and test sets."""
+    parser = command_parser(__doc__)
+    parser.add_argument("--checkpoints", nargs="+", required=True, metavar="STAGE=DIR[@MODE,…]")
+    parser.add_argument(
+        "--modes", nargs="+", default=list(SCHEDULES), metavar="MODE",
+        help="names, or numbers joined by dashes such as 1-10-4-10 (default: the four of the paper)",
+    )  # fmt: skip
+    for task in TASKS.values():
+        parser.add_argument(
+            f"--{task.name}", nargs="+", default=[], metavar="[NAME=]FILE", help=f"test sets of {task.title}"
+        )
+    parser.add_argument(
+        "--decoding", nargs="+", default=["greedy"], choices=DECODINGS,
+        help="greedy: the likeliest token, so that rows can be repeated; published: as the published figures, "
+        "speech synthesis drawn, with the checkpoint's repetition penalty; both stand side by side (default: greedy)",
+    )  # fmt: skip
+    defaults = Settings()
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="longest reply"
+    )
+    parser.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="of drawn replies")
+    parser.add_argument(
+        "--speed_items", type=int, default=defaults.speed_items, metavar="N",
+        help=f"replies timed (default: {defaults.speed_items})",
+    )  # fmt: skip
+    _add_common_arguments(parser)
+    args = parser.parse_args(argv)
+
+    files = [(task, text) for task in TASKS for text in getattr(args, task)]
+    if not files:
+        raise ValueError(f"nothing to score: give one of {', '.join(f'--{task}' for task in TASKS)}")
+    checkpoints = [_read_checkpoint(text, args.modes) for text in args.checkpoints]
+    settings = replace(_settings(args), decodings=tuple(dict.fromkeys(args.decoding)))
+    settings = replace(
+        settings, max_new_tokens=args.max_new_tokens, seed=args.seed, speed_items=args.speed_items
+    )
+    _run("evaluate", args, checkpoints, _read_sets(files, args), settings)
+
+
+def main_single(task: str, argv: Sequence[str] | None = None, **defaults: object) -> None:
+    """One test set of one checkpoint, with any generation options.
+
+    Writes ``TASK.jsonl``, the WAV files and ``TASK_scores.json`` into the output folder.
+
+    Args:
+        task: name in :data:`~vita_audio.evaluation.scoreboard.TASKS`.
+        defaults: of the command's flags in place of the usual ones.
+    """
+    parser = command_parser(
+        f"{TASKS[task].title} scores of one checkpoint on one test set.\n\n{main_single.__doc__}"
+    )
+    parser.add_argument(
+        "--json_path", "--data_path", dest="json_path", required=True, metavar="FILE", help="test set"
+    )
+    parser.add_argument("--model_name_or_path", required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument(
+        "--num_workers", type=int, default=0, help=argparse.SUPPRESS
+    )  # of the original's commands
+    if task == "tts":
+        parser.add_argument(
+            "--metric", default="wer", choices=("wer", *(f"seed-tts-{language}" for language in LANGUAGES)),
+            help="how errors are counted (default: wer)",
+        )  # fmt: skip
+        parser.add_argument(
+            "--floor", action=argparse.BooleanOptionalAction, default=True,
+            help="score the recordings of the test set too, as they are and after the codec (default: --floor)",
+        )  # fmt: skip
+    GENERATION.add_to(parser, do_sample=TASKS[task].samples, seed=Settings.seed)
+    _add_common_arguments(parser)
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+
+    folder = Path(args.model_name_or_path)
+    given = GENERATION.read(args)
+    if not given.do_sample:
+        given = replace(given, seed=None)
+    checkpoint = Checkpoint(folder.name or str(folder), folder, [_resolved_mode(folder, given)])
+    settings = replace(
+        _settings(args), given=given, max_new_tokens=given.max_new_tokens, speed_items=0, single=True,
+        recordings=getattr(args, "floor", True),
+    )  # fmt: skip
+    name, language = task, None
+    if getattr(args, "metric", "wer") != "wer":
+        name, language = "seed_tts", args.metric.removeprefix("seed-tts-")
+        args.seed_tts_language, args.chinese_transcriber = language, args.transcriber
+        args.chinese_transcriber_path = args.transcriber_path
+    sets = _read_sets([(name, f"{task}={args.json_path}")], args)
+    _run(f"evaluate_{task}", args, [checkpoint], sets, settings)
+
+
+def _run(
+    command: str,
+    args: argparse.Namespace,
+    checkpoints: Sequence[Checkpoint],
+    sets: Sequence[BenchmarkSet],
+    settings: Settings,
+) -> None:
+    """Score, and end with the table and its path."""
+    check(checkpoints, sets, settings)
+    if is_first():
+        data = {one.name: {"file": str(one.path), "fingerprint": one.fingerprint} for one in sets}
+        write_json(args.output_dir / RUN_FILE, describe_run(command, vars(args), data))
+    codec, runtime = CODEC.read(args), RUNTIME.read(args)
+
+    def open_pipeline(folder: Path) -> SpeechPipeline:
+        return SpeechPipeline.open(folder, codec, runtime)
+
+    rows: list[Row] = evaluate(checkpoints, sets, settings, args.output_dir, open_pipeline)
+    if is_first():
+        print(f"\n{markdown(rows)}\n{args.output_dir / 'scores.md'}")
+
+
+def _add_common_arguments(parser: CommandParser) -> None:
+    group = parser.add_argument_group("test sets")
+    group.add_argument("--data_root", type=Path, metavar="DIR", help="where relative audio paths start")
+    group.add_argument("--limit", type=int, metavar="N", help="at most N items, spread over each file")
+    group.add_argument(
+        "--batch_size", type=int, default=Settings.batch_size, help="replies generated together"
+    )
+    group.add_argument("--output_dir", type=Path, required=True, metavar="DIR")
+    group.add_argument(
+        "--text_normaliser", default="words", choices=tuple(NORMALISERS),
+        help="of TTS: words compares words without punctuation, libritts also spells out numbers and "
+        "abbreviations as the published LibriTTS figures do (needs WeTextProcessing; default: words)",
+    )  # fmt: skip
+    group.add_argument(
+        "--speaker_prompt", action="store_true", help="Seed-TTS: give the speaker's recording as voice prompt"
+    )
+    group.add_argument(
+        "--seed_tts_language", choices=LANGUAGES, help="default: that of the folder the list lies in"
+    )
+    add_system_prompt(parser)
+    RUNTIME.add_to(parser)
+    CODEC.add_to(parser)
+    transcriber_group().add_to(parser)
+    group = parser.add_argument_group("recognisers")
+    group.add_argument(
+        "--transcriber_processes", type=int, default=Settings.transcriber_processes, metavar="N",
+        help="recognisers side by side; 0 recognises in this process (default: 2)",
+    )  # fmt: skip
+    group.add_argument(
+        "--chinese_transcriber", default="paraformer", choices=RECOGNISERS,
+        help="hears Mandarin Seed-TTS (default: paraformer)",
+    )  # fmt: skip
+    group.add_argument("--chinese_transcriber_path", metavar="DIR", help="its weights")
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    codec = {name: getattr(args, name) for name in ("audio_tokenizer_type", "dtype", "attn_implementation")}
+    folders = ("audio_tokenizer_path", "flow_path", "frontend_path")
+    return Settings(
+        batch_size=args.batch_size,
+        system_prompt=args.system_prompt,
+        transcriber_processes=args.transcriber_processes,
+        codec=codec | {name: folder_fingerprint(getattr(args, name)) for name in folders},
+    )
+
+
+def _read_checkpoint(text: str, modes: Sequence[str]) -> Checkpoint:
+    """``STAGE=DIR[@MODE,…]`` to its parts, the modes that its heads suffice for filled in."""
+    stage, separator, rest = text.partition("=")
+    folder, _, chosen = rest.partition("@")
+    if not separator or not stage or not folder or "/" in stage:
+        raise ValueError(f"--checkpoints {text}: write STAGE=DIR, without / in the name of the stage")
+    heads = open_config(folder).num_nextn_predict_layers
+    names = [mode.replace("-", " ") for mode in (chosen.split(",") if chosen else modes)]
+    for name in names:
+        Schedule.parse(name)
+    return Checkpoint(stage, Path(folder), names if chosen else schedules_for(heads, names))
+
+
+def _resolved_mode(folder: Path, given: GenerationOptions) -> str:
+    """The given mode, else the checkpoint's."""
+    heads = open_config(folder).num_nextn_predict_layers
+    stored = folder / "generation_config.json"
+    config = GenerationConfig.from_pretrained(folder) if stored.is_file() else GenerationConfig()
+    return given.resolved(config, heads).schedule.name
+
+
+def _read_sets(files: Sequence[tuple[str, str]], args: argparse.Namespace) -> list[BenchmarkSet]:
+    """The test sets of pairs of a task and ``[NAME=]FILE``."""
+    given = [(task, *_named_file(text, args.data_root)) for task, text in files]
+    names = _set_names([(name, path) for _, name, path in given])
+    sets = []
+    for name, (task_name, _, path) in zip(names, given, strict=True):
+        task = _task(task_name, path, args)
+        items = task.read(path, args.data_root, args.limit)
+        sets.append(BenchmarkSet(name, task, path, items, _recogniser(task, args)))
+    return sets
+
+
+def _named_file(text: str, data_root: Path | None) -> tuple[str, Path]:
+    """Name, empty for none, and place of ``[NAME=]FILE``; a file that is not there may lie below the data root."""
+    name, separator, file = text.partition("=")
+    if not separator or Path(text).exists():
+        name, file = "", text
+    below = locate_file(file, data_root or default_data_root(file), Path.cwd())
+    return name, Path(file) if Path(file).exists() or not Path(below).exists() else Path(below)
+
+
+def _set_names(given: Sequence[tuple[str, Path]]) -> list[str]:
+    """A name for each set that no other has: as given, else the file's, with as many folders as tell it apart."""
+    stems = [name or path.name.partition(".json")[0].removesuffix(".lst") for name, path in given]
+    names = list(stems)
+    for depth in range(1, max(len(path.resolve().parts) for _, path in given)):
+        repeated = {name for name, count in Counter(names).items() if count > 1}
+        for index, (chosen, path) in enumerate(given):
+            if names[index] in repeated and not chosen:
+                names[index] = "_".join([*path.resolve().parts[-1 - depth : -1], stems[index]])
+    twice = [path for name, (_, path) in zip(names, given, strict=True) if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]}: two test sets of this name; give them different ones with NAME=FILE")
+    files = [name if name.replace("-", "").isalnum() else file_name(name) for name in names]
+    return files if len(set(map(str.lower, files))) == len(files) else [file_name(name) for name in names]
+
+
+def _task(name: str, path: Path, args: argparse.Namespace) -> Task:
+    if name == "seed_tts":
+        return SeedTTS(language_of(path, args.seed_tts_language), args.speaker_prompt)
+    if name == "tts":
+        normaliser(args.text_normaliser)  # refused here if its package is missing
+        return SpeechSynthesis(args.text_normaliser)
+    return TASKS[name]
+
+
+def _recogniser(task: Task, args: argparse.Namespace) -> TranscriberConfig | None:
+    if not task.speaks:
+        return None
+    config: TranscriberConfig = transcriber_group().read(args)
+    if isinstance(task, SeedTTS) and task.language == "zh":
+        config = replace(
+            config, name=args.chinese_transcriber, path=args.chinese_transcriber_path, language="zh"
+        )
+    return (
+        config if config.name == "pocketsphinx" else replace(config, device=args.device or default_device())
+    )

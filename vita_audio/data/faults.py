@@ -1,0 +1,56 @@
+"""Faults of the machine, told apart from faults of the data.
+
+A broken sample costs that sample. A full disk, a cache that cannot be written, a lost mount or a codec that does
+not open would cost all of them, one by one and under the wrong reason, so such a fault ends the run at once.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+_MACHINE_ERRORS = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),  # no room, or not to be written
+        *(errno.EACCES, errno.EPERM),
+        *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),  # disk or mount lost
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    }
+)
+_NO_ROOM = "Not enough disk space"
+"""How ``datasets`` begins its refusal; it sets no error number."""
+
+
+class MachineError(OSError):
+    """The machine failed, not the data. The message says what to do."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def machine_fault(error: BaseException) -> str | None:
+    """What failed, if a fault of the machine is behind an error; None for a fault of the data."""
+    for one in _with_causes(error):
+        if isinstance(one, MachineError):
+            return str(one)
+        if isinstance(one, OSError) and one.errno in _MACHINE_ERRORS:
+            where = f"{one.filename}: " if one.filename else ""
+            return f"{where}{one.strerror}"
+        if isinstance(one, OSError) and str(one).startswith(_NO_ROOM):
+            return str(one)
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters, with its type."""
+    message = (str(error).splitlines() or [""])[0][:200]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__

@@ -1,0 +1,132 @@
+"""Is the answer in the reply? The published rule, and a strict one.
+
+The published rule (section 8.2 of the data specification) looks for parts of words: "eight" is in "eighteen", and
+an answer of punctuation alone is in everything. The strict rule compares whole words, and numbers by value.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Iterator, Sequence
+
+from word2number import w2n
+
+from vita_audio.evaluation.normalisers import nfc
+from vita_audio.evaluation.numerals import CHINESE_NUMERALS, with_digits
+
+
+def contains_answer(prediction: str, answer: str | Sequence[str], *, whole_words: bool = False) -> bool:
+    """Whether a free-form reply holds the answer, or one of several answers.
+
+    The published rule: each space-separated part of the answer is a substring of the prediction; failing that,
+    the answer's number words are tried as digits.
+
+    Args:
+        prediction: what the model said.
+        answer: an answer, or alternatives of which one suffices.
+        whole_words: the strict rule instead: the answer's words stand in the prediction side by side, as
+            whole words, and numbers match in any spelling. Scripts without spaces between words, such as
+            Chinese, are compared character by character. An answer without words never matches.
+
+    Raises:
+        TypeError: prediction or an answer is not a string.
+    """
+    answers = [answer] if isinstance(answer, str) else answer
+    if not isinstance(prediction, str):
+        raise TypeError(f"the prediction must be a string, not {type(prediction).__name__}")
+    if not isinstance(answers, Sequence) or not all(isinstance(item, str) for item in answers):
+        raise TypeError(f"an answer is a string or a list of strings, not {answer!r}")
+    prediction, answers = nfc(prediction), [nfc(item) for item in answers]
+    if whole_words:
+        words = answer_words(prediction)
+        return any(_has_phrase(words, answer_words(item)) for item in answers)
+    prediction = prediction.lower()
+    cleaned = [item.translate(_PUNCTUATION).lower().strip() for item in answers]
+    if any(_has_all_parts(prediction, item) for item in cleaned):
+        return True
+    numbers = [_number(item) for item in cleaned]
+    if None in numbers:  # one that is no number disables the second try (section 8.2)
+        return False
+    return any(_has_all_parts(prediction, str(number)) for number in numbers)
+
+
+def answer_words(text: str) -> list[str]:
+    """What the strict rule compares: lower-case words without punctuation, numbers as digits.
+
+    "One hundred and twenty", "120" and "一百二十" are all ``["120"]``; "北京" is two words.
+    """
+    return with_digits(_words(nfc(text).casefold().replace("’", "'")))
+
+
+_PUNCTUATION = str.maketrans({mark: " " for mark in string.punctuation if mark not in "'\\"})
+_NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+(?:\.\d+)?")
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Tibetan, Burmese, Khmer
+    "\u3005-\u3007\u3040-\u30ff\uac00-\ud7af"  # kana; Hangul, whose particles follow without a space
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"  # ideographs
+)
+
+
+def _words(text: str) -> Iterator[str]:
+    """Numbers, words of letters with inner apostrophes, and single characters of scripts without spaces; but
+    Chinese numerals that stand side by side are one word."""
+    start = 0
+    while start < len(text):
+        number = _NUMBER.match(text, start)
+        if number:
+            yield number[0].replace(",", "")
+            start = number.end()
+        elif not _is_letter(text[start]):
+            start += 1
+        else:
+            end = _word_end(text, start)
+            yield text[start:end]
+            start = end
+
+
+def _word_end(text: str, start: int) -> int:
+    end = start + 1
+    if text[start] in CHINESE_NUMERALS:
+        while end < len(text) and text[end] in CHINESE_NUMERALS:
+            end += 1
+        return end
+    unspaced = bool(_UNSPACED.match(text[start]))
+    while end < len(text):
+        letter = text[end]
+        if unspaced:
+            joined = unicodedata.category(letter).startswith("M")
+        elif letter == "'":
+            joined = end + 1 < len(text) and _is_letter(text[end + 1])
+        else:
+            joined = _is_letter(letter) and not _UNSPACED.match(letter)
+        if not joined:
+            break
+        end += 1
+    return end
+
+
+def _is_letter(character: str) -> bool:
+    """Letters, and the marks that belong to them."""
+    return unicodedata.category(character)[0] in "LM" or character == "〇"
+
+
+def _has_phrase(words: Sequence[str], phrase: Sequence[str]) -> bool:
+    width = len(phrase)
+    return width > 0 and any(
+        list(words[start : start + width]) == list(phrase) for start in range(len(words) - width + 1)
+    )
+
+
+def _has_all_parts(prediction: str, answer: str) -> bool:
+    return all(part in prediction for part in answer.split(" "))
+
+
+def _number(text: str) -> int | float | None:
+    """Value of English number words; None where there are none or they make no sense."""
+    try:
+        value: int | float = w2n.word_to_num(text)
+    except (ValueError, IndexError):  # IndexError: word2number's own answer to "thousand zero"
+        return None
+    return value

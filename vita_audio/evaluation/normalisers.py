@@ -1,0 +1,60 @@
+"""Text made comparable before words are counted."""
+
+from __future__ import annotations
+
+import logging
+import re
+import unicodedata
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+Normaliser = Callable[[str], str]
+
+
+def normaliser(name: str) -> Normaliser:
+    """A normaliser by its name in :data:`NORMALISERS`.
+
+    Raises:
+        ValueError: there is none of this name, or its package is not installed.
+    """
+    if name not in NORMALISERS:
+        raise ValueError(f"unknown text normaliser {name!r}; known: {', '.join(NORMALISERS)}")
+    if name == "libritts":
+        _text_normaliser()
+    return NORMALISERS[name]
+
+
+def nfc(text: str) -> str:
+    """Letters and their accents as single characters, where Unicode has them."""
+    return unicodedata.normalize("NFC", text)
+
+
+def plain_words(text: str) -> str:
+    """Every run of characters that are neither letters nor digits becomes one space (section 8.1, LibriTTS)."""
+    return re.sub(r"\W+", " ", nfc(text)).strip()
+
+
+def libritts_words(text: str) -> str:
+    """As published for LibriTTS: numbers and abbreviations as WeTextProcessing spells them, then plain words.
+
+    Raises:
+        ValueError: WeTextProcessing is not installed.
+    """
+    return plain_words(_text_normaliser().normalize(nfc(text)))
+
+
+@cache
+def _text_normaliser() -> Any:
+    try:
+        package = import_module("tn.english.normalizer")
+    except ImportError as error:
+        raise ValueError(
+            "the libritts normaliser needs WeTextProcessing; pip install 'vita-audio[libritts]'"
+        ) from error
+    logging.getLogger("wetext").setLevel(logging.WARNING)  # it announces where its grammar lies
+    return package.Normalizer()
+
+
+NORMALISERS: dict[str, Normaliser] = {"words": plain_words, "libritts": libritts_words}

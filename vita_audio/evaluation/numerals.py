@@ -1,0 +1,145 @@
+"""Numbers written in words, English and Chinese, as digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal, InvalidOperation
+
+
+def with_digits(words: Iterable[str]) -> list[str]:
+    """The same words with every number as digits: "twenty", "one" become "21"; "three", "five" stay two numbers.
+
+    Args:
+        words: lower-case; Chinese numerals that stand side by side are one word.
+    """
+    words = list(words)
+    result: list[str] = []
+    start = 0
+    while start < len(words):
+        for read in _READERS:
+            number, end = read(words, start)
+            if end > start:
+                result.append(number)
+                start = end
+                break
+        else:
+            result.append(words[start])
+            start += 1
+    return result
+
+
+_UNITS = {
+    word: value
+    for value, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen".split()
+    )
+}
+_TENS = {
+    word: 10 * value
+    for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)
+}
+_SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+
+_CHINESE_DIGITS = {digit: value for value, digit in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
+_CHINESE_SCALES = {"十": 10, "百": 100, "千": 1000}
+_CHINESE_GROUPS = {"万": 10**4, "亿": 10**8}
+CHINESE_NUMERALS = frozenset({**_CHINESE_DIGITS, **_CHINESE_SCALES, **_CHINESE_GROUPS})
+
+
+def _read_digits(words: Sequence[str], start: int) -> tuple[str, int]:
+    """A number in digits, in one form: 3.50 is 3.5, 007 is 7."""
+    if not words[start][0].isdigit():
+        return "", start
+    try:
+        value = Decimal(words[start])
+    except InvalidOperation:  # digits such as ² that are no decimal ones
+        return "", start
+    return _plain(value), start + 1
+
+
+def _read_english(words: Sequence[str], start: int) -> tuple[str, int]:
+    """The longest English number: groups of falling scale, "and" before the last, "point" and digits."""
+    place = start + (words[start] == "a" and _at(words, start + 1) in {"hundred", *_SCALES})
+    total, found = 0, False
+    for name, scale in reversed(_SCALES.items()):
+        group, after = _read_group(words, place)
+        bare = after == place  # a scale without a number before it opens a number, it continues none
+        if _at(words, after) == name and not (bare and found):
+            total += (1 if bare else group) * scale
+            place, found = after + 1, True
+    last = place + (found and _at(words, place) == "and")
+    group, after = _read_group(words, last)
+    if after > last and _at(words, after) not in _SCALES:
+        total, place, found = total + group, after, True
+    if not found:
+        return "", start
+    decimals, end = "", place + 1
+    while _at(words, place) == "point" and _at(words, end) in _DIGIT_WORDS:
+        decimals += str(_UNITS[words[end]])
+        end += 1
+    return (_plain(Decimal(f"{total}.{decimals}")), end) if decimals else (str(total), place)
+
+
+_DIGIT_WORDS = frozenset(word for word, value in _UNITS.items() if value < 10)
+
+
+def _read_group(words: Sequence[str], start: int) -> tuple[int, int]:
+    """A number below a thousand, such as "two hundred and one", and where it ends."""
+    value, place = _read_below_hundred(words, start)
+    if _at(words, place) != "hundred" or (place > start and value == 0):
+        return value, place
+    value, place = 100 * (value if place > start else 1), place + 1
+    last = place + (_at(words, place) == "and")
+    rest, after = _read_below_hundred(words, last)
+    if after > last and _at(words, after) != "hundred":
+        return value + rest, after
+    return value, place
+
+
+def _read_below_hundred(words: Sequence[str], start: int) -> tuple[int, int]:
+    word, following = _at(words, start), _at(words, start + 1)
+    if word in _UNITS:
+        return _UNITS[word], start + 1
+    if word in _TENS:
+        unit = _UNITS.get(following, 0)
+        return (_TENS[word] + unit, start + 2) if 1 <= unit <= 9 else (_TENS[word], start + 1)
+    return 0, start
+
+
+def _read_chinese(words: Sequence[str], start: int) -> tuple[str, int]:
+    """Chinese numerals: 一百二十 by value, 一九九九 digit by digit."""
+    numerals = words[start]
+    if not CHINESE_NUMERALS.issuperset(numerals):
+        return "", start
+    if all(numeral in _CHINESE_DIGITS for numeral in numerals):
+        return _plain(Decimal("".join(str(_CHINESE_DIGITS[numeral]) for numeral in numerals))), start + 1
+    total = section = 0
+    digit: int | None = None
+    for numeral in numerals:
+        if numeral in _CHINESE_DIGITS:
+            digit = _CHINESE_DIGITS[numeral]
+        elif numeral in _CHINESE_SCALES:
+            section += (1 if digit is None else digit or 1) * _CHINESE_SCALES[numeral]
+            digit = None
+        else:
+            total = (total + section + (digit or 0) or 1) * _CHINESE_GROUPS[numeral]
+            section, digit = 0, None
+    return str(total + section + (digit or 0)), start + 1
+
+
+_READERS: tuple[Callable[[Sequence[str], int], tuple[str, int]], ...] = (
+    _read_digits,
+    _read_english,
+    _read_chinese,
+)
+
+
+def _plain(value: Decimal) -> str:
+    """Without zeros at either end that change nothing."""
+    text = format(value.normalize(), "f")
+    return "0" if text == "-0" else text
+
+
+def _at(words: Sequence[str], place: int) -> str:
+    return words[place] if place < len(words) else ""

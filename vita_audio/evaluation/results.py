@@ -1,0 +1,101 @@
+"""Scores on disk: kept while nothing behind them has changed.
+
+The scores of a test set lie beside its utterances, in ``NAME_scores.json``, with a fingerprint of everything that
+decides them: the content of the test set and its recordings, of checkpoint, codec, recogniser and grammar, and the
+settings. A path is no part of it, so files that were replaced are noticed and a folder may be moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vita_audio.distributed import gather_objects, is_first
+from vita_audio.evaluation.benchmarks import BenchmarkItem
+from vita_audio.files import content_fingerprint, read_json, write_json
+
+_CHECKPOINT_FILES = (
+    "*.safetensors",
+    "*.bin",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "*token*.json",
+    "vocab*",
+    "merges.txt",
+)
+_COUNTING = 2
+"""Raised when the same replies would get other scores, so that those of before are not kept."""
+
+
+def keep_scores(
+    folder: Path, name: str, fingerprint: str, compute: Callable[[], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The scores in ``folder/NAME_scores.json`` if they have this fingerprint, else computed and written.
+
+    All processes must call it; the first one's file counts.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / f"{name}_scores.json"
+    kept = gather_objects(read_scores(path) if is_first() else None)[0]
+    if kept is not None and kept.get("fingerprint") == fingerprint:
+        return kept
+    scores = {"fingerprint": fingerprint, **compute()}
+    if is_first():
+        write_json(path, scores)
+    return scores
+
+
+def read_scores(path: Path) -> dict[str, Any] | None:
+    """An earlier run's scores; None: there are none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        scores = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it to score again") from error
+    if not isinstance(scores, dict):
+        raise ValueError(f"{path}: holds no scores; delete it to score again")
+    return scores
+
+
+def fingerprint_of(*facts: Any) -> str:
+    """A short name of facts that JSON knows, or that have a text."""
+    text = json.dumps([_COUNTING, *facts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def checkpoint_fingerprint(folder: Path) -> str:
+    """Changes with weights, configuration and tokenizer."""
+    return content_fingerprint(
+        sorted({file for pattern in _CHECKPOINT_FILES for file in folder.glob(pattern)})
+    )
+
+
+def folder_fingerprint(path: str | Path | None) -> str | None:
+    """Changes with the content of any file below a folder; None for no folder."""
+    if path is None or not Path(path).exists():
+        return None
+    files = [file for file in Path(path).rglob("*") if file.is_file() and not file.name.startswith(".")]
+    return content_fingerprint(sorted(files) or [Path(path)])
+
+
+def items_fingerprint(path: Path, items: Iterable[BenchmarkItem]) -> str:
+    """Changes with the bytes of a test set, the choice of its items and the sound of their recordings."""
+    digest = hashlib.sha256(path.read_bytes())
+    for item in items:
+        digest.update(json.dumps(item.id).encode())
+        for audio in (*item.conversation.audios, item.reference_audio):
+            if isinstance(audio, str):
+                with open(audio, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,142 @@
+"""Seed-TTS: text read aloud, in the voice of a recording if asked for; the mean of the utterances' error rates.
+
+A test set is the benchmark's own ``meta.lst``: ``ID|TEXT OF THE PROMPT|PROMPT.WAV|TEXT TO READ``, one utterance a
+line, with the recording of the text as a fifth field where there is one. Paths start at the data root or at the
+file's folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from vita_audio.chat import default_data_root, locate_file, prompts
+from vita_audio.evaluation.benchmarks import (
+    Bench,
+    BenchmarkItem,
+    Utterance,
+    every_nth,
+    read_test_set,
+    refuse_repeated_ids,
+)
+from vita_audio.evaluation.metrics import seed_tts_error_rate, seed_tts_tokens
+from vita_audio.evaluation.tasks.task import Column, Scores, need_utterances
+from vita_audio.evaluation.tasks.tts import check_text, is_reading_request, requested_text
+
+LANGUAGES = ("zh", "en")
+
+
+@dataclass(frozen=True)
+class SeedTTS:
+    """Seed-TTS in one language.
+
+    Attributes:
+        language: ``zh`` (errors per character) or ``en`` (errors per word).
+        speaker_prompt: give each utterance the recording of its speaker as voice prompt.
+    """
+
+    language: str
+    speaker_prompt: bool = False
+    name: str = "seed_tts"
+    title: str = "Seed-TTS"
+    columns: tuple[Column, ...] = (Column("mean WER %", "seed_tts_wer"),)
+    speaks: bool = True
+    samples: bool = True
+    open_system: bool = False
+
+    def read(
+        self,
+        path: str | PathLike[str],
+        data_root: str | PathLike[str] | None = None,
+        limit: int | None = None,
+    ) -> list[BenchmarkItem]:
+        """Items of a ``meta.lst``, or of a test set of :class:`~.tts.SpeechSynthesis` where it is named ``*.json*``."""
+        path = Path(path)
+        if ".json" in path.name:
+            return read_test_set(path, data_root, limit, check=self._check)
+        items = self._read_list(path, data_root or default_data_root(path), limit)
+        refuse_repeated_ids(items, path)
+        return items
+
+    def is_as_trained(self, item: BenchmarkItem) -> bool:
+        return is_reading_request(item)
+
+    def run(self, bench: Bench, items: Sequence[BenchmarkItem]) -> list[Utterance]:
+        """Speak every item and have it recognised."""
+        return bench.spoken(items, requested_text)
+
+    def score(self, utterances: Sequence[Utterance]) -> Scores:
+        """``seed_tts_wer``, the mean of the utterances' rates; one without speech counts as 1."""
+        need_utterances(utterances)
+        rates = [
+            1.0
+            if utterance.heard is None
+            else seed_tts_error_rate(str(utterance.reference), utterance.heard, self.language).rate
+            for utterance in utterances
+        ]
+        return {
+            "seed_tts_wer": sum(rates) / len(rates),
+            "seed_tts_utterances": len(utterances),
+            "seed_tts_without_audio": sum(utterance.heard is None for utterance in utterances),
+        }
+
+    def _read_list(self, path: Path, root: str | PathLike[str], limit: int | None) -> list[BenchmarkItem]:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such test set")
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+        entries = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        if not entries:
+            raise ValueError(f"{path}: holds no samples")
+        items = []
+        for number, line in every_nth(entries, limit, path):
+            try:
+                items.append(self._read_line(line, Path(root), path.parent))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
+        return items
+
+    def _read_line(self, line: str, root: Path, beside: Path) -> BenchmarkItem:
+        fields = [field.strip() for field in line.split("|")]
+        if len(fields) not in (4, 5):
+            raise ValueError(
+                f"{len(fields)} fields; write ID|PROMPT TEXT|PROMPT WAV|TEXT, and no | inside a text"
+            )
+        name, _, prompt, text = fields[:4]
+        voice = locate_file(prompt, root, beside) if self.speaker_prompt else None
+        recording = locate_file(fields[4], root, beside) if len(fields) == 5 and fields[4] else None
+        if not name:
+            raise ValueError("the first field, the utterance's name, is empty")
+        for audio in (voice, recording):
+            if audio is not None and not Path(audio).is_file():
+                raise ValueError(f"{audio}: no such audio file")
+        item = BenchmarkItem(
+            id=name,
+            conversation=prompts.synthesis(text, voice),
+            answer=text,
+            answers=(text,),
+            reference_audio=recording,
+        )
+        self._check(item)
+        return item
+
+    def _check(self, item: BenchmarkItem) -> None:
+        check_text(item)
+        if not seed_tts_tokens(requested_text(item), self.language):
+            raise ValueError(f"the text {requested_text(item)!r} holds no words without its punctuation")
+
+
+def language_of(path: Path, language: str | None) -> str:
+    """The language of a ``meta.lst``: as given, else by its folder, as the benchmark is laid out.
+
+    Raises:
+        ValueError: neither says it.
+    """
+    found = language or next((part for part in reversed(path.parts[:-1]) if part in LANGUAGES), None)
+    if found not in LANGUAGES:
+        raise ValueError(f"{path}: in no folder 'zh' or 'en'; give --seed_tts_language")
+    return found

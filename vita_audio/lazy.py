@@ -1,0 +1,63 @@
+"""Registration with libraries whose modules take long to import: nothing is loaded before it is used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+
+class LazyClass:
+    """Stands for a class of a module that takes long to import, and loads it when it is first used.
+
+    Args:
+        module: the class's home.
+        name: of the class.
+        known: attributes that are asked for before the class is needed.
+    """
+
+    def __init__(self, module: str, name: str, **known: Any) -> None:
+        self._home = module, name
+        self.__dict__.update(known)
+
+    def __getattr__(self, attribute: str) -> Any:
+        module, name = self.__dict__["_home"]
+        return getattr(getattr(import_module(module), name), attribute)
+
+
+def when_imported(module: str, action: Callable[[ModuleType], None]) -> None:
+    """Call ``action`` with a module as soon as somebody has imported it; at once if that has happened."""
+    if module in sys.modules:
+        action(sys.modules[module])
+    else:
+        sys.meta_path.insert(0, _Watch(module, action))
+
+
+class _Watch(MetaPathFinder):
+    """Finds one module as the other finders do, once, and acts after it has run."""
+
+    def __init__(self, module: str, action: Callable[[ModuleType], None]) -> None:
+        self._module = module
+        self._action = action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._module:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_act(module: ModuleType) -> None:
+                run(module)
+                self._action(module)
+
+            spec.loader.exec_module = run_and_act  # type: ignore[method-assign]  # this loader alone
+        return spec
