@@ -221,8 +221,6 @@ def read_checkpoint_config(model_dir: str | PathLike[str]) -> PreTrainedConfig:
     Raises:
         CheckpointError: it cannot be used. Where there is no such folder the message says how to get a small one.
     """
-    from vita_audio import models
-
     try:
         return models.open_config(model_dir)
     except models.CheckpointError as error:
