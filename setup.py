@@ -40,7 +40,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vita_audio", "vita_audio.*"]),
-    package_data={"vita_audio": ["py.typed"]},
+    package_data={"vita_audio": ["py.typed", "cli/*.html"]},
     install_requires=[
         "audioread",
         "huggingface-hub",

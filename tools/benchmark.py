@@ -2,12 +2,13 @@
 
 Each is a module of ``tools/benchmarks`` with a ``main(argv)``. All of them measure two ways of doing the same
 work side by side, in one run, and print the ratio. The original's ``benchmark_llm`` is ``generate`` and its
-``benchmark_sts`` is ``codec``; those names work too.
+``benchmark_sts`` is ``sts``; those names work too.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -19,15 +20,17 @@ BENCHMARKS = {
     "packing": "packing",
     "loader": "loader",
     "codec": "codec",
+    "sts": "sts",
     "benchmark_llm": "generate",
-    "benchmark_sts": "codec",
+    "benchmark_sts": "sts",
 }
 
 
-def main() -> None:
-    parser = command_parser(__doc__, add_help=len(sys.argv) < 3)
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = command_parser(__doc__, add_help=len(argv) < 2)
     parser.add_argument("name", choices=BENCHMARKS)
-    arguments, rest = parser.parse_known_args()
+    arguments, rest = parser.parse_known_args(argv)
     sys.path.insert(0, str(Path(__file__).parent))
     import_module(f"benchmarks.{BENCHMARKS[arguments.name]}").main(rest)
 

@@ -146,7 +146,7 @@ def test_what_this_machine_or_the_codec_lacks_is_said_before_the_model_loads(
     def load(*_, **__):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("vita_audio.inference.pipeline.open_model", load)
+    monkeypatch.setattr("vita_audio.models.open_model", load)
     said = refusal(main, *flags, "--text", "x", *arguments)
     assert said.startswith(message.format(codec=tiny_world.codec_dir))
 

@@ -12,6 +12,7 @@ from vita_audio.audio.resampling import resample
 from vita_audio.constants import OMNI_SYSTEM_PROMPT
 from vita_audio.inference.options import default_system
 from vita_audio.inference.s2s import S2SInference
+from vita_audio.models import Qwen2MTPConfig, Qwen2MTPSenseVoiceConfig
 
 ARGUMENTS = {
     "audio_path": None, "prompt_audio_path": None, "stream_stride": 4, "max_returned_tokens": 4096,
@@ -99,10 +100,9 @@ def test_mode_chooses_the_system_message_and_a_voice_replaces_it(model, tiny_wor
     assert "user\nhello<|im_end|>" in output
 
 
-def test_without_a_mode_the_sensevoice_family_has_the_omni_message_unless_its_config_names_one(model):
-    config = type(model.pipeline.model.config)(**model.pipeline.model.config.to_dict())
-    assert default_system(config) is None
-    config.model_type = "qwen2_mtp_sensevoice"
+def test_the_default_message_is_none_or_omni_by_family_unless_the_config_names_one():
+    assert default_system(Qwen2MTPConfig(num_hidden_layers=2)) is None
+    config = Qwen2MTPSenseVoiceConfig(num_hidden_layers=2)
     assert default_system(config) == OMNI_SYSTEM_PROMPT
     config.system_prompt = ""
     assert default_system(config) is None

@@ -59,7 +59,7 @@ def sentence(task: str, sample: dict) -> str:
     }[task]
 
 
-def test_no_sentence_is_shared_between_splits_in_whatever_task(corpus):
+def test_no_sentence_is_shared_between_splits_across_tasks(corpus):
     sentences = {
         split: {sentence(task, sample) for task in TASKS for sample in samples(corpus, task, split)}
         for split in SPLITS

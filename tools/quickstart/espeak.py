@@ -1,4 +1,4 @@
-"""The speech synthesiser espeak-ng, from whichever of two places has it.
+"""The speech synthesiser espeak-ng, as a Python package or as a program.
 
 The pip package ``espeakng-loader`` brings the shared library and its data, no root needed; it is driven
 through its C interface. Otherwise the ``espeak-ng`` program on PATH is run once per utterance.

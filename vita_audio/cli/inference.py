@@ -6,7 +6,7 @@
 Each request is answered twice, whole and streaming (``--stream`` / ``--no_stream`` choose one), in every mode asked
 for. Replies are written as WAV files, listed in ``OUTPUT_DIR/replies.jsonl``, and summed up in a table. Requests
 come from the flags, from ``--samples FILE`` (JSON lines in the training data's format; the last assistant message is
-left out), or both. Speed side by side, on models of any size: ``python tools/benchmark.py generate`` and ``codec``.
+left out), or both. The original's benchmarks are ``python tools/benchmark.py generate`` and ``sts``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,36 @@
+"""The benchmarks under their names, among them those of the original."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
+
+
+@pytest.fixture
+def main(monkeypatch):
+    specification = importlib.util.spec_from_file_location("benchmark_tool", TOOL)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    return module.main
+
+
+@pytest.mark.parametrize("name", ["sts", "benchmark_sts"])
+def test_every_chunk_of_a_spoken_answer_is_timed(main, tiny_world, codec_flags, capsys, name):
+    model = ["--model_name_or_path", str(tiny_world.model_dir), *codec_flags]
+    main([name, *model, "--question", tiny_world.audio("question.wav"), "--max-new-tokens", "60"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    codes = tiny_world.codec.encode(tiny_world.audio("answer.wav"))
+    assert len(result["chunk_seconds"]) >= len(codes) // 8
+    assert result["chunk_seconds"] == sorted(result["chunk_seconds"])
+
+
+def test_flags_with_dashes_and_unknown_names_reach_the_benchmark(main, refusal):
+    said = refusal(main, "benchmark_llm", "--model", "x", "--tokens", "many")
+    assert said.startswith("argument --tokens: invalid int value: 'many'")
+    assert refusal(main, "speed").startswith("argument name: invalid choice: 'speed'")
