@@ -33,6 +33,8 @@ ruff check .
 ruff format --check .
 echo "== layers"
 lint-imports
+echo "== types"
+mypy
 echo "== shell scripts"
 mapfile -t shell_scripts < <(git ls-files '*.sh' .ci/run)
 for script in "${shell_scripts[@]}"; do bash -n "$script"; done

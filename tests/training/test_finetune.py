@@ -94,6 +94,9 @@ def test_the_vocabulary_grows_to_the_tokenizers_and_the_schedule_is_saved_with_t
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.vocab_size >= len(AutoTokenizer.from_pretrained(folder)) > 688
     assert model.generation_config.mtp_inference_mode == [1, 4, 3, 8, 4, 10]
+    assert model.config.system_prompt == "", (
+        "training adds no system message, so the model is asked without one"
+    )
     assert model.config.mtp_loss_weight == 0.25
 
 

@@ -180,10 +180,7 @@ class AudioTokenizer(ABC):
 
     @abstractmethod
     def decode(
-        self,
-        tokens: Sequence[int],
-        steps: int = 10,
-        generator: torch.Generator | None = None,
+        self, tokens: Sequence[int], steps: int = 10, generator: torch.Generator | None = None
     ) -> Tensor:
         """Codes to speech.
 
@@ -204,10 +201,7 @@ class AudioTokenizer(ABC):
         """A fresh streaming decoder; several may be open at once."""
 
     def push_many(
-        self,
-        streams: Sequence[AudioStream],
-        tokens: Sequence[Sequence[int]],
-        last: Sequence[bool],
+        self, streams: Sequence[AudioStream], tokens: Sequence[Sequence[int]], last: Sequence[bool]
     ) -> list[Tensor]:
         """:meth:`AudioStream.push` for several streams of this codec, in shared batches where it has them.
 

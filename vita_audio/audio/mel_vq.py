@@ -174,10 +174,7 @@ class MelVQTokenizer(AudioTokenizer):
         return _nearest(patches, self.codebook).tolist()
 
     def decode(
-        self,
-        tokens: Sequence[int],
-        steps: int = 10,
-        generator: torch.Generator | None = None,
+        self, tokens: Sequence[int], steps: int = 10, generator: torch.Generator | None = None
     ) -> Tensor:
         return self.stream(generator).push(tokens, last=True)
 

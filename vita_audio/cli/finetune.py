@@ -301,6 +301,7 @@ def open_model(
     resize_vocabulary(model, len(tokenizer))
     if model_args.mtp_loss_weight is not None:
         model.config.mtp_loss_weight = model_args.mtp_loss_weight
+    model.config.system_prompt = ""  # the samples bring their own; none is added to the others
     if model_args.num_nextn_predict_layers:
         model.set_default_mode(data_args.text_audio_interval_ratio)
     return model

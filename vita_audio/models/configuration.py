@@ -25,6 +25,8 @@ class Qwen2MTPConfig(Qwen2Config):
         mtp_detach_backbone: in joint training, keep the heads' gradients out of the backbone and
             the token embeddings. The GLM-4-Voice variant lets them through, the SenseVoice variant
             and the paper's text do not.
+        system_prompt: system message of conversations that bring none, as in training; "" for none. None, as in
+            the released files: the family's published one.
 
     Raises:
         ValueError: K is negative or leaves no backbone layer.
@@ -35,6 +37,7 @@ class Qwen2MTPConfig(Qwen2Config):
     num_nextn_predict_layers: int = 0
     mtp_loss_weight: float | int = 1.0
     mtp_detach_backbone: bool = False
+    system_prompt: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

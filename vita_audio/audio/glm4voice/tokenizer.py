@@ -187,10 +187,7 @@ class GLM4VoiceTokenizer(AudioTokenizer):
         return GLM4VoiceStream(decoder, schedule, generator)
 
     def push_many(
-        self,
-        streams: Sequence[AudioStream],
-        tokens: Sequence[Sequence[int]],
-        last: Sequence[bool],
+        self, streams: Sequence[AudioStream], tokens: Sequence[Sequence[int]], last: Sequence[bool]
     ) -> list[Tensor]:
         """See :meth:`AudioTokenizer.push_many`; chunks that are due together share a batch."""
         own = [stream for stream in streams if isinstance(stream, GLM4VoiceStream)]

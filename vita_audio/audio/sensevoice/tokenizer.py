@@ -86,10 +86,7 @@ class SenseVoiceInputTokenizer(AudioTokenizer):
         return self.discrete.encode_stream(sample_rate)
 
     def decode(
-        self,
-        tokens: Sequence[int],
-        steps: int = 10,
-        generator: torch.Generator | None = None,
+        self, tokens: Sequence[int], steps: int = 10, generator: torch.Generator | None = None
     ) -> Tensor:
         return self.discrete.decode(tokens, steps, generator)
 
@@ -97,9 +94,6 @@ class SenseVoiceInputTokenizer(AudioTokenizer):
         return self.discrete.stream(generator)
 
     def push_many(
-        self,
-        streams: Sequence[AudioStream],
-        tokens: Sequence[Sequence[int]],
-        last: Sequence[bool],
+        self, streams: Sequence[AudioStream], tokens: Sequence[Sequence[int]], last: Sequence[bool]
     ) -> list[Tensor]:
         return self.discrete.push_many(streams, tokens, last)
