@@ -100,6 +100,9 @@ def test_prompts_are_those_of_the_pipeline(build_model, settings, tiny_world):
         question, "Which colour?", omni
     )
     assert model.conversation(item([question], task="ASR")) == prompts.transcription(question)
+    assert build_model("VITA-Audio", settings).conversation(item(question)) == prompts.speech_to_speech(
+        question
+    )
     two = model.conversation(item([question, other], "Which is louder?"))
     assert (two.messages[-1].content, two.audios) == (
         "Which is louder?\n<|audio|><|audio|>",

@@ -21,7 +21,7 @@ from almeval.models.base import BaseModel
 
 from vita_audio.chat import Message
 from vita_audio.constants import ASR_PROMPT
-from vita_audio.inference import Conversation, GenerationOptions, SpeechPipeline, prompts
+from vita_audio.inference import AUTO_SYSTEM, Conversation, GenerationOptions, SpeechPipeline
 
 
 class VitaAudio(BaseModel):
@@ -33,7 +33,8 @@ class VitaAudio(BaseModel):
         greedy: take the likeliest token at every step; otherwise sampling and penalties are those of the checkpoint's
             generation_config.json.
         generation: other choices, by the names of ``GenerationOptions``: ``mode``, ``max_new_tokens``, ``seed``, …
-        system_prompt: of everything but speech recognition: ``luke``, ``omni``, ``none``, or the text itself.
+        system_prompt: of everything but speech recognition: ``auto`` (the one that the model was trained with),
+            ``luke``, ``omni``, ``none``, or the text itself.
         arguments: of ``SpeechPipeline.from_pretrained``: the codec's kind and folders, ``device``, ``dtype``. A flow
             decoder is not needed, since only text is scored.
 
@@ -50,11 +51,11 @@ class VitaAudio(BaseModel):
     ) -> None:
         settings = {"model_dir": model_path} if isinstance(model_path, str) else dict(model_path)
         settings |= arguments
-        system = settings.pop("system_prompt", "none")
-        self.system = prompts.SYSTEM_PROMPTS.get(system, system)
+        system = settings.pop("system_prompt", AUTO_SYSTEM)
         options = GenerationOptions.greedy if settings.pop("greedy", False) else GenerationOptions
         self.options = options(**settings.pop("generation", {}))
         self.pipeline = SpeechPipeline.from_pretrained(**settings)
+        self.system = self.pipeline.system_message(system)
 
     def generate_inner(self, msg: dict[str, Any]) -> tuple[str, str]:
         """Answer one item of a data set.

@@ -180,7 +180,7 @@ class VitaAudioProcessor(ProcessorMixin):
         processor_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> BatchFeature | Tensor | str | list[str]:
-        """Render one conversation, or a batch of them.
+        """Render one conversation, or a batch of them, as they stand: no system message is added.
 
         Args:
             conversation: messages of ``{"role", "content"}``, where content is a string or a list of
