@@ -218,5 +218,5 @@ print(reply.text)
 save_audio("$out/reply.wav", reply.waveform, reply.sample_rate)
 PY
 
-Your own voice or task: README.md, "Data" and "Train".
+Your own voice or task: docs/your_own_data.md.
 END

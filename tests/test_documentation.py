@@ -23,6 +23,19 @@ def test_files_that_a_page_names_exist(page):
     assert missing == []
 
 
+def test_tests_that_show_a_difference_exist():
+    """Each as ``FOLDER/test_FILE.py``, alone or with the name of a test or how it begins."""
+    page = (REPOSITORY / "docs/differences.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+/test_\w+\.py)(?:::(\w+))?…?`", page)
+    assert len(named) > 25
+    missing = []
+    for file, name in named:
+        path = REPOSITORY / "tests" / file
+        if not path.is_file() or f"def {name}" not in path.read_text(encoding="utf-8"):
+            missing.append(f"{file}::{name}")
+    assert missing == []
+
+
 def test_messages_that_troubleshooting_explains_are_said_somewhere():
     sources = [
         path.read_text(encoding="utf-8")

@@ -143,6 +143,25 @@ def test_closing_a_stream_stops_generation(pipeline):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])
+def test_either_stop_token_ends_the_reply_and_generation(pipeline, stop):
+    passes, token = 0, pipeline.tokenizer.convert_tokens_to_ids(stop)
+
+    def say_it(_module, _inputs, logits):
+        nonlocal passes
+        passes += 1
+        return logits.index_fill(-1, torch.tensor(token), 1e4)
+
+    with pipeline.model.lm_head.register_forward_hook(say_it):
+        reply = pipeline.synthesize(READING, options=options("vanilla"))
+    assert (reply.token_ids, reply.timings.new_tokens, passes) == ([], 1, 1)
+
+
+def test_the_decoder_that_is_given_is_opened(tiny_world):
+    with pytest.raises(ValueError, match=r"^decoder_folder: no such folder"):
+        SpeechPipeline.from_pretrained(tiny_world.model_dir, "glm4voice", flow_path="decoder_folder")
+
+
 def test_a_listener_between_two_events_is_not_in_inference_mode(pipeline):
     for _ in pipeline.stream(prompts.synthesis(READING), options()):
         assert torch.is_grad_enabled()
