@@ -170,5 +170,5 @@ def test_a_window_that_has_dropped_positions_refuses_the_crop_and_the_cache_afte
     first = generate(model, PROMPT, [1, 1], past_key_values=cache)
     with pytest.raises((RuntimeError, ValueError), match="activate_past_recording"):
         cache.crop(-2)
-    with pytest.raises(ValueError, match="its heads know of"):
+    with pytest.raises(ValueError, match="its heads have seen"):
         generate(model, torch.cat([first, TURN], dim=1), [1, 1], past_key_values=cache)

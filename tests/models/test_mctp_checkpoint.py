@@ -268,7 +268,7 @@ def other_width(folder):
         (break_config, "config.json: not valid JSON"),
         (other_architecture, "model_type 'llama' is not a Qwen2"),
         (drop_shard, "weight files are missing"),
-        (cut_shard, "cut short"),
+        (cut_shard, "truncated"),
         (empty_shard, "not a safetensors file"),
         (drop_tensor, "1 tensors are missing, the first is model.layers.1.mlp.up_proj.weight"),
         (large_tokenizer, "vocab_size 96 is smaller than the 97 tokens"),
