@@ -273,7 +273,7 @@ def other_width(folder):
         (drop_tensor, "1 tensors are missing, the first is model.layers.1.mlp.up_proj.weight"),
         (large_tokenizer, "vocab_size 96 is smaller than the 97 tokens"),
         (break_tokenizer, "tokenizer.json: not valid JSON"),
-        (break_index, "index.json: not an index of weight files"),
+        (break_index, "index.json: not a valid index of weight files"),
         (other_width, "has shape"),
     ],
 )

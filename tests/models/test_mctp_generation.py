@@ -264,7 +264,7 @@ def test_beam_search_is_refused_with_heads_and_works_without(model):
 
 
 def test_a_prefill_in_chunks_is_refused_with_heads_and_works_without(model):
-    with pytest.raises(ValueError, match="prefill_chunk_size=2: heads read the prompt whole"):
+    with pytest.raises(ValueError, match="prefill_chunk_size=2: heads need a single prefill"):
         new_tokens(model, PROMPT, prefill_chunk_size=2)
     chunked = new_tokens(model, PROMPT, prefill_chunk_size=2, mtp_inference_mode="vanilla")
     assert torch.equal(chunked, new_tokens(model, PROMPT, mtp_inference_mode="vanilla"))

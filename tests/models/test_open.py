@@ -279,7 +279,7 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(open_folder, p
     torch.save(load_file(plain / "model.safetensors"), plain / "pytorch_model.bin")
     (plain / "model.safetensors").unlink()
     message = refusal(open_folder, plain)
-    assert "weights as pytorch_model.bin" in message
+    assert "weights in pytorch_model.bin" in message
     assert "save_pretrained" in message
 
 

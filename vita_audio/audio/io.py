@@ -136,9 +136,9 @@ def _recordings(clip: Clip) -> Iterator[soundfile.SoundFile]:
 
 
 class _MemoryFile(BytesIO):
-    """Stays where it is when a damaged file makes libsndfile seek outside of it.
+    """Keeps its position when a damaged file makes libsndfile seek outside the file.
 
-    An exception could not leave libsndfile's callback; it would be printed.
+    An exception could not propagate from libsndfile's callback; it would only be printed.
     """
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:

@@ -109,7 +109,7 @@ class MelVQTokenizer(AudioTokenizer):
         """
         if path is None:
             raise WeightsError(
-                "the mel_vq codec needs the folder that tools/quickstart/fit_mel_vq.py wrote; none was given"
+                "the mel_vq codec needs a folder written by tools/quickstart/fit_mel_vq.py; none was given"
             )
         folder = check_folder(path, MEL_VQ, cls.kind, (_CONFIG_FILE, _WEIGHTS_FILE))
         try:

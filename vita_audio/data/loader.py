@@ -436,7 +436,7 @@ def _shards_of(states: Sequence[dict[str, Any]]) -> list[ShardState]:
 
 
 def _set_up_worker(_worker: int) -> None:
-    torch.set_num_threads(1)  # one core for each worker; the trainer needs the others
+    torch.set_num_threads(1)  # one core per worker; the other cores are for the other workers and the trainer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_leave_with_the_trainer, daemon=True).start()
 

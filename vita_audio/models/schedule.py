@@ -88,7 +88,7 @@ class Schedule:
 
 
 def schedules_for(num_heads: int, names: Sequence[str]) -> list[str]:
-    """The named schedules that a model with ``num_heads`` heads can run as they are meant.
+    """The named schedules that a model with ``num_heads`` heads can run as intended.
 
     A schedule whose runs are longer than the number of heads would repeat the result of a shorter one, so
     it is left out. A model with few heads gets one schedule that uses all of them, ``"1 HEADS"``.

@@ -192,8 +192,8 @@ class DataArguments:
             raise ArgumentError(f"--text_audio_interval_ratio: {error}") from error
         if len(self.text_audio_interval_ratio) % 2:
             raise ArgumentError(
-                f"--text_audio_interval_ratio {self.text_audio_interval_ratio}: give pairs 'text audio', since the "
-                "model's schedule is made of them too"
+                f"--text_audio_interval_ratio {self.text_audio_interval_ratio}: give pairs 'text audio'; the "
+                "model's schedule uses the same pairs"
             )
 
     @property
