@@ -1,11 +1,11 @@
-"""Packaging. ``pip install -e .`` brings what inference needs; the extras bring the rest.
+"""Packaging. ``pip install -e .`` installs the dependencies of inference; the extras install the rest.
 
 ===========  =================================================================
 train        training, and the data engine that feeds it
 gpu          FlashAttention and Liger kernels
 eval         metrics and the embedded recogniser
 libritts     the text normaliser of the published LibriTTS figures
-quickstart   train, eval, and what scripts/quickstart.sh speaks and draws with
+quickstart   train, eval, and the synthesis and plotting of scripts/quickstart.sh
 docs         the documentation site
 dev          quickstart, docs, and the tools that scripts/test.sh runs
 ===========  =================================================================

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Sourced by quickstart.sh and test.sh: makes the virtual environment and installs the package. REPOSITORY is set.
+# Sourced by quickstart.sh and test.sh: creates the virtual environment and installs the package. Needs REPOSITORY.
 #   prepare_environment EXTRA      an extra of setup.py: "quickstart" or "dev"
 # VENV names the folder (default .venv in the repository); PYTHON_BOOTSTRAP the interpreter.
 VENV=${VENV:-$REPOSITORY/.venv}
 
-# The versions that are tested: newer releases have changed behaviour under us before.
+# The tested versions: newer releases have changed behaviour before.
 PINNED=$REPOSITORY/constraints-cpu.txt
 TORCH_VERSION=$(sed -n 's/^torch==//p' "$PINNED")
 
@@ -13,7 +13,7 @@ die() {
   exit 1
 }
 
-find_python() { # the path of a Python that will do, or one line on stderr
+find_python() { # the path of a suitable Python, or one line on stderr
   local candidate
   for candidate in "${PYTHON_BOOTSTRAP:-}" python3 python3.13 python3.12 python3.11 python; do
     if [[ -n $candidate ]] && "$candidate" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 13)))' 2>/dev/null; then
@@ -33,7 +33,7 @@ install_torch() {
   if has_nvidia_gpu; then
     pip_install "torch==$TORCH_VERSION"
   elif ! pip_install "torch==$TORCH_VERSION+cpu" 2>/dev/null; then
-    # PyTorch keeps its CPU builds on an index of its own.
+    # PyTorch publishes its CPU builds on a separate index.
     pip_install "torch==$TORCH_VERSION+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
   fi
 }
@@ -46,7 +46,7 @@ prepare_environment() {
   local extra=$1 python stamp wanted
   python=$(find_python) || exit 1
   wanted=$(cat "$REPOSITORY/setup.py" "$REPOSITORY/scripts/environment.sh" "$PINNED" | cksum)
-  for stamp in "$VENV/.installed-dev" "$VENV/.installed-$extra"; do # dev has all there is
+  for stamp in "$VENV/.installed-dev" "$VENV/.installed-$extra"; do # dev includes everything
     if [[ -x $VENV/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
       return 0
     fi
@@ -55,7 +55,7 @@ prepare_environment() {
   if [[ ! -x $VENV/bin/python ]]; then
     "$python" -m venv "$VENV" || die "cannot make a virtual environment in $VENV; on Debian install python3-venv"
   fi
-  # Without pip if making it was interrupted, or python3-venv was missing.
+  # pip is missing if creation was interrupted or python3-venv was not installed.
   if ! { "$VENV/bin/python" -m pip --version || "$VENV/bin/python" -m ensurepip; } >/dev/null 2>&1; then
     die "$VENV has no pip; on Debian install python3-venv. If that does not help, delete the folder"
   fi
@@ -67,7 +67,7 @@ prepare_environment() {
   if ! { pip_install setuptools wheel ninja && DS_BUILD_OPS=0 pip_install --no-build-isolation deepspeed; }; then
     die "cannot install DeepSpeed; see pip's message above"
   fi
-  echo "  the package and what else it needs (3 of 3)"
+  echo "  the package and its other dependencies (3 of 3)"
   pip_install --no-build-isolation -e "${REPOSITORY}[$extra]" || die "cannot install the package; see pip's message above"
   echo "$wanted" >"$VENV/.installed-$extra"
   echo "installing took $((SECONDS - from)) s"

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# The whole system on one machine, no GPU and no downloads of weights needed:
-# a spoken corpus is made, four DeepSpeed stages run by the cluster's own scripts, the model
-# answers aloud, an independent recogniser scores it, and a page shows the result.
+# The whole system on one machine, without a GPU or downloaded weights:
+# it generates a spoken corpus, runs four DeepSpeed stages with the cluster's scripts, lets the model
+# answer aloud, scores it with an independent recogniser, and shows the result on a page.
 #
 #   bash scripts/quickstart.sh [--out DIR] [--minutes N] [--smoke] [--variant base|plus]
 #
-#   --out DIR        where everything goes (default: quickstart/ in the repository; one folder holds one run)
-#   --minutes N      scales the training steps; 25, the default, stands for those of configs/quickstart/*.env
-#   --smoke          the same chain with a few steps each, in minutes; its scores mean nothing
+#   --out DIR        output folder of the run (default: quickstart/ in the repository)
+#   --minutes N      scales the training steps; the default 25 gives those of configs/quickstart/*.env
+#   --smoke          the same chain with a few steps each, in minutes; its scores are meaningless
 #   --variant plus   user speech enters through SenseVoice features and an adapter
 #
 # Finished steps are skipped; an interrupted step continues. Delete DIR to start again.
 set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# A shell may hold variables from training or scoring by hand. The run starts again in an environment with
-# these alone: what the machine needs, and where Python and its caches are.
+# A shell may hold variables from manual training or scoring. The script restarts itself in an environment with
+# only these: machine settings, and the locations of Python and its caches.
 PASSED_ON=(
   PATH HOME USER LOGNAME SHELL TMPDIR TERM LANG LC_ALL LC_CTYPE TZ
   VENV PYTHON_BOOTSTRAP CUDA_VISIBLE_DEVICES CUDA_HOME LD_LIBRARY_PATH DS_ACCELERATOR OMP_NUM_THREADS
@@ -49,10 +49,10 @@ while [[ $# -gt 0 ]]; do
   esac
 done
 
-# -- refuse at the door ---------------------------------------------------------------------------------
+# -- check the arguments ---------------------------------------------------------------------------------
 
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || die "--minutes $minutes: give a whole number, 1 or more"
-[[ $variant == base || $variant == plus ]] || die "--variant $variant: base or plus"
+[[ $variant == base || $variant == plus ]] || die "--variant $variant: give base or plus"
 kind=$variant-$size
 case $kind in
   base-full) out=${out:-$REPOSITORY/quickstart} ;;
@@ -77,7 +77,7 @@ require_space() { # FOLDER MEGABYTES WHAT
 require_space "$out" 1500 "the run"
 if [[ ! -d $VENV ]]; then
   mkdir -p "$(dirname "$VENV")" 2>/dev/null || die "VENV=$VENV: cannot write there; choose another folder"
-  # CUDA's libraries come with torch where there is a GPU.
+  # With a GPU, torch includes CUDA's libraries.
   require_space "$(dirname "$VENV")" "$(has_nvidia_gpu && echo 12000 || echo 4000)" "the installation"
 fi
 
@@ -87,9 +87,9 @@ mkdir -p "$out/.done" "$out/logs"
 started=$SECONDS
 exec 9>"$out/.lock"
 echo "$kind" >"$out/.kind"
-flock --nonblock 9 || die "another quickstart is at work in $out; wait for it or choose another folder"
+flock --nonblock 9 || die "another quickstart is running in $out; wait for it or choose another folder"
 
-# Steps are killed when this script dies, even of SIGKILL.
+# Steps are killed when this script dies, even by SIGKILL.
 tied=()
 if command -v setpriv >/dev/null 2>&1; then tied=(setpriv --pdeathsig TERM --); fi
 
@@ -122,7 +122,7 @@ for settings in "$size" "$variant" "$variant-$size"; do
 done
 set +a
 
-# Two rows a step, whether by two processes or by one GPU.
+# Two rows per step, with two processes or one GPU.
 # shellcheck source=deepspeed/devices.sh
 source "$REPOSITORY/scripts/deepspeed/devices.sh"
 export NPROC_PER_NODE=2 GRADIENT_ACCUMULATION_STEPS=1

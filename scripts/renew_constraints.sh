@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Writes constraints-cpu.txt: the newest versions of everything that setup.py's dev extra brings, transitive
-# packages included, for Python 3.11 to 3.13. Direct dependencies keep the versions of requirements_ds_gpu.txt.
+# Writes constraints-cpu.txt: the newest versions of everything in setup.py's dev extra, including transitive
+# packages, for Python 3.11 to 3.13. Direct dependencies keep the versions of requirements_ds_gpu.txt.
 #   bash scripts/renew_constraints.sh            to raise a direct dependency, edit requirements_ds_gpu.txt first
-# Nothing is installed but uv, which resolves for several Pythons at once, in a temporary folder.
+# Only uv, which resolves for several Pythons at once, is installed, in a temporary folder.
 set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$REPOSITORY/scripts/environment.sh"
@@ -23,7 +23,7 @@ printf '%s\n' setuptools wheel ninja |
 {
   echo "# The CPU environment, transitive packages included, for Python 3.11 to 3.13."
   echo "# Written by scripts/renew_constraints.sh; do not edit."
-  # torch brings CUDA's libraries at exact versions itself, and only where it is not the CPU build.
+  # torch pins CUDA's libraries itself, and needs them only in its CUDA build.
   grep -Ev "^(nvidia-|cuda-|triton)|sys_platform == 'emscripten'|sys_platform == 'win32'" "$work/resolved.txt"
 } >"$work/constraints-cpu.txt"
 mv "$work/constraints-cpu.txt" constraints-cpu.txt

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Sets up one node of a GPU cluster: pinned packages, FlashAttention, NCCL and DeepSpeed settings.
 #   source scripts/set_env_ds_gpu.sh     then run a stage script in the same shell
-# Every variable can be set beforehand; none that is set is changed.
+# Every variable can be set beforehand; existing values are kept.
 
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$REPOSITORY/.venv}
 
 if [[ ! -x $VENV/bin/python ]]; then
-  # In a shell of its own: environment.sh ends the shell that it finds fault with.
+  # In a subshell: environment.sh exits the shell on an error.
   python=$(REPOSITORY=$REPOSITORY bash -c 'source "$REPOSITORY/scripts/environment.sh"; find_python') || return 1
   "$python" -m venv "$VENV" || return 1
 fi
@@ -26,8 +26,8 @@ if [[ ! -f $VENV/.cluster || $requirements -nt $VENV/.cluster ]]; then
   touch "$VENV/.cluster"
 fi
 
-# torchrun's arguments, for scripts that read them: on a cluster that sets NPROC_PER_NODE, WORLD_SIZE and RANK are the
-# number of nodes and this node's rank; elsewhere one node with a process for each of its GPUs.
+# torchrun's arguments, for scripts that read them. On a cluster that sets NPROC_PER_NODE, WORLD_SIZE and RANK are the
+# number of nodes and this node's rank. Otherwise: one node with one process per GPU.
 # shellcheck source=deepspeed/devices.sh
 source "$REPOSITORY/scripts/deepspeed/devices.sh"
 read_nodes

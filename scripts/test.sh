@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What every change must pass: style, layers, types, shell scripts, documentation, then pytest. Self-contained on a
-# fresh machine.
+# The checks that every change must pass: style, layers, types, shell scripts, documentation, then pytest. It also
+# sets up a fresh machine.
 #   bash scripts/test.sh            everything but the slow tests
-#   bash scripts/test.sh --all      the slow ones too, line coverage, and the whole chain in small (what CI runs)
-#   bash scripts/test.sh -- ARGS    pytest with these arguments only
+#   bash scripts/test.sh --all      also the slow tests, line coverage, and a small run of the whole chain (as in CI)
+#   bash scripts/test.sh -- ARGS    only pytest, with these arguments
 set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$REPOSITORY/scripts/environment.sh"
@@ -20,7 +20,7 @@ esac
 prepare_environment dev
 PATH=$VENV/bin:$PATH
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu
-# The tests' processes are CPU processes wherever they run.
+# The tests always run on the CPU.
 export CUDA_VISIBLE_DEVICES=
 
 if [[ ${1:-} == -- ]]; then
@@ -53,7 +53,7 @@ coverage combine --quiet
 coverage report | tee build/coverage/report.txt
 awk -v least="$LEAST_COVERAGE" '/^vita_audio/ && $NF + 0 < least { print "below " least "%: " $1; low = 1 } END { exit low }' \
   build/coverage/report.txt
-echo "== the whole chain of the Plus variant, in small"
+echo "== a small run of the whole chain, Plus variant"
 smoke_folder=$(mktemp -d)
 trap 'rm -rf "$smoke_folder"' EXIT
 bash scripts/quickstart.sh --smoke --variant plus --out "$smoke_folder/plus"

@@ -1,8 +1,8 @@
 """The benchmarks: ``python tools/benchmark.py NAME [OPTIONS]``.
 
-Each is a module of ``tools/benchmarks`` with a ``main(argv)``. All of them measure two ways of doing the same
-work side by side, in one run, and print the ratio. The original's ``benchmark_llm`` is ``generate`` and its
-``benchmark_sts`` is ``sts``; those names work too.
+Each is a module of ``tools/benchmarks`` with a ``main(argv)``. Each measures two ways of doing the same
+work in one run and prints the ratio. The original's ``benchmark_llm`` is ``generate`` and its
+``benchmark_sts`` is ``sts``; those names also work.
 """
 
 from __future__ import annotations

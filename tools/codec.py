@@ -1,4 +1,4 @@
-"""A speech codec from the command line; see vita_audio/cli/codec.py.
+"""Run a speech codec; see vita_audio/cli/codec.py.
 
 python tools/codec.py --help
 """

@@ -1,4 +1,4 @@
-"""Speech recognition: WER and CER of the text that one checkpoint writes (see vita_audio/cli/evaluate.py)."""
+"""Speech recognition: WER and CER of one checkpoint's text (see vita_audio/cli/evaluate.py)."""
 
 from vita_audio.cli.arguments import run_command
 from vita_audio.cli.evaluate import main_single

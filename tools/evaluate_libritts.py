@@ -1,4 +1,4 @@
-"""LibriTTS as published: replies are drawn, numbers spelled out on both sides (see vita_audio/cli/evaluate.py)."""
+"""LibriTTS as published: sampled replies, numbers spelled out on both sides (see vita_audio/cli/evaluate.py)."""
 
 from vita_audio.cli.arguments import run_command
 from vita_audio.cli.evaluate import main_single

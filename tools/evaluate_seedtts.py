@@ -1,4 +1,4 @@
-"""Seed-TTS from its meta.lst, with --speaker_prompt in the speaker's voice (see vita_audio/cli/evaluate.py)."""
+"""Seed-TTS from its meta.lst; with --speaker_prompt, in the speaker's voice (see vita_audio/cli/evaluate.py)."""
 
 from vita_audio.cli.arguments import run_command
 from vita_audio.cli.evaluate import main_single

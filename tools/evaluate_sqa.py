@@ -1,4 +1,4 @@
-"""Speech QA: is the answer in what one checkpoint writes (S→T) and says (S→S)? (see vita_audio/cli/evaluate.py)."""
+"""Speech QA: the answer in one checkpoint's text (S→T) and speech (S→S) (see vita_audio/cli/evaluate.py)."""
 
 from vita_audio.cli.arguments import run_command
 from vita_audio.cli.evaluate import main_single

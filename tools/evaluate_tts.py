@@ -1,4 +1,4 @@
-"""Speech synthesis: what a recogniser hears in one checkpoint's speech (see vita_audio/cli/evaluate.py)."""
+"""Speech synthesis: word error rate of one checkpoint's speech (see vita_audio/cli/evaluate.py)."""
 
 from vita_audio.cli.arguments import run_command
 from vita_audio.cli.evaluate import main_single

@@ -1,4 +1,4 @@
-"""See a data mix as the model will; see vita_audio/cli/inspect_data.py.
+"""Show a data mix as the model will see it; see vita_audio/cli/inspect_data.py.
 
 python tools/inspect_data.py --help
 """

@@ -1,4 +1,4 @@
-"""A run on one page; see vita_audio/cli/report.py.
+"""Report a run on one page; see vita_audio/cli/report.py.
 
 python tools/report.py --help
 """

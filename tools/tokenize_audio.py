@@ -1,4 +1,4 @@
-"""Turn the speech of a data mix into codes; see vita_audio/cli/tokenize_audio.py.
+"""Precompute the speech codes of a data mix; see vita_audio/cli/tokenize_audio.py.
 
 python tools/tokenize_audio.py --help
 """

@@ -1,6 +1,6 @@
 """Every special string of the project: tokens, tags, task prompts, label mask.
 
-The order of the special tokens fixes their ids, hence the rows of the released
+The order of the special tokens determines their ids, and so the rows of the released
 embedding matrices; see section 2 of the data specification.
 """
 

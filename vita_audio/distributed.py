@@ -1,8 +1,8 @@
-"""This process among those of its launch.
+"""Rank, world size and exchanges between the processes of a launch.
 
-torchrun tells every process its place in the environment, so the place is known before any connection is
-made. A process that was started alone is the first of one. The exchanges connect the processes on first
-use, over gloo, unless somebody has connected them already.
+torchrun passes each process its rank in the environment, so the rank is known before any connection is
+made. A process that was started alone has rank 0 of 1. The exchanges connect the processes on first
+use, over gloo, unless they are already connected.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 
 class RefusedElsewhere(ValueError):
-    """Another process of the launch refused; the message is its message."""
+    """Another process of the launch raised an error; the message is that error's."""
 
 
 def rank() -> int:
@@ -40,7 +40,7 @@ def local_world_size() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process writes and says what needs to be written and said once."""
+    """Whether this process does the writing and logging that must happen only once."""
     return rank() == 0
 
 
@@ -57,7 +57,7 @@ def gather_objects(mine: Value) -> list[Value]:
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have reached this point."""
     if world_size() > 1:
         from torch import distributed
 
@@ -67,13 +67,13 @@ def barrier() -> None:
 
 @contextmanager
 def agreed(*errors: type[Exception]) -> Iterator[None]:
-    """A part of the program that all processes pass, or none.
+    """A section of the program that either all processes pass, or none.
 
-    What one process refuses with one of ``errors``, the others refuse too, so that none waits for another
-    that has left. All processes must enter it, and nothing inside may wait for other processes.
+    If one process raises one of ``errors``, the others raise too, so no process waits for one that has
+    already exited. All processes must enter the section, and nothing inside it may wait for other processes.
 
     Raises:
-        RefusedElsewhere: another process refused and this one did not.
+        RefusedElsewhere: another process raised an error and this one did not.
     """
     error: Exception | None = None
     try:

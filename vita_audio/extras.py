@@ -1,4 +1,4 @@
-"""A part of the package whose libraries are not installed says how to install them."""
+"""Import errors of optional parts of the package state how to install the missing extra."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Import a part of the package that needs libraries of an extra of setup.py.
+    """Import a part of the package that needs libraries from an extra of setup.py.
 
     Raises:
         ModuleNotFoundError: a library is not installed; the message says which, and the command that installs it.

@@ -1,6 +1,6 @@
-"""Files that are whole or absent, JSON lines, and short names of content.
+"""Atomic file writes, JSON lines, and digests of file content.
 
-A process may be killed while it writes. Everything here is written under a temporary name beside its
+A process may be killed while it writes. Everything here is written under a temporary name next to its
 target and then renamed, so a reader sees the old file or the new one, never a part. The temporary name
 starts with a dot and ends in ``.tmp``, and no two writers share one.
 """
@@ -23,7 +23,7 @@ _BLOCK_BYTES = 1 << 16
 def whole_file(path: str | Path) -> Iterator[Path]:
     """A temporary path to write to; it becomes ``path`` when the block ends without an error.
 
-    Folders on the way are made. After an error the temporary file is deleted and ``path`` is as it was.
+    Missing parent folders are created. After an error the temporary file is deleted and ``path`` is unchanged.
 
     Raises:
         OSError: the folder cannot be written.
@@ -39,21 +39,21 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all. A lone surrogate is written as its escape."""
+    """Write a UTF-8 file atomically. A lone surrogate is written as its escape."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any, *, indent: int | None = 1) -> None:
-    """Write a JSON file, whole or not at all.
+    """Write a JSON file atomically.
 
     Raises:
-        TypeError: the value holds something that JSON does not know.
+        TypeError: the value contains a type that JSON cannot represent.
     """
     write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
 
@@ -77,12 +77,12 @@ def json_lines(values: Iterable[Any]) -> str:
 
 
 def write_json_lines(path: str | Path, values: Iterable[Any]) -> None:
-    """Write a file of one JSON value a line, whole or not at all."""
+    """Write a file with one JSON value per line, atomically."""
     write_text(path, json_lines(values))
 
 
 def read_json_lines(path: str | Path) -> Iterator[Any]:
-    """The values of a file of JSON lines; blank lines are passed over.
+    """The values of a file of JSON lines; blank lines are skipped.
 
     Raises:
         OSError: it cannot be read.
@@ -98,7 +98,7 @@ def read_json_lines(path: str | Path) -> Iterator[Any]:
 
 
 def content_fingerprint(paths: Iterable[Path]) -> str:
-    """Short digest of files: their sizes and evenly spaced blocks, so that gigabytes cost milliseconds."""
+    """A short digest of files, over their sizes and evenly spaced blocks: gigabytes take milliseconds."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

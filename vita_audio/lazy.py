@@ -1,4 +1,4 @@
-"""Registration with libraries whose modules take long to import: nothing is loaded before it is used."""
+"""Lazy registration with libraries whose modules are slow to import: nothing is loaded before it is used."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 
 
 class LazyClass:
-    """Stands for a class of a module that takes long to import, and loads it when it is first used.
+    """A proxy for a class whose module is slow to import. The module is loaded on first use.
 
     Args:
-        module: the class's home.
-        name: of the class.
-        known: attributes that are asked for before the class is needed.
+        module: the module that defines the class.
+        name: name of the class.
+        known: attributes that are read before the class is needed.
     """
 
     def __init__(self, module: str, name: str, **known: Any) -> None:
@@ -31,7 +31,7 @@ class LazyClass:
 
 
 def when_imported(module: str, action: Callable[[ModuleType], None]) -> None:
-    """Call ``action`` with a module as soon as somebody has imported it; at once if that has happened."""
+    """Call ``action`` with a module as soon as it is imported, or at once if it already was."""
     if module in sys.modules:
         action(sys.modules[module])
     else:
@@ -39,7 +39,7 @@ def when_imported(module: str, action: Callable[[ModuleType], None]) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds one module as the other finders do, once, and acts after it has run."""
+    """Finds one module, once, through the other finders, and calls an action after it has run."""
 
     def __init__(self, module: str, action: Callable[[ModuleType], None]) -> None:
         self._module = module

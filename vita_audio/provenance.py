@@ -1,6 +1,6 @@
-"""Where a result comes from: ``run.json``, written beside everything that a command makes.
+"""The origin of a result: ``run.json``, written next to the output of every command.
 
-It holds the command, its resolved arguments, the versions of what computed, the git revision of this code, and a
+It holds the command, its resolved arguments, library versions, the git revision of this code, and a
 fingerprint of the data.
 """
 
@@ -34,9 +34,9 @@ def describe_run(command: str, arguments: Mapping[str, Any], data: Any, **more: 
     """The content of ``run.json``.
 
     Args:
-        command: its name.
-        arguments: every option as resolved, defaults included; values that JSON does not know become text.
-        data: what identifies the data, such as a fingerprint of the mix.
+        command: name of the command.
+        arguments: every resolved option, including defaults; values that JSON cannot represent become text.
+        data: identifies the data, for example by a fingerprint of the mix.
         more: further fields.
     """
     return {
@@ -53,7 +53,7 @@ def describe_run(command: str, arguments: Mapping[str, Any], data: Any, **more: 
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that compute; None: not installed."""
+    """Versions of Python and of the packages that affect results; None: not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -64,7 +64,7 @@ def versions() -> dict[str, str | None]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """``revision`` and ``modified`` (tracked files differ from it) of this code's checkout; None outside of one."""
+    """``revision`` and ``modified`` (whether tracked files differ) of this code's checkout; None outside one."""
     package = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -73,7 +73,7 @@ def git_revision() -> dict[str, Any] | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
-            return None  # installed into a folder of somebody else's repository
+            return None  # installed in a folder inside another repository
         modified = bool(git("status", "--porcelain", "--untracked-files=no"))
         return {"revision": git("rev-parse", "HEAD"), "modified": modified}
     except (OSError, subprocess.SubprocessError):

@@ -1,11 +1,11 @@
-"""Codecs under the names of the original repository, for code that was written for it.
+"""The codec interface of the original repository, for code written against it.
 
     from vita_audio.tokenizer import get_audio_tokenizer
 
     tokenizer = get_audio_tokenizer("models/THUDM/glm-4-voice-tokenizer", "glm4voice", flow_path="models/…")
     waveform = tokenizer.decode(tokenizer.encode("speech.wav"))
 
-New code takes :func:`vita_audio.audio.get_audio_tokenizer`.
+New code should use :func:`vita_audio.audio.get_audio_tokenizer`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def get_audio_tokenizer(
     flow_path: str | PathLike[str] | None = None,
     rank: int | None = None,
 ) -> OriginalAudioTokenizer:
-    """A codec with the original's methods. Nothing is opened before it is used, or ``load_model()`` is called.
+    """A codec with the original's methods. It is opened on first use or by ``load_model()``.
 
     Args:
         model_name_or_path: folder of the speech tokenizer's weights.
@@ -51,11 +51,11 @@ def get_audio_tokenizer(
 
 
 class OriginalAudioTokenizer:
-    """A codec under the original's names; arguments as in :func:`get_audio_tokenizer`.
+    """A codec with the original's method names; arguments as in :func:`get_audio_tokenizer`.
 
     Attributes:
-        is_discrete: it makes codes; true of every kind.
-        is_contiguous: it makes continuous features too; true of ``sensevoice_*`` kinds.
+        is_discrete: whether it makes codes; true for every kind.
+        is_contiguous: whether it also makes continuous features; true for ``sensevoice_*`` kinds.
     """
 
     is_discrete = True
@@ -98,7 +98,7 @@ class OriginalAudioTokenizer:
     ) -> list[int] | Tensor:
         """Codes in ``[0, codebook_size)``, or features of shape (frames, feature_dim).
 
-        Kinds with features give them unless ``is_discrete`` asks for codes; the others always give codes.
+        Kinds with features return them unless ``is_discrete`` asks for codes; the others always return codes.
 
         Raises:
             AudioError: the audio cannot be read.
@@ -126,10 +126,10 @@ class OriginalAudioTokenizer:
 
 
 def find_frontend(codec: str | PathLike[str], *others: str | PathLike[str]) -> Path:
-    """SenseVoice's folder: one of the given ones, or where the released models lie side by side.
+    """SenseVoice's folder: one of the given ones, or the sibling folder where the released models are stored.
 
     Raises:
-        ValueError: none of them holds am.mvn.
+        ValueError: none of them contains am.mvn.
     """
     beside = Path(codec).resolve().parent.parent / _RELEASED_FRONTEND
     for folder in (*map(Path, others), Path(codec), beside):

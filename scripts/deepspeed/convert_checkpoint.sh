@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Convert a checkpoint so that another number of processes can go on from it.
+# Converts a checkpoint, so another number of processes can continue from it.
 #   bash convert_checkpoint.sh OUTPUT_DIR/checkpoint-N
-# DeepSpeed's checkpoints hold one part for each process that wrote them. This adds the same state in DeepSpeed's
-# universal format, whole, beside them; a run with another number of processes reads that. It needs the memory of
-# one process and as much disk again.
+# DeepSpeed's checkpoints have one part per process. This adds the same state in DeepSpeed's universal format,
+# which a run with another number of processes reads. It needs the memory of one process and doubles the disk
+# space.
 set -euo pipefail
 
 if [[ $# -ne 1 ]]; then
@@ -13,12 +13,12 @@ fi
 CHECKPOINT=${1%/}
 PYTHON=${PYTHON:-python}
 if [[ ! -f $CHECKPOINT/checkpoint.complete || ! -f $CHECKPOINT/latest ]]; then
-  echo "$CHECKPOINT: not a whole checkpoint of a DeepSpeed run; give OUTPUT_DIR/checkpoint-N" >&2
+  echo "$CHECKPOINT: not a complete checkpoint of a DeepSpeed run; give OUTPUT_DIR/checkpoint-N" >&2
   exit 2
 fi
 TAG=$(<"$CHECKPOINT/latest")
 UNIVERSAL=$CHECKPOINT/${TAG}_universal
-rm -rf "$UNIVERSAL" "$CHECKPOINT/latest_universal" # of a conversion that was stopped
+rm -rf "$UNIVERSAL" "$CHECKPOINT/latest_universal" # left by an interrupted conversion
 
 DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} "$PYTHON" -m deepspeed.checkpoint.ds_to_universal \
   --input_folder "$CHECKPOINT/$TAG" --output_folder "$UNIVERSAL" \

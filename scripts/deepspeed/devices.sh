@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sourced by quickstart.sh, the stage scripts and evaluate_sts.sh.
 
-# How many NVIDIA GPUs this shell may use: those in CUDA_VISIBLE_DEVICES, else all.
+# The number of NVIDIA GPUs that this shell may use: those in CUDA_VISIBLE_DEVICES, else all.
 count_gpus() {
   local all visible
   all=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
@@ -10,7 +10,7 @@ count_gpus() {
     return
   fi
   IFS=, read -r -a visible <<<"$CUDA_VISIBLE_DEVICES"
-  # -1 and what follows it are invisible.
+  # -1 and all entries after it are invisible.
   local count=0 device
   for device in "${visible[@]}"; do
     [[ $device != -1 ]] || break
@@ -19,8 +19,8 @@ count_gpus() {
   echo "$count"
 }
 
-# NNODES and NODE_RANK: as they are set, else from a cluster that sets NPROC_PER_NODE and means nodes by WORLD_SIZE
-# and RANK, else one node.
+# NNODES and NODE_RANK: as set, else from a cluster that sets NPROC_PER_NODE and uses WORLD_SIZE and RANK for nodes,
+# else one node.
 read_nodes() {
   if [[ -n ${NPROC_PER_NODE:-} ]]; then
     NNODES=${NNODES:-${WORLD_SIZE:-}}
@@ -30,9 +30,9 @@ read_nodes() {
   NODE_RANK=${NODE_RANK:-0}
 }
 
-# RENDEZVOUS becomes torchrun's flags for NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. One node without
-# a port takes a free one.
-# shellcheck disable=SC2034  # used by those who source this
+# Sets RENDEZVOUS to torchrun's flags for NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT. A single node without
+# a port uses a free one.
+# shellcheck disable=SC2034  # used by the scripts that source this file
 set_rendezvous() { # DEFAULT_PORT
   read_nodes
   if ! [[ $NNODES =~ ^[1-9][0-9]*$ ]]; then

@@ -11,7 +11,7 @@
 # Which test sets (one of):
 #   ASR_JSON TTS_JSON SQA_JSON TEXT_QA_JSON SEED_TTS_LIST   files, several separated by spaces, each FILE or NAME=FILE
 #   CORPUS               a folder with asr_test.jsonl, tts_test.jsonl, sqa_test.jsonl, text_qa_test.jsonl, grammar.jsgf
-#   neither              the published sets that lie below $ROOT_PATH/data, decoded, heard and counted as published
+#   neither              the published sets found below $ROOT_PATH/data, with published decoding, recogniser and metric
 #   DATA_ROOT for relative audio paths; LIMIT items of each set
 # Which recogniser:      TRANSCRIBER (pocketsphinx, whisper, paraformer) TRANSCRIBER_PATH GRAMMAR LANGUAGE_CODE;
 #                        CHINESE_TRANSCRIBER_PATH (Paraformer, for Mandarin Seed-TTS)
@@ -46,13 +46,13 @@ fi
 
 # -- checkpoints ----------------------------------------------------------------------------------------
 
-run_folder() { # STAGE_NAME: the run of that stage, the newest unless TIMESTAMP says which
+run_folder() { # STAGE_NAME: the run of that stage with TIMESTAMP, else the newest
   local stage_folder=$STAGES_ROOT/finetune_${STAGE_PREFIX:-glm4voice}_$1 candidate
   if [[ -n ${TIMESTAMP:-} ]]; then
     echo "$stage_folder/$TIMESTAMP"
     return
   fi
-  # shellcheck disable=SC2012  # names without odd characters, and the newest counts
+  # shellcheck disable=SC2012  # names have no special characters, and the newest is used
   candidate=$(ls -td "$stage_folder"/*/config.json 2>/dev/null | head -n 1)
   echo "${candidate%/config.json}"
 }
@@ -73,7 +73,7 @@ if [[ ${#checkpoints[@]} -eq 0 && -d $STAGES_ROOT ]]; then
     if [[ -f $folder/config.json ]]; then
       checkpoints+=("stage$number=$folder")
     else
-      [[ -n $last_only ]] || echo "stage $number ($name) has no result under $STAGES_ROOT; left out" >&2
+      [[ -n $last_only ]] || echo "stage $number ($name) has no result under $STAGES_ROOT; skipped" >&2
     fi
   done
   if [[ -n $last_only && ${#checkpoints[@]} -gt 0 ]]; then checkpoints=("${checkpoints[@]: -1}"); fi
@@ -86,7 +86,7 @@ sets=()
 add_sets() { # FLAG FILES…
   [[ $# -eq 1 ]] || sets+=("$@")
 }
-present() { # NAME=PATH_BELOW_DATA…: fills FOUND with those that are there
+present() { # NAME=PATH_BELOW_DATA…: fills FOUND with the existing ones
   local entry
   FOUND=()
   for entry in "$@"; do
@@ -133,7 +133,7 @@ if [[ ${#sets[@]} -eq 0 && -z ${CORPUS:-} ]]; then
   fi
 fi
 [[ ${#sets[@]} -gt 0 ]] ||
-  die "no test set: set ASR_JSON, TTS_JSON, SQA_JSON, TEXT_QA_JSON or SEED_TTS_LIST, or CORPUS; none lies below $ROOT_PATH/data"
+  die "no test set: set ASR_JSON, TTS_JSON, SQA_JSON, TEXT_QA_JSON or SEED_TTS_LIST, or CORPUS; none was found below $ROOT_PATH/data"
 DATA_ROOT=${DATA_ROOT:-${CORPUS:-}}
 if [[ -z ${GRAMMAR:-} && -n ${CORPUS:-} && -f $CORPUS/grammar.jsgf ]]; then
   GRAMMAR=$CORPUS/grammar.jsgf

@@ -148,7 +148,7 @@ def test_a_blank_text_is_not_read_aloud(text):
         ]
     }
     for conversation in (typed, prompts.from_sample(sample)):
-        with pytest.raises(ValueError, match="blank; give some words"):
+        with pytest.raises(ValueError, match="blank; provide some words"):
             build_prompt(conversation.messages, conversation.audios, tokenizer, None)
 
 

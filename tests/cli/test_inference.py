@@ -116,7 +116,7 @@ def test_without_arguments_five_lines_say_what_to_give():
         (["--tts", "x", "--mode", "fast"], "mtp_inference_mode='fast'"),
         (["--asr", "nowhere.wav"], "nowhere.wav: no such file"),
         ([], "nothing to answer: give --text"),
-        (["--text", "x", "--voice", "voice.wav"], "--voice is the voice of the --tts texts"),
+        (["--text", "x", "--voice", "voice.wav"], "--voice applies to the --tts texts"),
         (["--samples", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--text", "x", "--fast"], "unrecognized arguments: --fast"),
         (["--text", "x", "--top_k", "few"], "argument --top_k: invalid int value: 'few'"),
@@ -135,7 +135,7 @@ def test_a_wrong_request_is_refused_in_one_line(refusal, flags, arguments, messa
         (["--audio_tokenizer_type", "glm4voice", "--flow_path", "x"], "{codec}: holds a mel_vq codec"),
         (["--audio_tokenizer_type", "sensevoice_mel_vq", "--frontend_path", "x"], "a qwen2_mtp model does not read"),
         (["--audio_tokenizer_type", "sensevoice_mel_vq"], "--frontend_path: the sensevoice_mel_vq codec needs"),
-        (["--audio_tokenizer_type", "glm4voice"], "--flow_path: the glm4voice codec needs it to speak"),
+        (["--audio_tokenizer_type", "glm4voice"], "--flow_path: the glm4voice codec needs it for speech output"),
         (["--audio_tokenizer_path", "nowhere"], "nowhere: no such folder"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     ],
@@ -154,7 +154,7 @@ def test_what_this_machine_or_the_codec_lacks_is_said_before_the_model_loads(
 def test_a_codec_without_folder_cannot_listen(refusal, tiny_world):
     model = ["--model_name_or_path", tiny_world.model_dir, "--device", "cpu"]
     said = refusal(main, *model, "--asr", tiny_world.audio("question.wav"))
-    assert said == "--audio_tokenizer_path: the glm4voice codec needs it to listen"
+    assert said == "--audio_tokenizer_path: the glm4voice codec needs it for speech input"
 
 
 def test_without_weights_the_refusal_points_to_the_quickstart(refusal, codec_flags):

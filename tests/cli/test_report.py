@@ -117,5 +117,5 @@ def test_the_command_says_where_the_page_is_and_refuses_what_is_no_run(run, refu
     report.main(["--run", str(run)])
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert refusal(report.main, "--run", run / "nowhere").endswith(
-        "no such folder; give the one that the run wrote to"
+        "no such folder; give the output folder of the run"
     )

@@ -193,7 +193,7 @@ def test_a_document_of_exactly_a_rows_length_is_used(
     mix = write_lines(tmp_path / "mix.yaml", ["dataset: {s: {data_paths: [a.jsonl]}}"])
     batch = next(iter(open_loader(dataset_path=mix, seq_length=length)))
     assert (batch["position_ids"][0] == torch.arange(length)).all()
-    with pytest.raises(TooManyBadSamples, match=f"{length} tokens, a row holds {length - 1}"):
+    with pytest.raises(TooManyBadSamples, match=f"{length} tokens, but a row holds {length - 1}"):
         next(iter(open_loader(dataset_path=mix, seq_length=length - 1)))
 
 

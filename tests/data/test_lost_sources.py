@@ -220,15 +220,16 @@ def test_a_full_disk_stops_the_run_instead_of_dropping_a_data_set(tmp_path, text
     with full_disk(200_000), pytest.raises(MachineError) as stop:
         Mix(read_mix(mix), 0, cache_dir=str(tmp_path / "arrow"))
     assert f"a.{suffix}: cannot be opened, because of this machine: " in str(stop.value)
-    assert f"its Arrow copy goes to {tmp_path / 'arrow'}: make room there, or set HF_DATASETS_CACHE" in str(
-        stop.value
+    assert (
+        f"its Arrow copy goes to {tmp_path / 'arrow'}: free some space there, or set HF_DATASETS_CACHE"
+        in str(stop.value)
     )
 
 
 @pytest.mark.parametrize("place", ["/proc/arrow", "/dev/null/arrow"])
 def test_an_arrow_cache_that_cannot_be_written_stops_the_run(tmp_path, text_sample, write_lines, place):
     write_lines(tmp_path / "a.jsonl", [text_sample("x")])
-    with pytest.raises(MachineError, match=rf"its Arrow copy goes to {place}: make room there"):
+    with pytest.raises(MachineError, match=rf"its Arrow copy goes to {place}: free some space there"):
         Rows(tmp_path / "a.jsonl", place)
 
 
@@ -279,7 +280,7 @@ def test_a_token_cache_that_cannot_be_indexed_is_named(tmp_path, monkeypatch):
     write_identity(tmp_path / identity.folder_name, identity)
     write_shard(tmp_path / identity.folder_name, "x", [CachedClip("a.wav", "0", 1, 1.0, [1])])
     with pytest.raises(
-        TokenCacheError, match=r"mel_vq-one: cannot be opened, because of this machine: .*make room"
+        TokenCacheError, match=r"mel_vq-one: cannot be opened, because of this machine: .*free some space"
     ):
         TokenCache.find(tmp_path, "mel_vq", arrow_cache="/dev/null/arrow")
 

@@ -325,9 +325,9 @@ def test_a_list_as_the_last_content_is_a_list_of_answers(tmp_path, write_lines):
         (question({"text": "a"}), r"content of message 1 must be text, it is of type dict"),
         (question([]), r"the last message lists no answers"),
         (question([1, 2]), r"'answers' must be a list of texts"),
-        (question("?"), r"the answer '\?' holds no words"),
-        (question("right", answers=["yes", "…"]), r"the answer '…' holds no words"),
-        (question(["yes", "!"]), r"the answer '!' holds no words"),
+        (question("?"), r"the answer '\?' contains no words"),
+        (question("right", answers=["yes", "…"]), r"the answer '…' contains no words"),
+        (question(["yes", "!"]), r"the answer '!' contains no words"),
     ],
 )
 def test_answers_that_cannot_be_scored_are_refused(tmp_path, write_lines, sample, message):
@@ -347,9 +347,9 @@ def test_references_without_words_are_refused(tmp_path, tiny_world, write_lines)
     asr, tts = (json.loads(json.dumps(tiny_world.samples[task])) for task in ("asr", "tts"))
     asr["messages"][-1]["content"] = "。"
     tts["messages"][0]["content"] = "Convert the text to speech.\n…"
-    with pytest.raises(ValueError, match=r"set\.jsonl:1: .*the reference '。' holds no words"):
+    with pytest.raises(ValueError, match=r"set\.jsonl:1: .*the reference '。' contains no words"):
         ASR.read(write_lines(tmp_path / "set.jsonl", [asr]), tiny_world.data_dir)
-    with pytest.raises(ValueError, match=r"set\.jsonl:1: .*the text to be read, '…', holds no words"):
+    with pytest.raises(ValueError, match=r"set\.jsonl:1: .*the text to be read, '…', contains no words"):
         TTS.read(write_lines(tmp_path / "set.jsonl", [tts]), tiny_world.data_dir)
 
 
@@ -361,7 +361,7 @@ def test_a_missing_recording_is_named_before_a_model_is_loaded(tmp_path, tiny_wo
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_that_answers_nothing_is_refused(bench, size):
-    with pytest.raises(ValueError, match="a batch size of"):
+    with pytest.raises(ValueError, match="batch size"):
         replace(bench, batch_size=size)
 
 
@@ -398,7 +398,7 @@ def test_a_seed_tts_list_is_read_with_and_without_the_speaker(meta):
         ("utt|a|b.wav|one | two|said.wav|x", "7 fields"),
         ("|a|prompt-wavs/one.wav|text", "the utterance's name, is empty"),
         ("utt|a|nowhere.wav|text", r"nowhere\.wav: no such audio file"),
-        ("utt|a|prompt-wavs/one.wav|...", "holds no words"),
+        ("utt|a|prompt-wavs/one.wav|...", "contains no words"),
         ("utt-1|a|prompt-wavs/one.wav|text", "id 'utt-1' occurs twice"),
     ],
 )

@@ -104,7 +104,7 @@ def test_every_test_set_has_its_own_scores_and_files(
     table = (tmp_path / "out" / "scores.md").read_text()
     assert "### speech QA · llama_test · 1 item" in table
     assert "### speech QA · trivia_test · 1 item" in table
-    with pytest.raises(SystemExit, match="two test sets of this name"):
+    with pytest.raises(SystemExit, match="two test sets have this name"):
         run_tool("evaluate_table", *table_flags, "--sqa", *[f"a={tmp_path / 'llama' / 'test.jsonl'}"] * 2)
 
 

@@ -128,5 +128,5 @@ def test_seed_tts_refuses_a_reference_without_words():
 
 def test_a_corpus_without_reference_words_has_no_rate():
     for references in ({}, {"1": ""}, {"1": "。", "2": "  "}):
-        with pytest.raises(ValueError, match="the references hold no words"):
+        with pytest.raises(ValueError, match="the references contain no words"):
             _ = corpus_error_rate(references, {"1": "anything"}).rate

@@ -138,5 +138,7 @@ def test_a_damaged_scores_file_is_named(world, score):
     score()
     path = world / "out" / "tiny-turbo" / "asr_scores.json"
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"asr_scores\.json: not valid JSON .*; delete it to score again"):
+    with pytest.raises(
+        ValueError, match=r"asr_scores\.json: not valid JSON .*; delete the file to score again"
+    ):
         score()

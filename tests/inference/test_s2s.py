@@ -115,8 +115,8 @@ def test_the_default_message_is_none_or_omni_by_family_unless_the_config_names_o
     ("arguments", "message"),
     [
         ({}, "nothing to answer: give audio_path, message or both"),
-        ({"message": "x", "mode": "loud"}, "mode 'loud': known are luke, omni, none and None"),
-        ({"message": "x", "audio_feats": [1]}, "audio_feats: not served"),
+        ({"message": "x", "mode": "loud"}, "mode 'loud': use luke, omni, none or None"),
+        ({"message": "x", "audio_feats": [1]}, "audio_feats: not supported"),
         ({"message": "x", "mtp_inference_mode": [1]}, "mtp_inference_mode"),
     ],
 )

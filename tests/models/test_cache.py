@@ -51,7 +51,7 @@ def test_a_cache_that_the_backbone_alone_has_filled_is_refused_in_one_line(model
     cache = MCTPCache(model.config)
     with torch.no_grad():
         model.model(PROMPT[:, :4], past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="holds 4 positions, its heads know of 0") as error:
+    with pytest.raises(ValueError, match="holds 4 positions, its heads have seen 0") as error:
         generate(model, PROMPT, MODES[0], past_key_values=cache)
     assert "\n" not in str(error.value)
 
@@ -170,5 +170,5 @@ def test_a_window_that_has_dropped_positions_refuses_the_crop_and_the_cache_afte
     first = generate(model, PROMPT, [1, 1], past_key_values=cache)
     with pytest.raises((RuntimeError, ValueError), match="activate_past_recording"):
         cache.crop(-2)
-    with pytest.raises(ValueError, match="its heads know of"):
+    with pytest.raises(ValueError, match="its heads have seen"):
         generate(model, torch.cat([first, TURN], dim=1), [1, 1], past_key_values=cache)

@@ -224,7 +224,7 @@ def test_a_cache_that_knows_no_heads_is_refused(model):
     output = model.generate(
         PROMPT, mtp_inference_mode="vanilla", max_new_tokens=2, return_dict_in_generate=True
     )
-    with pytest.raises(ValueError, match="knows nothing of the heads"):
+    with pytest.raises(ValueError, match="lacks the state of the heads"):
         new_tokens(model, output.sequences, past_key_values=output.past_key_values)
 
 
@@ -253,7 +253,7 @@ def test_the_schedule_comes_from_the_argument_else_the_generation_config_else_th
 
 @pytest.mark.parametrize("mode", [[], [1], [1, 2, 3], [0, 4], [1, -1], [-1, 2], [1, 2.5], "fast", [True, 1]])
 def test_malformed_schedules_are_refused_with_what_is_allowed(model, mode):
-    with pytest.raises(ValueError, match=r"mtp_inference_mode=.*(give pairs|known names)"):
+    with pytest.raises(ValueError, match=r"mtp_inference_mode=.*(give pairs|use one of vanilla, balance)"):
         model.generate(PROMPT, mtp_inference_mode=mode, max_new_tokens=2)
 
 
@@ -264,7 +264,7 @@ def test_beam_search_is_refused_with_heads_and_works_without(model):
 
 
 def test_a_prefill_in_chunks_is_refused_with_heads_and_works_without(model):
-    with pytest.raises(ValueError, match="prefill_chunk_size=2: heads read the prompt whole"):
+    with pytest.raises(ValueError, match="prefill_chunk_size=2: heads need a single prefill"):
         new_tokens(model, PROMPT, prefill_chunk_size=2)
     chunked = new_tokens(model, PROMPT, prefill_chunk_size=2, mtp_inference_mode="vanilla")
     assert torch.equal(chunked, new_tokens(model, PROMPT, mtp_inference_mode="vanilla"))

@@ -202,7 +202,7 @@ def test_padded_rows_cost_what_they_cost_alone():
 def test_heads_without_token_ids_are_refused():
     model = tiny()
     embeds = torch.zeros(1, 5, 32)
-    with pytest.raises(ValueError, match="pass input_ids too"):
+    with pytest.raises(ValueError, match="also pass input_ids"):
         model(inputs_embeds=embeds, labels=torch.zeros(1, 5, dtype=torch.long))
 
 

@@ -279,7 +279,7 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(open_folder, p
     torch.save(load_file(plain / "model.safetensors"), plain / "pytorch_model.bin")
     (plain / "model.safetensors").unlink()
     message = refusal(open_folder, plain)
-    assert "weights as pytorch_model.bin" in message
+    assert "weights in pytorch_model.bin" in message
     assert "save_pretrained" in message
 
 
@@ -313,7 +313,7 @@ def test_tensors_that_the_configuration_has_no_place_for_are_refused(open_folder
     load_with_heads(plain, 1).save_pretrained(tmp_path / "one")
     edit(plain / "config.json", model_type="qwen2_mtp")
     shutil.copy(plain / "config.json", tmp_path / "one")
-    assert "have no place in a model of config.json" in refusal(open_folder, tmp_path / "one")
+    assert "do not belong to the model of config.json" in refusal(open_folder, tmp_path / "one")
 
 
 @pytest.mark.parametrize("open_folder", BOTH)

@@ -86,7 +86,7 @@ def test_a_folder_where_another_quickstart_is_at_work(tmp_path):
         for _ in range(100):
             if subprocess.run(["flock", "--nonblock", str(lock), "true"], check=False).returncode:
                 break
-        assert "another quickstart is at work" in refusal("--out", str(tmp_path))
+        assert "another quickstart is running" in refusal("--out", str(tmp_path))
     finally:
         holder.terminate()
         subprocess.run(["pkill", "-P", str(holder.pid)], check=False)

@@ -32,7 +32,7 @@ def test_freezing_the_model_without_heads_leaves_nothing_to_train(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("audio_tokenizer_type", "opus", "known are"),
+        ("audio_tokenizer_type", "opus", "use glm4voice, mel_vq"),
         ("dataset_name", "absent.yaml", "no such file"),
         ("model_max_length", 4, "too short"),
         ("max_error_share", 1.5, "between 0 and 1"),

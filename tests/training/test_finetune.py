@@ -231,11 +231,11 @@ def test_what_the_user_changed_holds_after_a_resume_and_each_change_is_said(fine
     }
     assert group == (1e-5, (0.9, 0.9), 0.5)
     for said in (
-        "--learning_rate 1e-05 (was 0.001) holds from here on",
-        "--weight_decay 0.5 (was 0) holds from here on",
-        "--adam_beta2 0.9 (was 0.999) holds from here on",
-        "--save_steps 1 (was 2) holds from here on",
-        "--max_steps 6 (was 4) holds from here on",
+        "--learning_rate 1e-05 (was 0.001) applies from here on",
+        "--weight_decay 0.5 (was 0) applies from here on",
+        "--adam_beta2 0.9 (was 0.999) applies from here on",
+        "--save_steps 1 (was 2) applies from here on",
+        "--max_steps 6 (was 4) applies from here on",
         "--seed 7 (was 42) has no effect",
     ):
         assert said in caplog.text
@@ -341,7 +341,7 @@ def test_an_unfinished_stage_is_not_taken_as_input(finetune, refusal):
     folder = finetune("first", max_steps=2)
     (folder / "stage.complete").unlink()
     message = refusal("second", model_name_or_path=folder)
-    assert "this stage is not finished; run it to its end first" in message
+    assert "this stage is not finished; complete it first" in message
     finetune("third", model_name_or_path=folder / "checkpoint-2", max_steps=1)
 
 

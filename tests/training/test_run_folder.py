@@ -134,7 +134,9 @@ def test_a_finished_stage_without_its_checkpoint_says_what_to_do_about_more_step
 def test_a_damaged_trainer_state_is_named(tmp_path):
     finish(tmp_path, 20)
     (tmp_path / "trainer_state.json").write_text("{")
-    with pytest.raises(CheckpointStateError, match=r"trainer_state\.json: does not say how many steps"):
+    with pytest.raises(
+        CheckpointStateError, match=r"trainer_state\.json: does not state the number of steps"
+    ):
         RunFolder(tmp_path).finished_steps()
 
 
@@ -150,7 +152,7 @@ def test_an_unfinished_stage_is_no_input_but_its_whole_checkpoint_is(tmp_path):
 def test_a_torn_checkpoint_is_no_input(tmp_path):
     torn = make_checkpoint(tmp_path, 10, complete=False)
     (torn / "loader_state").mkdir()
-    with pytest.raises(RunFolderError, match="not written to its end"):
+    with pytest.raises(RunFolderError, match="not written completely"):
         check_input_folder(torn)
 
 

@@ -69,7 +69,7 @@ def test_a_lower_rate_has_effect_when_a_deepspeed_run_is_started_again(tiny_worl
     changed = {"learning_rate": 1e-5, "weight_decay": 0.5, "adam_beta2": 0.9}
     run = succeed(tiny_world, tmp_path / "out", max_steps=5, **changed, **common)
     assert [line["learning_rate"] for line in tiny_world.logged(tmp_path / "out")] == [1e-3] * 3 + [1e-5] * 2
-    assert run.stderr.count("--learning_rate 1e-05 (was 0.001) holds from here on") == 1
+    assert run.stderr.count("--learning_rate 1e-05 (was 0.001) applies from here on") == 1
     for group in optimizer_groups(tmp_path / "out" / "checkpoint-5"):
         assert (group["lr"], group["betas"][1]) == (1e-5, 0.9)
         assert group["weight_decay"] in (0.5, 0.0)

@@ -1,6 +1,6 @@
 """VITA-Audio for Kimi-Audio-Evalkit: copy or link this file into its ``almeval/models/``.
 
-The Evalkit finds the class by itself and gives it what ``config.yaml`` there says of its name:
+The Evalkit finds the class automatically and passes it the entry of the same name in its ``config.yaml``:
 
     MODELS:
       VITA-Audio:
@@ -10,8 +10,8 @@ The Evalkit finds the class by itself and gives it what ``config.yaml`` there sa
 
     bash run_audio.sh --model VITA-Audio --data LibriSpeech
 
-Keys are the arguments of :class:`VitaAudio`. To score several checkpoints side by side, add a subclass with a
-``NAME`` of its own for each.
+Keys are the arguments of :class:`VitaAudio`. To compare several checkpoints, add a subclass with its own
+``NAME`` for each.
 """
 
 from collections.abc import Mapping
@@ -30,13 +30,13 @@ class VitaAudio(BaseModel):
     Args:
         model_path: the entry of ``config.yaml``: the model's folder, or a mapping of the following arguments with
             ``model_dir`` for the folder.
-        greedy: take the likeliest token at every step; otherwise sampling and penalties are those of the checkpoint's
+        greedy: take the most likely token at every step; otherwise sampling and penalties come from the checkpoint's
             generation_config.json.
-        generation: other choices, by the names of ``GenerationOptions``: ``mode``, ``max_new_tokens``, ``seed``, …
-        system_prompt: of everything but speech recognition: ``auto`` (the one that the model was trained with),
+        generation: other options, by the names of ``GenerationOptions``: ``mode``, ``max_new_tokens``, ``seed``, …
+        system_prompt: for everything except speech recognition: ``auto`` (the one that the model was trained with),
             ``luke``, ``omni``, ``none``, or the text itself.
-        arguments: of ``SpeechPipeline.from_pretrained``: the codec's kind and folders, ``device``, ``dtype``. A flow
-            decoder is not needed, since only text is scored.
+        arguments: arguments of ``SpeechPipeline.from_pretrained``: the codec's kind and folders, ``device``,
+            ``dtype``. A flow decoder is not needed, since only text is scored.
 
     Raises:
         ValueError: a folder is missing or does not fit.
@@ -61,18 +61,18 @@ class VitaAudio(BaseModel):
         """Answer one item of a data set.
 
         Args:
-            msg: ``audio``, a path or several; ``text``, the question or instruction, empty where it is spoken; and
-                ``meta``, whose ``task`` says what is asked.
+            msg: ``audio``, one path or several; ``text``, the question or instruction, empty if it is spoken; and
+                ``meta``, whose ``task`` names the task.
 
         Returns:
-            The prompt as it was asked, and the text of the reply.
+            The prompt, and the text of the reply.
         """
         conversation = self.conversation(msg)
         reply = self.pipeline.reply(conversation, self.options, decode=False)
         return "\n".join(message.content for message in conversation.messages), reply.text
 
     def conversation(self, msg: dict[str, Any]) -> Conversation:
-        """The prompt of an item: speech recognition in the words of the training data, all else in the item's."""
+        """The prompt of an item: for speech recognition worded as in the training data, otherwise as in the item."""
         audios = [msg["audio"]] if isinstance(msg["audio"], str) else list(msg["audio"])
         recognition = (msg.get("meta") or {}).get("task") == "ASR"
         text = ASR_PROMPT if recognition else (msg.get("text") or "").strip()

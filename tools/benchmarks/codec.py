@@ -1,20 +1,20 @@
-"""What the GLM-4-Voice codec costs, and what streaming state saves.
+"""The cost of the GLM-4-Voice codec, and the savings from streaming state.
 
 Everything runs at the released sizes with random weights, since time does not depend on their values;
-``--flow FOLDER`` takes the decoder of a folder instead (and leaves the encoder out).
+``--flow FOLDER`` uses the decoder in a folder instead (and skips the encoder).
 
-1. Encode, and decode with 1 and 10 solver steps: real-time factors (work per second of speech).
+1. Encode, and decode with 1 and 10 solver steps: real-time factors (seconds of computation per second of speech).
 2. First chunk: ten codes to the first samples, through a stream and without one.
 3. A reply of 60 s through a stream with a bounded prompt window: the time of each chunk, whose
-   least-squares slope over the chunks shows that cost does not grow.
-4. The same reply decoded as the public demo does it: at every tenth code, decode everything since the
-   beginning and play what is new, with 1, 3, 5, ... solver steps. One decode costs (flow step) * steps +
+   least-squares slope over the chunks shows that the cost does not grow.
+4. The same reply decoded as the public demo does it: at every tenth code, decode everything from the
+   beginning and play the new part, with 1, 3, 5, ... solver steps. One decode costs (flow step) * steps +
    vocoder; both parts are measured at several lengths, interpolated between them and summed over the
    demo's prefixes, because running all of them would take an hour.
 
-``--max_steps`` caps the solver steps of parts 3 and 4 alike, so that they fit into minutes on a CPU; the
+``--max_steps`` caps the solver steps of parts 3 and 4, so they take only minutes on a CPU; the
 totals of the full schedules follow from it by adding the missing flow steps, whose time was measured.
-``--clock process`` counts processor time of one thread, for machines that are busy with other things.
+``--clock process`` measures the processor time of one thread, for machines with other load.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ MIN_SLOPE_POINTS = 4
 DEMO_CHUNK = 10  # codes between two decodes of the public demo
 DEMO_MAX_STEPS = 10
 FLOW_LENGTHS = (10, 50, 150, 375, 750)
-VOCODER_LENGTHS = (10, 50, 150)  # linear in length, so extrapolated beyond
+VOCODER_LENGTHS = (10, 50, 150)  # linear in length, so longer ones are extrapolated
 
 console = Console()
 
 
 @dataclass
 class Chunk:
-    """One decode of a stream: its size, what conditioned it, steps wanted and done, and its time."""
+    """One decode of a stream: its size, its conditioning, the requested and executed steps, and its time."""
 
     codes: int
     prompt_codes: int
@@ -99,7 +99,7 @@ class CodecBenchmark:
         self._decode(10, steps=1)  # warm up
 
     def offline(self) -> dict[str, float]:
-        """Encode and whole decodes."""
+        """Encoding and offline decoding."""
         results, table = {}, Table("work", "figure", title=f"Offline, {self.device}")
         if self.random_weights:
             results["encode_rtf"] = self._encode_factor()
@@ -171,7 +171,7 @@ class CodecBenchmark:
         return results, chunks
 
     def without_state(self, chunks: list[Chunk]) -> dict[str, float]:
-        """Total work of re-decoding everything at every chunk, from measured parts, against the stream's."""
+        """Total work of decoding everything again at every chunk, from measured parts, compared with the stream's."""
         lengths = sorted({min(length, self.codes_total) for length in FLOW_LENGTHS} | {self.codes_total})
         seconds = [
             self._time(lambda length=length: self._mel(length, 1))
@@ -223,7 +223,7 @@ class CodecBenchmark:
         }
 
     def window_difference(self, codes: int = 90, chunk: int = 30) -> dict[str, float]:
-        """How far a bounded window's mel is from the unbounded one's, in units of the mel's deviation."""
+        """Distance between the mels of a bounded and the unbounded window, in units of the mel's deviation."""
         tokens, window = self._codes(codes), StreamSchedule().prompt_tokens
         mels = []
         for prompt_tokens in (None, window):
@@ -276,7 +276,7 @@ class CodecBenchmark:
 
 
 class _FrameNoise(NoiseSource):
-    """Noise tied to frames of the reply, so that two windows start from the same numbers."""
+    """Noise tied to frames of the reply, so two windows start from the same numbers."""
 
     def mel(self, bins: int, start: int, frames: int) -> torch.Tensor:
         whole = torch.randn(start + frames, bins, generator=torch.Generator().manual_seed(0))
@@ -292,7 +292,7 @@ def _slope(seconds: list[float]) -> tuple[float, float]:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = command_parser(__doc__, prog="benchmark.py codec")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the reply")
-    parser.add_argument("--max_steps", type=int, default=1, help="cap on solver steps, both ways alike")
+    parser.add_argument("--max_steps", type=int, default=1, help="cap on solver steps, for both ways")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", choices=("wall", "process"), default="wall")

@@ -1,15 +1,15 @@
-"""Tokens a second and the first audio chunk of every schedule, side by side.
+"""Tokens per second and time to the first audio chunk for every schedule.
 
 ``python tools/benchmark.py generate --model configs/models/qwen2.5_0.5b_mtp10.json``
 
 Generating one row at a time reads every weight once per pass and does almost no arithmetic with it, so
 memory bandwidth is the limit: a token from the backbone costs the bytes of the backbone, the final norm and
 the LM head; one from a head costs the bytes of that head and again of the LM head. The limit column is the
-bandwidth of one large sum on this machine divided by the bytes a schedule needs per token. What is
-missing to it is launch and Python overhead, attention over the cache and sampling.
+bandwidth of one large sum on this machine divided by the bytes a schedule needs per token. The gap
+to it is launch and Python overhead, attention over the cache and sampling.
 
 The first chunk is ``<|begin_of_audio|>``, eight speech tokens and ``<|end_of_audio|>``: the time until its ten
-tokens exist, prefill included. Boost and Turbo have it after one backbone pass.
+tokens are generated, including prefill. Boost and Turbo have it after one backbone pass.
 
 ``--model`` is a config.json (random weights: speed does not depend on them) or a folder.
 """
@@ -88,7 +88,7 @@ def build_model(arguments: argparse.Namespace):
 
 
 class Stopwatch:
-    """A streamer that notes when each token existed."""
+    """A streamer that records the time of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -122,7 +122,7 @@ def measure(model, mode: list[int], arguments: argparse.Namespace) -> list[float
 
 
 def bytes_read(model, mode: list[int], tokens: int) -> float:
-    """Bytes of weights a schedule must read for so many tokens."""
+    """Bytes of weights that a schedule must read for this many tokens."""
 
     def size(*modules) -> int:
         return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
@@ -139,7 +139,7 @@ def bytes_read(model, mode: list[int], tokens: int) -> float:
 
 
 def read_bandwidth(device: str) -> float:
-    """Bytes a second that one large sum reads."""
+    """Bytes per second read by one large sum."""
     data = torch.ones(2**27, dtype=torch.float32, device=device)
     best = float("inf")
     for _ in range(4):

@@ -1,10 +1,10 @@
-"""Loading: rows a second from cached codes, and whether a worker's memory stays flat.
+"""Loading: rows per second from cached codes, and whether a worker's memory stays constant.
 
-A mix of spoken questions, speech synthesis and text is made up, with its codes in a token cache as
-tools/tokenize_audio.py writes it. It is loaded twice, once in the main process and once by workers, in
-one run. Then the workers go on to the wanted number of samples while their private memory (RssAnon; mapped
-files are shared and not counted) is read. A stage is fed when rows/s exceed what the GPUs of a
-machine take: 7B on an H100 trains about one row of 8192 tokens a second.
+A mix of spoken questions, speech synthesis and text is generated, with its codes in a token cache as
+tools/tokenize_audio.py writes it. It is loaded twice, in the main process and by workers, in
+one run. Then the workers continue to the requested number of samples while their private memory (RssAnon; mapped
+files are shared and not counted) is recorded. Loading is fast enough when rows/s exceed the consumption of a
+machine's GPUs: 7B on an H100 trains on about one row of 8192 tokens per second.
 
     python tools/benchmark.py loader [--workers 2] [--samples 50000]
 """
@@ -43,8 +43,8 @@ WORDS = (
 def main(argv: Sequence[str]) -> None:
     parser = command_parser(__doc__, prog="benchmark.py loader")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=50_000, help="over which memory is watched")
-    parser.add_argument("--rows", type=int, default=150, help="over which speed is measured")
+    parser.add_argument("--samples", type=int, default=50_000, help="samples over which memory is recorded")
+    parser.add_argument("--rows", type=int, default=150, help="rows over which speed is measured")
     parser.add_argument("--seq_length", type=int, default=8192)
     parser.add_argument(
         "--tokenizer",
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     )
     options = parser.parse_args(argv)
     if options.workers < 1:
-        parser.error("--workers must be at least 1; the main process alone is measured beside them")
+        parser.error("--workers must be at least 1; the main process is always measured as well")
     with tempfile.TemporaryDirectory() as folder:
         _measure(options, Path(folder))
 
@@ -123,7 +123,7 @@ def _speed(loader: TrainLoader, stream: Iterator, rows: int) -> tuple[float, flo
 
 
 class _PackingClock:
-    """Time spent in the packer, while it is entered."""
+    """Measures the time spent in the packer while active."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -164,7 +164,7 @@ def _private_mib(process: int) -> float:
 
 
 def _write_mix(folder: Path, codebook_size: int) -> None:
-    """Three files of samples that share some thousand clips, and the clips' codes."""
+    """Three files of samples that share a few thousand clips, and the clips' codes."""
     rng = random.Random(0)
     identity = CodecIdentity("glm4voice", "benchmark", codebook_size)
     write_identity(folder / "tokens" / identity.folder_name, identity)

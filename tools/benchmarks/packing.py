@@ -1,9 +1,9 @@
-"""Packing: how full the rows are, and what it costs, beside the greedy packer.
+"""Packing: how full the rows are and the cost of packing, compared with the greedy packer.
 
 Greedy keeps one open row per source and starts a new one when a document does not fit, which is what the
 public code does. Ours keeps a few rows open for all sources and puts each document where it fits best
-(vita_audio/data/packing.py). Same documents, same order, same run. The limit is 100%: every token of
-a row that is padding is computed for nothing.
+(vita_audio/data/packing.py). Same documents, same order, same run. The limit is 100%: computation on
+padding is wasted.
 
     python tools/benchmark.py packing [--capacity 8192] [--documents 20000] [--sources 40]
 """
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         table.add_section()
     Console().print(table)
     Console().print(
-        f"lengths are log-normal with mean {MEAN_LENGTH} and spread σ; fill: of the rows finished on the way; open: "
+        f"lengths are log-normal with mean {MEAN_LENGTH} and spread σ; fill: of finished rows; open: "
         "share of tokens in unfinished rows at the end, lost by the public code, kept for the next epoch by ours; "
         "wait: most documents that arrived between a document and the end of its row"
     )
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _documents(options: argparse.Namespace, sigma: float) -> list[tuple[int, int]]:
-    """(length, source) of each document; sources differ in size as those of a mix do."""
+    """(length, source) of each document; sources differ in size as in a real mix."""
     rng = random.Random(options.seed)
     mu = log(MEAN_LENGTH) - sigma**2 / 2
     sizes = [1 / (rank + 1) for rank in range(options.sources)]
@@ -82,7 +82,7 @@ def _documents(options: argparse.Namespace, sigma: float) -> list[tuple[int, int
     ]
 
 
-# Documents of each row, with the arrival that finished it; then the rows that are still open.
+# Documents of each row, with the arrival that finished it, followed by the rows that are still open.
 Packed = tuple[list[tuple[int, list[int]]], list[list[int]]]
 
 

@@ -1,9 +1,9 @@
-"""Seconds to each chunk of a spoken answer: from the question to the sound, through model and codec.
+"""Seconds to each chunk of a spoken answer, from the question to the sound, through model and codec.
 
 ``python tools/benchmark.py sts --model_name_or_path DIR --audio_tokenizer_path DIR --question question.wav``
 
-Two ways side by side, after one run that warms up: every chunk decoded when its codes exist, and the whole
-answer decoded at the end. A listener waits for the first sound of the one, or for all of the other.
+Compares two ways, after a warm-up run: decoding every chunk as soon as its codes are generated, and decoding the
+whole answer at the end. A listener waits for the first sound of the former, or for all of the latter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
         *events, streamed = pipeline.stream(question, options)
     chunks = [event for event in events if isinstance(event, AudioChunk)]
     if not chunks:
-        raise ValueError(f"{args.question}: the answer holds no speech, so there is nothing to time")
+        raise ValueError(f"{args.question}: the answer contains no speech, so there is nothing to time")
     table = Table(
         "chunk", "codes", "speech, s", "ready after, s", title=f"{streamed.options.schedule.name}, streamed"
     )

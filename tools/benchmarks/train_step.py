@@ -1,22 +1,22 @@
-"""One training step of the heads: ours beside the plain way, seconds and peak memory.
+"""One training step of the heads: our implementation and the plain one, in seconds and peak memory.
 
 ``python tools/benchmark.py train-step --heads 10 --frozen --seq 4096 --hidden 512 --layers 8 --vocab 32768``
 
 A step is forward and backward over one packed row. The plain way computes, as the public code does,
 float32 logits of the backbone and of every head over the whole row, and keeps autograd's record of
-them; attention is transformers' ``sdpa`` with a dense mask. Ours makes logits where there is a label,
-a chunk at a time with their gradient, and attends document by document. A third line gives the plain
-way our attention, so that the two gains can be told apart.
+them; attention is transformers' ``sdpa`` with a dense mask. Ours computes logits only where there is a label,
+one chunk at a time together with their gradient, and attends document by document. A third line gives the plain
+way our attention, which separates the two gains.
 
 The floor is the time the necessary multiplications alone would take at the speed this machine
 reaches on one large matrix product: backbone forward (and backward when it trains), heads forward and
 backward, attention inside documents, LM head at supervised positions. Softmax, norms, rotary
-embedding, masks and copies come on top; their share is the distance to the floor.
+embedding, masks and copies come on top; they account for the distance to the floor.
 
-Every way recomputes activations (gradient checkpointing), as the stage scripts do, unless told not to;
-the floor does not count that.
+Every way recomputes activations (gradient checkpointing), as the stage scripts do, unless disabled;
+the floor does not include that.
 
-Each way runs in a process of its own, since a CPU process never gives its peak memory back.
+Each way runs in a separate process, since a CPU process never returns its peak memory.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from vita_audio.models.loss import shifted_targets
 from vita_audio.models.mctp import run_cascade
 
 WAYS = {"plain": "sdpa", "plain, our attention": "packed_sdpa", "ours": "packed_sdpa"}
-"""What is measured, and with which attention."""
+"""The measured implementations, and their attention."""
 
 
 def main(argv: list[str]) -> None:
@@ -73,9 +73,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--no_gradient_checkpointing",
         dest="gradient_checkpointing",
         action="store_false",
-        help="keep all activations; the stage scripts train with checkpointing, and so do all ways measured here",
+        help="keep all activations; by default all ways use checkpointing, as the stage scripts do",
     )
-    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that warms up")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one warm-up step")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
@@ -176,14 +176,14 @@ def plain_loss(model: Qwen2MTPForCausalLM, input_ids: Tensor, position_ids: Tens
 
 
 def peak_memory(device: str) -> float:
-    """Most memory this process has held so far, in GB."""
+    """Peak memory of this process so far, in GB."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def matmul_speed(arguments: argparse.Namespace) -> float:
-    """Floating point operations a second of one large product in the benchmark's number type."""
+    """Floating-point operations per second of one large product in the benchmark's data type."""
     a = torch.randn(2048, 2048, device=arguments.device, dtype=getattr(torch, arguments.dtype))
     best = float("inf")
     for _ in range(5):
@@ -196,7 +196,7 @@ def matmul_speed(arguments: argparse.Namespace) -> float:
 
 
 def necessary_operations(arguments: argparse.Namespace) -> float:
-    """Multiply-adds x 2 that no implementation of this step can leave out."""
+    """Multiply-adds x 2 that every implementation of this step needs."""
     d, tokens = arguments.hidden, arguments.seq
     key_value = d * max(1, d // 64 // 4) / max(1, d // 64)
     layer = 2 * d * d + 2 * d * key_value + 3 * d * arguments.intermediate

@@ -1,4 +1,4 @@
-"""What the makers of the embedded world read from a corpus, through the project's one reader of sample files."""
+"""Corpus access for the quickstart's generators, through the project's reader of sample files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vita_audio.chat import read_samples
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    """``--corpus DIR`` or ``--data FILE …``, one of them."""
+    """Add ``--corpus DIR`` and ``--data FILE …``, of which one is required."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--corpus", type=Path, metavar="DIR", help="folder with *_train.jsonl")
     source.add_argument("--data", type=Path, nargs="+", metavar="JSONL", help="files in the training format")
@@ -25,7 +25,7 @@ def training_files(corpus: Path) -> list[Path]:
     files = sorted(corpus.glob("*_train.jsonl"))
     if not files:
         raise ValueError(
-            f"{corpus}: no *_train.jsonl there; tools/quickstart/make_spoken_arithmetic.py makes them"
+            f"{corpus}: no *_train.jsonl there; create them with tools/quickstart/make_spoken_arithmetic.py"
         )
     return files
 
@@ -49,7 +49,7 @@ def clips(files: Sequence[Path]) -> list[str]:
 
 
 def texts(files: Sequence[Path]) -> Iterator[str]:
-    """What is said and written in every message, without audio tags.
+    """The text of every message, without audio tags.
 
     Raises:
         SampleFileError: see :func:`clips`.

@@ -1,9 +1,9 @@
 """The speech synthesiser espeak-ng, as a Python package or as a program.
 
-The pip package ``espeakng-loader`` brings the shared library and its data, no root needed; it is driven
+The pip package ``espeakng-loader`` provides the shared library and its data, without root access; it is called
 through its C interface. Otherwise the ``espeak-ng`` program on PATH is run once per utterance.
 
-    python tools/quickstart/espeak.py        # at once: is there a synthesiser? If not, what to install
+    python tools/quickstart/espeak.py        # check for a synthesiser; if there is none, say what to install
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Voice:
     """How to speak.
 
     Attributes:
-        name: espeak-ng's, such as ``"en-us+f2"``: language and variant.
+        name: name in espeak-ng, such as ``"en-us+f2"``: language and variant.
         words_per_minute: 80 to 450.
         pitch: 0 to 99.
     """
@@ -50,7 +50,7 @@ class SynthesiserError(ValueError):
 
 
 def open_synthesiser() -> Synthesiser:
-    """The library if there is one, else the program.
+    """The library if it is installed, else the program.
 
     Raises:
         SynthesiserError: neither is installed.
@@ -73,9 +73,9 @@ def open_synthesiser() -> Synthesiser:
 class LibrarySynthesiser:
     """espeak-ng in this process.
 
-    The library keeps state from one utterance to the next, so the same text need not give the same
-    samples twice. It survives ``fork``: a child that inherits a synthesiser which has not spoken yet
-    always starts from the same state.
+    The library keeps state from one utterance to the next, so the same text may give different
+    samples. The state survives ``fork``: a child that inherits an unused synthesiser always starts from the
+    same state.
     """
 
     def __init__(self, library: str, data: str):
@@ -96,14 +96,14 @@ class LibrarySynthesiser:
             SynthesiserError: the voice is unknown.
         """
         if self._library.espeak_SetVoiceByName(voice.name.encode()) != 0:
-            raise SynthesiserError(f"espeak-ng knows no voice {voice.name!r}")
+            raise SynthesiserError(f"espeak-ng has no voice {voice.name!r}")
         self._library.espeak_SetParameter(_RATE, voice.words_per_minute, 0)
         self._library.espeak_SetParameter(_PITCH, voice.pitch, 0)
         self._chunks.clear()
         encoded = text.encode() + b"\0"
         status = self._library.espeak_Synth(encoded, len(encoded), 0, 0, 0, _CHARS_UTF8, None, None)
         if status != 0 or not self._chunks:
-            raise SynthesiserError(f"espeak-ng cannot speak {text!r} (status {status})")
+            raise SynthesiserError(f"espeak-ng cannot synthesise {text!r} (status {status})")
         return np.concatenate(self._chunks).astype(np.float32) / 32768
 
     def _collect(self, samples: Any, count: int, events: Any) -> int:
@@ -123,7 +123,7 @@ class ProgramSynthesiser:
         """Samples at ``sample_rate``, float32 in [-1, 1].
 
         Raises:
-            SynthesiserError: the program fails; its own message follows.
+            SynthesiserError: the program fails; its own message is included.
         """
         return self._run(text, voice)[0]
 
@@ -133,7 +133,7 @@ class ProgramSynthesiser:
         result = subprocess.run(command, capture_output=True, check=False)
         if result.returncode or not result.stdout:
             message = result.stderr.decode(errors="replace").strip()
-            raise SynthesiserError(f"{self._program} cannot speak {text!r}: {message}")
+            raise SynthesiserError(f"{self._program} cannot synthesise {text!r}: {message}")
         return soundfile.read(io.BytesIO(result.stdout), dtype="float32")
 
 

@@ -3,9 +3,9 @@
     python tools/quickstart/fit_mel_vq.py --corpus corpus --out codec
     python tools/quickstart/fit_mel_vq.py --data a.jsonl b.jsonl --out codec
 
-Every clip named in the JSON lines is used once, or a random part of them (``--max_clips``); in a corpus folder,
-those of ``*_train.jsonl``. The result is a folder for ``--audio_tokenizer_type mel_vq --audio_tokenizer_path
-codec``. It takes a minute on two cores for 6,000 short clips.
+Every clip named in the JSON lines is used once, or a random subset of them (``--max_clips``). In a corpus folder,
+these are the clips of ``*_train.jsonl``. The result is a folder for ``--audio_tokenizer_type mel_vq
+--audio_tokenizer_path codec``. It takes a minute on two cores for 6,000 short clips.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--codes", type=int, default=MelVQConfig().codebook_size, metavar="N")
     parser.add_argument("--epochs", type=int, default=10, metavar="N", help="passes of the k-means")
-    parser.add_argument("--max_clips", type=int, metavar="N", help="listen to N clips, chosen at random")
+    parser.add_argument("--max_clips", type=int, metavar="N", help="use N clips, chosen at random")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.max_clips is not None and args.max_clips < 1:

@@ -2,9 +2,9 @@
 
     python tools/quickstart/make_base_llm.py --corpus corpus --config configs/quickstart/model.json --out base
 
-It stands where Qwen2.5 stands when there is no model hub: a Qwen2 of the given sizes, and a byte-level BPE
-tokenizer trained on the corpus's text, of Qwen2's class with its ChatML tokens. Audio tokens are
-not in it: training adds them, as it does to Qwen2.5.
+It replaces Qwen2.5 where there is no model hub: a Qwen2 of the given sizes, and a byte-level BPE
+tokenizer trained on the corpus's text, with Qwen2's class and ChatML tokens. It has no audio
+tokens: training adds them, as it does to Qwen2.5.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_tokenizer(texts: Iterator[str], vocabulary: int) -> Qwen2Tokenizer:
-    """Byte-level BPE over ``texts`` behind Qwen2's normaliser and pre-tokeniser."""
+    """Byte-level BPE on ``texts``, after Qwen2's normaliser and pre-tokeniser."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -77,7 +77,7 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> Qwen2Tokenizer:
         ),
     )
     trained = json.loads(bpe.to_str())["model"]
-    # The class adds its special tokens in an order of its own; Qwen2's order is this one.
+    # The class would add its special tokens in another order; this is Qwen2's order.
     specials = {token: len(trained["vocab"]) + i for i, token in enumerate((END_OF_TEXT, IM_START, IM_END))}
     tokenizer = Qwen2Tokenizer(
         vocab=trained["vocab"] | specials,
@@ -113,7 +113,7 @@ def random_model(config_file: Path, tokenizer: Qwen2Tokenizer, seed: int) -> Qwe
 
 
 def corpus_text(corpus: Path) -> Iterator[str]:
-    """Contents of all training messages, and the prompts that inference sends.
+    """Contents of all training messages, and the prompts used at inference.
 
     Raises:
         ValueError: the folder has no training files, or a line of one is not a sample.

@@ -59,8 +59,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_blocks", type=int, default=3)
     parser.add_argument("--tp_blocks", type=int, default=1)
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--ctc_vocab_size", type=int, default=32, help="of the unused CTC layer")
-    parser.add_argument("--max_clips", type=int, default=500, help="clips that the normalisation looks at")
+    parser.add_argument(
+        "--ctc_vocab_size", type=int, default=32, help="vocabulary size of the unused CTC layer"
+    )
+    parser.add_argument(
+        "--max_clips", type=int, default=500, help="number of clips used for the normalisation"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 

@@ -1,23 +1,23 @@
-"""A small spoken world: digit strings and sums, synthesised by espeak-ng.
+"""A small spoken corpus: digit strings and sums, synthesised by espeak-ng.
 
     python tools/quickstart/make_spoken_arithmetic.py --out corpus --utterances 8000
 
 It is large enough to learn every task from and small enough to master in minutes. Several voices
-ask; one clear voice answers and reads aloud; voice cloning adds two more. Written are
+ask; one clear voice answers and reads aloud; voice cloning adds two more. The output is
 ``{asr,tts,sqa,text_qa,voice_clone}_{train,dev,test}.jsonl`` (the training data's format, audio paths
 relative to the folder), ``examples.jsonl`` (one test sample of each task), ``question.wav`` (the recording of a test
-question) and ``grammar.jsgf`` (all that can be said, for a recogniser).
+question) and ``grammar.jsgf`` (every possible utterance, for a recogniser).
 
-* ASR: digit strings and questions of many voices, and in training what the other tasks say too, replies to
-  questions left out.
+* ASR: digit strings and questions in many voices, and in training also the speech of the other tasks, except for
+  replies to questions.
 * TTS and voice cloning: digit strings.
 * Speech and text QA: "what is three plus five" in several wordings -> "three plus five is eight".
 
-A sentence (what is asked, transcribed or read) belongs to one split, across all tasks. All pairs of
+A sentence (asked, transcribed or read) belongs to one split, across all tasks. All pairs of
 numbers occur in training, but a test question's wording of its pair does not. The replies to questions,
 a hundred in all, recur.
 
-Recordings get the faint noise of a room, since digital silence disturbs the evaluation's recogniser.
+Recordings contain faint room noise, since digital silence confuses the evaluation's recogniser.
 The same seed gives the same files; an interrupted run continues.
 """
 
@@ -62,7 +62,7 @@ Row = dict[str, Any]
 TASKS = ("asr", "tts", "sqa", "text_qa", "voice_clone")
 SPLITS = ("train", "dev", "test")
 
-# Voices in which the evaluation's recogniser makes at most 15% word errors, both on the recordings and after
+# Voices for which the evaluation's recogniser has at most 15% word errors, both on the recordings and after
 # a codec of 512 codes (docs/log.md).
 SPEAKING_VOICE = Voice("en-us+klatt3", 170, 50)
 CLONING_VOICES = (SPEAKING_VOICE, Voice("en-us", 170, 50), Voice("en-us+edward", 165, 65))
@@ -100,7 +100,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Question:
-    """What is ``first`` plus ``second``, in one of several wordings."""
+    """The question "what is ``first`` plus ``second``", in one of several wordings."""
 
     wording: str
     first: int
@@ -122,7 +122,9 @@ class Question:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--utterances", type=int, default=8000, metavar="N", help="about so many WAV files")
+    parser.add_argument(
+        "--utterances", type=int, default=8000, metavar="N", help="approximate number of WAV files"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes")
     args = parser.parse_args(argv)
@@ -134,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_corpus(out: Path, utterances: int, seed: int = 0, workers: int = 2) -> None:
-    """Write the whole corpus; clips that exist already are kept.
+    """Write the whole corpus; existing clips are kept.
 
     Raises:
         SynthesiserError: espeak-ng is missing.
@@ -159,7 +161,7 @@ def make_corpus(out: Path, utterances: int, seed: int = 0, workers: int = 2) -> 
     print(f"{len(clips)} recordings in {out}; samples: {counts}")
 
 
-# -- what is said ----------------------------------------------------------------------------------------
+# -- sentences ----------------------------------------------------------------------------------------
 
 
 def plan(utterances: int, seed: int) -> Iterator[tuple[str, str, Row, list[Clip]]]:
@@ -173,7 +175,7 @@ def plan(utterances: int, seed: int) -> Iterator[tuple[str, str, Row, list[Clip]
     strings = digit_strings(rng)
     for split in SPLITS:
         for index in range(counts["asr"][split]):
-            # A third of the transcribed speech are questions.
+            # A third of the transcribed speech is questions.
             text = rng.choice(questions[split]).text if index % 3 == 0 else next(strings)
             yield "asr", split, *asr_row(Clip(text, asking_voice(rng)))
         also_transcribed = []
@@ -189,7 +191,7 @@ def plan(utterances: int, seed: int) -> Iterator[tuple[str, str, Row, list[Clip]
         prompts: dict[Voice, Clip] = {}
         for index in range(counts["voice_clone"][split]):
             clip = Clip(next(strings), CLONING_VOICES[index % len(CLONING_VOICES)])
-            # The recording before this one in the same voice shows the voice.
+            # The previous recording in the same voice is the voice prompt.
             prompt = prompts.get(clip.voice) or Clip(next(strings), clip.voice)
             prompts[clip.voice] = clip
             also_transcribed.append(clip)
@@ -265,7 +267,7 @@ def sample(user: str, assistant: str, clips: list[Clip]) -> tuple[Row, list[Clip
 
 
 def grammar() -> str:
-    """All that is said, in the JSpeech Grammar Format."""
+    """All sentences, in the JSpeech Grammar Format."""
     questions = "\n  | ".join(wording.replace("{}", "<digit>") for wording in QUESTIONS)
     return (
         "#JSGF V1.0;\n"
@@ -280,10 +282,10 @@ def grammar() -> str:
 
 
 def record(clips: list[Clip], out: Path, synthesiser: Synthesiser, workers: int) -> None:
-    """Synthesise clips that are not there yet.
+    """Synthesise missing clips.
 
-    Each group of clips is spoken by a fresh fork of a synthesiser that has said nothing yet, so that
-    a clip's samples depend on its group alone, not on how often the run was interrupted.
+    Each group of clips is synthesised by a fresh fork of an unused synthesiser, so a clip's samples depend
+    only on its group and not on interruptions of the run.
     """
     groups = [clips[i : i + UTTERANCES_PER_PROCESS] for i in range(0, len(clips), UTTERANCES_PER_PROCESS)]
     missing = [group for group in groups if not all((out / clip.path).is_file() for clip in group)]
@@ -317,7 +319,7 @@ def _record_group(clips: list[Clip]) -> int:
 
 
 def in_a_room(waveform: np.ndarray, key: str) -> np.ndarray:
-    """At a common loudness, with a margin on both sides and faint noise."""
+    """Normalise the loudness, and add a margin on both sides and faint noise."""
     waveform = waveform * (LEVEL / max(float(np.sqrt(np.mean(waveform**2))), 1e-4))
     waveform = np.pad(waveform, round(MARGIN_SECONDS * SAMPLE_RATE))
     noise = np.random.default_rng(int(key, 16)).normal(scale=NOISE_LEVEL, size=len(waveform))

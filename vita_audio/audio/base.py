@@ -1,8 +1,8 @@
-"""What every speech codec is: speech in, tokens out, and back again.
+"""The interface of every speech codec: speech to tokens and back.
 
-The rest of the project sees codecs only through :class:`AudioTokenizer`. A codec is frozen: it holds no
-gradients, draws no global random numbers and keeps no state between calls. What a stream must remember
-lives in the :class:`AudioStream` or :class:`EncodeStream` that the caller holds.
+The rest of the project uses codecs only through :class:`AudioTokenizer`. A codec is frozen: it has no
+gradients, draws no global random numbers and keeps no state between calls. The state of a stream
+is kept in the :class:`AudioStream` or :class:`EncodeStream` that the caller holds.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ AudioLike: TypeAlias = (
     | Mapping[str, Any]
     | AudioDecoder
 )
-"""One clip, in any form that leaves no doubt what it is:
+"""One clip, in any unambiguous form:
 
 * a path;
 * an encoded file as ``bytes``, or a binary file object, read from its position to its end;
 * ``(waveform, sample_rate)`` or ``(sample_rate, waveform)``;
-* a mapping as ``datasets`` gives: ``{"array": waveform, "sampling_rate": rate}`` or
+* a mapping as returned by ``datasets``: ``{"array": waveform, "sampling_rate": rate}`` or
   ``{"bytes": encoded file or None, "path": path}``;
 * an object with ``get_all_samples()``, such as torchcodec's ``AudioDecoder``.
 
@@ -66,7 +66,7 @@ A waveform is a tensor or array of shape (samples,), (channels, samples) or (sam
 
 
 class AudioStream(ABC):
-    """Decoding of one reply, piece by piece."""
+    """Incremental decoding of one reply."""
 
     @abstractmethod
     def push(self, tokens: Sequence[int], last: bool = False) -> Tensor:
@@ -77,10 +77,10 @@ class AudioStream(ABC):
             last: whether the reply ends here; flushes what the stream held back.
 
         Returns:
-            Samples that are now final, shape (samples,), float32 in [-1, 1]; may be empty.
+            Newly final samples, shape (samples,), float32 in [-1, 1]; may be empty.
 
         Raises:
-            ValueError: a code is out of range; the stream is left as it was.
+            ValueError: a code is out of range; the stream is unchanged.
         """
 
 
@@ -89,7 +89,7 @@ class EncodeStream(ABC):
 
     @abstractmethod
     def push(self, waveform: Tensor | np.ndarray, last: bool = False) -> list[int]:
-        """Hear more.
+        """Encode the next samples.
 
         Args:
             waveform: next samples, shape (samples,), at the stream's rate; may be empty. Types are those
@@ -97,10 +97,10 @@ class EncodeStream(ABC):
             last: whether the clip ends here; returns the remaining codes and starts a new clip.
 
         Returns:
-            Codes that are now final; may be empty.
+            Newly final codes; may be empty.
 
         Raises:
-            AudioError: the samples cannot be used; the stream is left as it was.
+            AudioError: the samples cannot be used; the stream is unchanged.
         """
 
 
@@ -109,7 +109,7 @@ class FeatureStream(ABC):
 
     @abstractmethod
     def push(self, waveform: Tensor | np.ndarray, last: bool = False) -> Tensor:
-        """Features that are now final, shape (frames, feature_dim); see :meth:`EncodeStream.push`."""
+        """Newly final features, shape (frames, feature_dim); see :meth:`EncodeStream.push`."""
 
 
 class AudioTokenizer(ABC):
@@ -118,7 +118,7 @@ class AudioTokenizer(ABC):
     Attributes:
         kind: the codec's registered name, such as ``"glm4voice"``.
         sample_rate: of the audio that ``decode`` returns, in Hz.
-        input_sample_rate: to which speech is resampled before encoding, in Hz.
+        input_sample_rate: rate to which speech is resampled before encoding, in Hz.
         frame_rate: codes per second of speech.
         codebook_size: number of distinct codes.
     """
@@ -137,7 +137,7 @@ class AudioTokenizer(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Short stable name of codec and weights; keys caches of its codes."""
+        """A short stable name of codec and weights; the key of code caches."""
 
     @abstractmethod
     def encode(self, audio: AudioLike) -> list[int]:
@@ -145,7 +145,7 @@ class AudioTokenizer(ABC):
 
         Raises:
             AudioError: the audio cannot be read; the message names file and reason.
-            ValueError: the codec was opened for decoding alone.
+            ValueError: the codec was opened for decoding only.
         """
 
     def encode_batch(self, audios: Sequence[AudioLike]) -> list[list[int]]:
@@ -155,9 +155,9 @@ class AudioTokenizer(ABC):
     def encode_stream(self, sample_rate: int | None = None) -> EncodeStream:
         """A fresh streaming encoder; several may be open at once.
 
-        Codes do not depend on how the clip is cut into pieces, and are those of :meth:`encode`; a codec that
-        can keep only part of this says so. Here all codes come with the last piece: right for codecs whose
-        codes depend on the whole clip.
+        Codes do not depend on how the clip is split, and equal those of :meth:`encode`; codecs document any
+        exception. This default returns all codes with the last piece, for codecs whose codes depend on the
+        whole clip.
 
         Args:
             sample_rate: of the pieces in Hz; defaults to ``input_sample_rate``.
@@ -171,7 +171,7 @@ class AudioTokenizer(ABC):
         raise NotImplementedError(f"the {self.kind} codec has no continuous features")
 
     def feature_stream(self, sample_rate: int | None = None) -> FeatureStream:
-        """A fresh stream of :meth:`features`, equal to them however the clip is cut; continuous kinds only.
+        """A fresh stream of :meth:`features`, independent of how the clip is split; continuous kinds only.
 
         Args:
             sample_rate: of the pieces in Hz; defaults to ``input_sample_rate``.
@@ -186,14 +186,14 @@ class AudioTokenizer(ABC):
 
         Args:
             tokens: codes in ``[0, codebook_size)``.
-            steps: solver steps, where the decoder has a solver; more is better and slower.
+            steps: solver steps, if the decoder has a solver; more steps are better and slower.
             generator: source of the decoder's noise; None for a fixed seed.
 
         Returns:
             Waveform of shape (samples,), float32 in [-1, 1], at ``sample_rate``.
 
         Raises:
-            ValueError: a code is out of range, or the codec was opened for encoding alone.
+            ValueError: a code is out of range, or the codec was opened for encoding only.
         """
 
     @abstractmethod
@@ -203,7 +203,7 @@ class AudioTokenizer(ABC):
     def push_many(
         self, streams: Sequence[AudioStream], tokens: Sequence[Sequence[int]], last: Sequence[bool]
     ) -> list[Tensor]:
-        """:meth:`AudioStream.push` for several streams of this codec, in shared batches where it has them.
+        """:meth:`AudioStream.push` for several streams of this codec, in shared batches if it supports them.
 
         Args:
             streams: distinct streams of this codec.
@@ -211,10 +211,10 @@ class AudioTokenizer(ABC):
             last: whether each reply ends here.
 
         Returns:
-            Samples of each that are now final, (samples,).
+            Newly final samples of each, (samples,).
 
         Raises:
-            ValueError: a code is out of range; every stream is left as it was.
+            ValueError: a code is out of range; all streams are unchanged.
         """
         for codes in tokens:
             check_codes(codes, self.codebook_size)

@@ -1,12 +1,12 @@
-"""What an audio file holds, as opposed to what its header says.
+"""The actual content of an audio file, regardless of its header.
 
 Recorders that are killed or write into a pipe leave a length of 0, of 2 GB or of all ones; files are joined
-with ``cat``; headers go stale. libsndfile believes them, so speech is lost in silence. Here the samples of the
-common formats are found in the file itself. Each recording becomes a :class:`Part` with the header fields
-that must change for libsndfile to read all of it, and a file shorter than a believable length is refused.
+with ``cat``; headers become outdated. libsndfile trusts them, so speech is silently lost. Here the samples of the
+common formats are located in the file itself. Each recording becomes a :class:`Part` with the header fields
+that must change for libsndfile to read all of it. A file shorter than a plausible stated length is refused.
 
 Covered: WAV, RF64, W64, AIFF, CAF, AU and FLAC by their lengths, Ogg by its links, MP3 by its frames
-(:mod:`vita_audio.audio.mp3`). Other formats pass as they are.
+(:mod:`vita_audio.audio.mp3`). Other formats are passed through unchanged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vita_audio.audio.base import AudioError
 
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICS")
 _CHUNKS_BEHIND = (b"LIST", b"id3 ", b"bext", b"iXML", b"_PMX")  # known even if they are cut off
-_PADDING_BYTES = 4096  # zeros up to here behind the samples are padding, not silence
+_PADDING_BYTES = 4096  # up to this many zeros after the samples are padding, not silence
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Part:
     """One recording inside a file.
 
     Attributes:
-        start, end: bytes of the file.
+        start, end: byte range in the file.
         edits: (offset in the file, new bytes) of header fields that are wrong.
         prefix: bytes to put before it.
     """
@@ -39,7 +39,7 @@ class Part:
     prefix: bytes = b""
 
     def read(self, file: BinaryIO) -> bytes:
-        """The recording as a file that tells its true length."""
+        """The recording as a file with its true length in the header."""
         content = bytearray(_read(file, self.start, self.end - self.start))
         for offset, new in self.edits:
             content[offset - self.start : offset - self.start + len(new)] = new
@@ -54,10 +54,10 @@ def find_parts(file: BinaryIO, name: str) -> list[Part]:
         name: for messages.
 
     Returns:
-        ``[Part(0, size)]``, without edits, where libsndfile may read the file as it is.
+        ``[Part(0, size)]``, without edits, if libsndfile can read the file unchanged.
 
     Raises:
-        AudioError: the file is shorter than its header says.
+        AudioError: the file is shorter than its header states.
     """
     end = file.seek(0, 2)
     start = _after_id3(file)
@@ -80,17 +80,17 @@ def find_parts(file: BinaryIO, name: str) -> list[Part]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a format lays out its chunks.
+    """The chunk layout of a format.
 
     Attributes:
         first: offset of the first chunk.
         name_bytes, size_bytes: of a chunk's header.
-        order: of numbers.
+        order: byte order of numbers.
         align: chunks start at multiples of this.
         own_header: whether a size counts the chunk's header.
         data: name of the chunk of samples.
-        lead: bytes in front of the samples that its size counts.
-        form: (offset, width) of the size of the whole file, where libsndfile trips over it.
+        lead: bytes before the samples that its size includes.
+        form: (offset, width) of the size of the whole file, if a wrong one breaks libsndfile.
     """
 
     first: int
@@ -134,10 +134,10 @@ def _layout(head: bytes) -> _Layout | None:
 
 
 def _sized_parts(file: BinaryIO, start: int, end: int, name: str) -> Iterator[Part]:
-    """The recording at ``start``, and those joined to it."""
+    """The recording at ``start``, and those appended to it."""
     while (layout := _layout(_read(file, start, 48))) is not None:
         field = _au_field(file, start) if layout is _AU else _size_field(file, start, end, layout)
-        if field is None:  # no samples; libsndfile says what is wrong
+        if field is None:  # no samples; libsndfile reports the error
             break
         offset, width, begin = field
         added = layout.header if layout.own_header else 0
@@ -150,7 +150,7 @@ def _sized_parts(file: BinaryIO, start: int, end: int, name: str) -> Iterator[Pa
             form = layout.form or ((offset - start - 8, 8) if width > layout.size_bytes else None)
             if form is not None:
                 edits.append((start + form[0], (stop - start).to_bytes(form[1], layout.order)))
-        if length > layout.lead or stop >= end:  # pipes can leave headers without samples in front
+        if length > layout.lead or stop >= end:  # pipes can leave headers without samples at the start
             yield Part(start, stop, tuple(edits))
         start = stop
         if stop >= end:
@@ -165,7 +165,7 @@ def _au_field(file: BinaryIO, start: int) -> tuple[int, int, int] | None:
 
 
 def _size_field(file: BinaryIO, start: int, end: int, layout: _Layout) -> tuple[int, int, int] | None:
-    """As :func:`_au_field`, of the chunk of samples; RF64 keeps the size in its first chunk, ``ds64``."""
+    """As :func:`_au_field`, for the chunk of samples; RF64 keeps the size in its first chunk, ``ds64``."""
     at, wide = start + layout.first, None
     while at + layout.header <= end:
         chunk, size = _chunk(file, at, layout)
@@ -183,7 +183,7 @@ def _size_field(file: BinaryIO, start: int, end: int, layout: _Layout) -> tuple[
 def _true_length(
     file: BinaryIO, begin: int, declared: int, end: int, layout: _Layout, name: str
 ) -> tuple[int, int]:
-    """Bytes that the chunk of samples really has, and where the recording ends."""
+    """The actual size of the chunk of samples in bytes, and the end of the recording."""
     room = end - begin
     written = declared + (layout.header if layout.own_header else 0)
     if declared > room and not _is_placeholder(written):
@@ -194,16 +194,16 @@ def _true_length(
 
 
 def _is_placeholder(length: int) -> bool:
-    """Whether recorders write this where they do not know the length: about 2 GB, 4 GB, or absurd."""
+    """Whether recorders write this value for an unknown length: about 2 GB, 4 GB, or impossibly large."""
     return 0x7F000000 <= length <= 0x80000000 or 0xFF000000 <= length <= 1 << 32 or length >= 1 << 40
 
 
 def _end_of_tail(file: BinaryIO, at: int, end: int, layout: _Layout) -> int | None:
-    """Where the recording ends whose samples end at ``at``; None if samples seem to go on there."""
+    """The end of the recording whose samples end at ``at``; None if samples seem to continue there."""
     rest = _read(file, at, _PADDING_BYTES + 1)
     if rest.startswith(_TAGS) or (len(rest) <= _PADDING_BYTES and not any(rest)):
         return end
-    for start in dict.fromkeys((_aligned(at, 0, layout), at)):  # some writers leave the padding out
+    for start in dict.fromkeys((_aligned(at, 0, layout), at)):  # some writers omit the padding
         stop = _end_of_chunks(file, start, end, layout)
         if stop is not None:
             return stop
@@ -213,7 +213,7 @@ def _end_of_tail(file: BinaryIO, at: int, end: int, layout: _Layout) -> int | No
 def _end_of_chunks(file: BinaryIO, at: int, end: int, layout: _Layout) -> int | None:
     while at + layout.header <= end:
         if _layout(_read(file, at, 48)) is not None:
-            return at  # a joined file
+            return at  # an appended file
         if layout is _AU:
             return None
         chunk, size = _chunk(file, at, layout)
@@ -252,7 +252,7 @@ def _flac_parts(file: BinaryIO, start: int, end: int, name: str) -> list[Part]:
 
 
 def _flac_part(file: BinaryIO, start: int, end: int, name: str) -> Part:
-    """The last frame's number says how many samples there are; the header's total may be 0 or wrong."""
+    """The last frame's number gives the number of samples; the header's total may be 0 or wrong."""
     info = _read(file, start + 8, 34)
     packed = int.from_bytes(info[10:18], "big")
     declared = packed & _FLAC_MOST
@@ -277,7 +277,7 @@ def _flac_part(file: BinaryIO, start: int, end: int, name: str) -> Part:
             continue
         found = span[1]
         if unknown and _crc(tail[at:], 16, 0x8005):
-            found = span[0]  # the recorder was killed while it wrote this frame
+            found = span[0]  # the recorder was killed while writing this frame
         if found < declared and not unknown:
             raise AudioError(f"{name}: cut off, {found} of {declared} samples are there", "truncated")
         if found == declared:
@@ -287,7 +287,7 @@ def _flac_part(file: BinaryIO, start: int, end: int, name: str) -> Part:
 
 
 def _flac_frame(header: bytes, block_size: int) -> tuple[int, int] | None:
-    """First sample and end of the frame that starts here; None if no frame does."""
+    """First sample and end of the frame that starts here; None if none does."""
     if len(header) < 6 or header[3] & 1:
         return None
     number, used = header[4], 1
@@ -309,7 +309,7 @@ def _flac_frame(header: bytes, block_size: int) -> tuple[int, int] | None:
 
 
 def _crc(data: bytes, bits: int, polynomial: int) -> int:
-    """Cyclic redundancy check; 0 for data that ends with its own."""
+    """Cyclic redundancy check; 0 for data that ends with its own checksum."""
     top, mask, value = 1 << (bits - 1), (1 << bits) - 1, 0
     for byte in data:
         value ^= byte << (bits - 8)
@@ -341,7 +341,7 @@ def _ogg_parts(file: BinaryIO, start: int, end: int) -> list[Part]:
 
 
 def _after_id3(file: BinaryIO) -> int:
-    """Where the audio begins: behind ID3v2 tags, if there are any."""
+    """Start of the audio, after any ID3v2 tags."""
     at = 0
     while (size := mp3.id3_bytes(_read(file, at, 10))) > 0:
         at += size

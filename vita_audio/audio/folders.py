@@ -1,4 +1,4 @@
-"""What kind of weights a folder holds, told from its own small files, so that mistakes show at opening."""
+"""Identifies the kind of weights in a folder by its small files, so mistakes are found on opening."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SENSEVOICE = "SenseVoice model"
 
 
 class WeightsError(ValueError):
-    """Weights that are missing, damaged or of another model; the message names folder or file and the fault."""
+    """Weights that are missing, damaged or for another model; the message names folder or file and the fault."""
 
 
 def check_folder(
@@ -26,17 +26,17 @@ def check_folder(
     """Refuse a folder that cannot be opened as ``wanted``; reads a few kilobytes at most.
 
     Args:
-        folder: to check.
+        folder: the folder to check.
         wanted: one of the names above.
-        kind: of the codec that is being opened, for messages.
-        files: what must be there; of a tuple, any one.
+        kind: kind of the codec that is being opened, for messages.
+        files: the required files; one file of a tuple is enough.
 
     Raises:
-        WeightsError: the folder does not exist, holds something else, lacks a file, or a file is cut off.
+        WeightsError: the folder does not exist, holds something else, lacks a file, or a file is truncated.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise WeightsError(f"{folder}: no such folder; the {kind} codec needs that of a {wanted}")
+        raise WeightsError(f"{folder}: no such folder; the {kind} codec needs the folder of a {wanted}")
     found = identify_folder(folder)
     if found is not None and found != wanted:
         raise WeightsError(f"{folder}: holds a {found}, not a {wanted}, which the {kind} codec needs here")
@@ -53,7 +53,7 @@ def check_folder(
 
 
 def identify_folder(folder: Path) -> str | None:
-    """The kind of a folder as its own files tell it; None if they do not."""
+    """The kind of a folder, judging by its files; None if unknown."""
     config = _read_json(folder / "config.json")
     if config.get("kind") == "mel_vq":
         return MEL_VQ

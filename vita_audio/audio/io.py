@@ -1,7 +1,7 @@
 """Audio files to float tensors and back.
 
-Every clip of the project enters here, in any format, rate and channel count, and bad clips are refused here:
-:class:`AudioError` says in one line which file and why, and carries a short ``reason`` that callers count.
+Every clip of the project is read here, in any format, rate and channel count, and bad clips are refused here:
+:class:`AudioError` names the file and the fault in one line, and has a short ``reason`` that callers count.
 
 Lengths come from the content of a file, not from its header: see :mod:`vita_audio.audio.containers`.
 """
@@ -30,7 +30,7 @@ from vita_audio.audio.resampling import resample
 
 __all__ = ["AudioError", "audio_duration", "load_audio", "resample", "save_audio"]
 
-_FFMPEG_ROUNDING = 0.1  # seconds, of the length that audioread reports
+_FFMPEG_ROUNDING = 0.1  # seconds, relative to the length that audioread reports
 
 
 def load_audio(
@@ -40,8 +40,8 @@ def load_audio(
 
     Args:
         audio: the clip, in any form of :data:`~vita_audio.audio.AudioLike`.
-        sample_rate: wanted rate in Hz; None for the clip's own.
-        channels: what becomes of several channels: their mean, or the first alone.
+        sample_rate: target rate in Hz; None for the clip's own.
+        channels: how several channels are combined: their mean, or only the first.
 
     Returns:
         Waveform of shape (samples,), float32, about [-1, 1], on the CPU, and its rate.
@@ -54,7 +54,7 @@ def load_audio(
     clip = identify(audio)
     recordings = [(clip.waveform, clip.rate)] if clip.waveform is not None else _read(clip)
     rate = recordings[0][1]
-    # Both rules act on each channel alike, so choosing the channel first is exact and resamples once.
+    # Resampling treats all channels alike, so combining channels first is exact and resamples only once.
     pieces = [
         resample(waveform[0] if channels == "first" else waveform.mean(dim=0), own_rate, rate)
         for waveform, own_rate in recordings
@@ -72,9 +72,9 @@ def save_audio(path: str | PathLike[str], waveform: Tensor, rate: int) -> None:
     """Write a waveform of shape (samples,) or (channels, samples); the suffix sets the format.
 
     Args:
-        path: file to write; its folder is made.
-        waveform: floats in [-1, 1]; what lies slightly outside is clipped.
-        rate: in Hz.
+        path: file to write; its folder is created.
+        waveform: floats in [-1, 1]; values slightly outside are clipped.
+        rate: sample rate in Hz.
 
     Raises:
         AudioError: samples are not finite, not floats or far outside [-1, 1], or the file cannot be written.
@@ -82,7 +82,7 @@ def save_audio(path: str | PathLike[str], waveform: Tensor, rate: int) -> None:
     path = Path(path)
     if not waveform.is_floating_point():
         raise AudioError(
-            f"{path}: not written, samples are {waveform.dtype}; give floats in [-1, 1]", "dtype"
+            f"{path}: not written, the samples are {waveform.dtype}; give floats in [-1, 1]", "dtype"
         )
     samples = waveform.detach().to("cpu", torch.float32)
     check_range(samples, f"{path}: not written, the waveform")
@@ -94,10 +94,10 @@ def save_audio(path: str | PathLike[str], waveform: Tensor, rate: int) -> None:
 
 
 def audio_duration(audio: AudioLike) -> float:
-    """Seconds of a clip, as :func:`load_audio` would give them.
+    """Duration of a clip in seconds, equal to that of :func:`load_audio`'s result.
 
-    Nothing is decoded in the formats that libsndfile reads. What only ffmpeg reads (M4A, AAC, WebM, WMA) is
-    decoded, since headers there are rounded, guessed or missing.
+    Formats that libsndfile reads are not decoded. Formats that only ffmpeg reads (M4A, AAC, WebM, WMA) are
+    decoded, since their headers are rounded, guessed or missing.
 
     Raises:
         AudioError: the clip is missing, truncated or cannot be read.
@@ -121,11 +121,11 @@ def _read(clip: Clip) -> list[tuple[Tensor, int]]:
 
 
 def _recordings(clip: Clip) -> Iterator[soundfile.SoundFile]:
-    """The recordings of a file, each opened so that libsndfile knows its true length.
+    """The recordings of a file, each opened with its true length.
 
     Raises:
         AudioError: the file is missing, empty or truncated.
-        LibsndfileError: libsndfile does not know the format.
+        LibsndfileError: libsndfile does not support the format.
     """
     with _open(clip) as file:
         size = file.seek(0, os.SEEK_END)
@@ -136,9 +136,9 @@ def _recordings(clip: Clip) -> Iterator[soundfile.SoundFile]:
 
 
 class _MemoryFile(BytesIO):
-    """Stays where it is when a damaged file makes libsndfile seek outside of it.
+    """Keeps its position when a damaged file makes libsndfile seek outside the file.
 
-    An exception could not leave libsndfile's callback; it would be printed.
+    An exception could not propagate from libsndfile's callback; it would only be printed.
     """
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
@@ -169,7 +169,7 @@ def _decode(sound: soundfile.SoundFile, name: str) -> Tensor:
         samples = sound.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         raise AudioError(f"{name}: damaged or cut off after its header: {error}", "truncated") from error
-    except (MemoryError, ValueError) as error:  # an absurd length asks for absurd memory
+    except (MemoryError, ValueError) as error:  # an impossible length requests too much memory
         raise AudioError(
             f"{name}: its header states {sound.frames} samples: {error}", "unreadable"
         ) from error
@@ -179,9 +179,9 @@ def _decode(sound: soundfile.SoundFile, name: str) -> Tensor:
 
 
 def _read_with_ffmpeg(clip: Clip, cause: Exception) -> tuple[Tensor, int]:
-    """Formats libsndfile does not know (M4A, AAC, WMA, ...): shape (channels, samples), and rate."""
+    """Read formats that libsndfile does not support (M4A, AAC, WMA, ...): (channels, samples), and rate."""
     import audioread
-    from audioread.rawread import RawAudioFile  # reads what libsndfile has refused
+    from audioread.rawread import RawAudioFile  # reads files that libsndfile refuses
 
     backends = [backend for backend in audioread.available_backends() if backend is not RawAudioFile]
     if clip.path is None:
@@ -192,7 +192,7 @@ def _read_with_ffmpeg(clip: Clip, cause: Exception) -> tuple[Tensor, int]:
     try:
         stream = audioread.audio_open(clip.path, backends)
     except (audioread.DecodeError, EOFError, OSError) as error:
-        hint = "" if shutil.which("ffmpeg") else "; if it is M4A, AAC or the like, install ffmpeg"
+        hint = "" if shutil.which("ffmpeg") else "; if it is M4A, AAC or similar, install ffmpeg"
         raise AudioError(f"{clip.name}: not a readable audio file: {cause}{hint}", "unreadable") from error
     with stream:
         try:
@@ -209,6 +209,6 @@ def _read_with_ffmpeg(clip: Clip, cause: Exception) -> tuple[Tensor, int]:
 
 
 def _is_mp4(path: Path) -> bool:
-    """Whether the header lists every packet, so that its length can be believed."""
+    """Whether the header lists every packet, which makes its length reliable."""
     with path.open("rb") as file:
         return file.read(8)[4:] == b"ftyp"

@@ -1,12 +1,12 @@
-"""The embedded codec: k-means over patches of log-mel, Griffin-Lim back to sound.
+"""The embedded codec: k-means over log-mel patches, decoded with Griffin-Lim.
 
-It takes the place of a neural codec behind the same interface and needs no download: it is fitted on the
-training audio in a minute. A code is the nearest of a few hundred patches of 80 ms. Each code also keeps the
-mean linear spectrum of its patches, so that decoding starts from spectra with the harmonics of real voices
-and not from an inverted mel filterbank.
+It replaces a neural codec, with the same interface, and needs no download: it is fitted on the
+training audio in a minute. A code is the index of the nearest of a few hundred patches of 80 ms. Each code also
+keeps the mean linear spectrum of its patches, so decoding starts from spectra with the harmonics of real voices
+instead of an inverted mel filterbank.
 
-Loudness is normalised before encoding: the same word spoken softly gets the same codes. So a code depends on
-the whole clip, and :meth:`MelVQTokenizer.encode_stream` gives all codes at the end.
+Loudness is normalised before encoding: the same word spoken softly gets the same codes. A code therefore depends on
+the whole clip, and :meth:`MelVQTokenizer.encode_stream` returns all codes at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vita_audio.audio.spectrogram import GriffinLim, mel_filters, stft
 
 _CONFIG_FILE = "config.json"
 _WEIGHTS_FILE = "model.safetensors"
-_BATCH_PATCHES = 4096  # in a step of the k-means
+_BATCH_PATCHES = 4096  # per step of the k-means
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,17 @@ class MelVQConfig:
     """Settings of analysis and synthesis.
 
     Attributes:
-        sample_rate: in Hz, of analysis and of decoded speech.
+        sample_rate: sample rate in Hz of analysis and of decoded speech.
         fft_size: samples in an analysis window.
         hop: samples between frames.
         mels: mel bands.
         patch_frames: frames in one code.
         codebook_size: number of codes.
         floor: added to mel magnitudes before the logarithm; about the level of background noise,
-            so that codes are spent on speech.
+            which reserves codes for speech.
         level: root mean square to which speech is normalised before encoding.
-        iterations: of Griffin-Lim.
-        block_codes: codes whose phases are solved together; what a stream waits for.
+        iterations: iterations of Griffin-Lim.
+        block_codes: codes whose phases are solved together; a stream waits for a full block.
         lookahead_codes: further codes that a stream waits for.
     """
 
@@ -101,7 +101,7 @@ class MelVQTokenizer(AudioTokenizer):
 
         Args:
             path: the folder.
-            flow_path: ignored; this codec keeps its decoder beside its codebook.
+            flow_path: ignored; this codec stores its decoder with its codebook.
             device: ignored; the work is small and stays on the CPU.
 
         Raises:
@@ -109,7 +109,7 @@ class MelVQTokenizer(AudioTokenizer):
         """
         if path is None:
             raise WeightsError(
-                "the mel_vq codec needs the folder that tools/quickstart/fit_mel_vq.py wrote; none was given"
+                "the mel_vq codec needs a folder written by tools/quickstart/fit_mel_vq.py; none was given"
             )
         folder = check_folder(path, MEL_VQ, cls.kind, (_CONFIG_FILE, _WEIGHTS_FILE))
         try:
@@ -139,13 +139,13 @@ class MelVQTokenizer(AudioTokenizer):
         epochs: int = 10,
         on_epoch: Callable[[int], None] | None = None,
     ) -> MelVQTokenizer:
-        """Find codes for a collection of speech.
+        """Fit a codebook to a collection of speech.
 
         Args:
             audios: clips; each contributes all its patches.
-            seed: of the k-means; the same clips and seed give the same codec.
+            seed: seed of the k-means; the same clips and seed give the same codec.
             epochs: passes over the patches.
-            on_epoch: called with the number of passes done.
+            on_epoch: called with the number of completed passes.
 
         Raises:
             ValueError: fewer patches than codes.
@@ -183,9 +183,9 @@ class MelVQTokenizer(AudioTokenizer):
 
 
 class MelVQStream(AudioStream):
-    """Decoding piece by piece; the samples are exactly those of :meth:`MelVQTokenizer.decode`.
+    """Incremental decoding; the samples equal those of :meth:`MelVQTokenizer.decode` exactly.
 
-    Sound lags at most ``block_codes + lookahead_codes`` codes behind what was pushed.
+    Output lags at most ``block_codes + lookahead_codes`` codes behind the input.
     """
 
     def __init__(self, codec: MelVQTokenizer):

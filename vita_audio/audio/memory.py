@@ -1,7 +1,7 @@
-"""Clips in memory, as other libraries give them: arrays of any layout, mappings, bytes, decoders.
+"""Clips in memory, in the forms of other libraries: arrays of any layout, mappings, bytes, decoders.
 
-What is unambiguous is used; everything else is refused in one line, because a wrong guess here (channels
-taken for samples, integers for floats) would train a model on noise in silence.
+Unambiguous input is used; everything else is refused in one line, because a wrong guess here (channels
+read as samples, integers as floats) would silently train a model on noise.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 from vita_audio.audio.base import AudioError, AudioLike
 
 MOST_CHANNELS = 32
-"""With more columns than this, a 2-D waveform is not (samples, channels)."""
+"""A 2-D waveform with more columns than this is not (samples, channels)."""
 
-_LOUDEST = 100.0  # 40 dB over full scale; floats beyond are integers that nobody scaled
-# Types whose range says their scale: (zero level, full scale). Wider integers usually hold narrower samples.
+_LOUDEST = 100.0  # 40 dB over full scale; larger floats are unscaled integers
+# Types whose range determines their scale: (zero level, full scale). Wider integers usually hold narrower samples.
 _INTEGERS = {
     "int8": (0.0, 2.0**7),
     "int16": (0.0, 2.0**15),
@@ -36,7 +36,7 @@ _FORMS = "a path, bytes, a file object, (waveform, sample_rate) or {'array', 'sa
 
 @dataclass(frozen=True)
 class Clip:
-    """What an :data:`AudioLike` turned out to be: one of a path, an encoded file, or samples.
+    """A resolved :data:`AudioLike`: a path, an encoded file, or samples.
 
     Attributes:
         name: for messages.
@@ -54,10 +54,10 @@ class Clip:
 
 
 def identify(audio: AudioLike) -> Clip:
-    """Say what a clip is, and bring samples into one form.
+    """Determine the form of a clip, and convert samples to one layout.
 
     Raises:
-        AudioError: it is none of the forms of :data:`AudioLike`, or ambiguous.
+        AudioError: it has none of the forms of :data:`AudioLike`, or is ambiguous.
     """
     if isinstance(audio, str | PathLike):
         name = fspath(audio)
@@ -74,7 +74,7 @@ def identify(audio: AudioLike) -> Clip:
         return _identify_file_object(audio)
     if isinstance(audio, tuple | list) and len(audio) == 2:
         first, second = audio
-        if _is_number(first) and not _is_number(second):  # as Gradio and SciPy order them
+        if _is_number(first) and not _is_number(second):  # the order of Gradio and SciPy
             first, second = second, first
         return _samples(first, second)
     hint = " without its sample rate" if isinstance(audio, Tensor | np.ndarray) else ""
@@ -82,10 +82,10 @@ def identify(audio: AudioLike) -> Clip:
 
 
 def to_waveform(samples: Any, name: str = "in-memory audio") -> Tensor:
-    """Samples of any library as (channels, samples), float32, on the CPU; see :data:`AudioLike`.
+    """Samples from any library as (channels, samples), float32, on the CPU; see :data:`AudioLike`.
 
     Raises:
-        AudioError: the type has no certain scale, or the shape no certain meaning.
+        AudioError: the scale of the type or the meaning of the shape is ambiguous.
     """
     waveform = _to_channels(_to_float(samples, name), name)
     check_range(waveform, name)
@@ -106,7 +106,7 @@ def to_piece(samples: Any) -> Tensor:
 
 
 def check_range(waveform: Tensor, name: str) -> None:
-    """Refuse samples that are not finite, or so loud that they were never scaled to [-1, 1].
+    """Refuse samples that are not finite, or that were evidently not scaled to [-1, 1].
 
     Raises:
         AudioError: reason ``"nan"`` or ``"range"``.
@@ -125,7 +125,7 @@ def check_range(waveform: Tensor, name: str) -> None:
 
 
 def _identify_mapping(audio: Mapping[str, Any]) -> Clip:
-    """``datasets``' and transformers' dictionaries."""
+    """Read dictionaries of ``datasets`` and transformers."""
     for key in ("array", "raw"):
         if audio.get(key) is not None:
             if audio.get("sampling_rate") is None:
@@ -144,7 +144,7 @@ def _identify_mapping(audio: Mapping[str, Any]) -> Clip:
 
 
 def _identify_file_object(audio: Any) -> Clip:
-    """Read from the current position; put it back there, so that the object can be read again."""
+    """Read from the current position and restore it afterwards, so the object can be read again."""
     name = getattr(audio, "name", None)
     name = name if isinstance(name, str) else "audio file object"
     try:
@@ -174,7 +174,7 @@ def _samples(samples: Any, rate: Any) -> Clip:
 
 
 def _is_number(value: Any) -> bool:
-    """A real number, or an array or tensor of no dimensions that holds one."""
+    """Whether this is a real number, or a zero-dimensional array or tensor that holds one."""
     if isinstance(value, bool | np.bool_ | str | bytes):
         return False
     if isinstance(value, Tensor | np.ndarray) and value.ndim:
@@ -187,7 +187,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _to_float(samples: Any, name: str) -> Tensor:
-    """float32, scaled, same shape, on the CPU; memory of its own where the layout is not PyTorch's."""
+    """float32, scaled, same shape, on the CPU; copied if PyTorch does not support the layout."""
     if not isinstance(samples, Tensor):
         samples = _to_tensor(samples, name)
     samples = samples.detach().cpu()
@@ -196,7 +196,8 @@ def _to_float(samples: Any, name: str) -> Tensor:
     kind = str(samples.dtype).removeprefix("torch.")
     if kind not in _INTEGERS:
         raise AudioError(
-            f"{name}: {kind} samples have no certain scale; give floats in [-1, 1], int16 or int32", "dtype"
+            f"{name}: the scale of {kind} samples is ambiguous; give floats in [-1, 1], int16 or int32",
+            "dtype",
         )
     if kind == "int32" and samples.numel() and 0 < int(samples.abs().max()) <= 2**15:
         raise AudioError(f"{name}: int32 samples in the range of int16; convert them to int16", "range")
@@ -207,7 +208,7 @@ def _to_float(samples: Any, name: str) -> Tensor:
 def _to_tensor(samples: Any, name: str) -> Tensor:
     try:
         array = np.asarray(samples)
-        # PyTorch takes neither negative strides nor foreign byte orders.
+        # PyTorch supports neither negative strides nor foreign byte orders.
         array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
         return torch.from_numpy(array)
     except (TypeError, ValueError) as error:
@@ -216,7 +217,7 @@ def _to_tensor(samples: Any, name: str) -> Tensor:
 
 
 def _to_channels(waveform: Tensor, name: str) -> Tensor:
-    """(channels, samples) of either order."""
+    """(channels, samples) from either order."""
     if waveform.dim() == 1:
         return waveform[None]
     if waveform.dim() == 2:
@@ -225,7 +226,7 @@ def _to_channels(waveform: Tensor, name: str) -> Tensor:
             return waveform.reshape(1, 0)
         if rows <= columns and rows <= MOST_CHANNELS:
             return waveform
-        if rows > MOST_CHANNELS >= columns:  # as soundfile and SciPy order them
+        if rows > MOST_CHANNELS >= columns:  # the order of soundfile and SciPy
             return waveform.T.contiguous()
     raise AudioError(
         f"{name}: expected (samples,), (channels, samples) or (samples, channels) "

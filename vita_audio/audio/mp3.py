@@ -1,7 +1,7 @@
-"""How long an MP3 is: its frames, counted.
+"""The length of an MP3, by counting its frames.
 
-An MP3 has no length of its own. A ``Xing`` or ``Info`` frame in front may state one; without it libsndfile
-guesses from the first frame's bit rate, which is wrong where the rate varies. Joined files hold several.
+An MP3 does not store its length. A leading ``Xing`` or ``Info`` frame may state one; without it libsndfile
+guesses from the first frame's bit rate, which is wrong for variable rates. Joined files have several.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 from vita_audio.audio.base import AudioError
 
 LENGTH_TOLERANCE = 0.05
-"""Lossy formats state lengths that are a little off, so only a clear shortfall counts as truncation."""
+"""Lossy formats state slightly inexact lengths, so only a clear shortfall counts as truncation."""
 
 _KBITS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 _KBITS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
@@ -20,7 +20,7 @@ _PREFIX_BIT_RATE = 9  # index; its frames are long enough for a Xing header
 
 
 class _Frame(NamedTuple):
-    """Bytes and samples of a layer III frame, and where in it a Xing header would stand."""
+    """Bytes and samples of a layer III frame, and the offset at which a Xing header would be."""
 
     bytes: int
     samples: int
@@ -28,7 +28,7 @@ class _Frame(NamedTuple):
 
 
 class _Run:
-    """Frames of one encoder: where they begin, how many there are, and what their header states."""
+    """Frames of one encoder: their start, their number, and the number that their header states."""
 
     def __init__(self, start: int, first: bytes, kind: tuple[int, int, bool]):
         self.start = start
@@ -89,7 +89,7 @@ def _runs(file: BinaryIO, start: int, end: int) -> list[_Run]:
         if at + frame.bytes > end:  # cut off inside a frame
             break
         stated = _is_xing(head, frame)
-        # What cannot change within a recording: version, sample rate, mono or not.
+        # Fields that cannot change within a recording: version, sample rate, mono or not.
         kind = (head[1] & 0xFE, head[2] & 0x0C, head[3] >> 6 == 3)
         if not runs or (runs[-1].frames and (stated or kind != runs[-1].kind)):
             runs.append(_Run(at, head[:4], kind))
@@ -105,7 +105,7 @@ def _runs(file: BinaryIO, start: int, end: int) -> list[_Run]:
 
 
 def _resynchronise(file: BinaryIO, at: int, end: int) -> int:
-    """The next frame after tags or junk; two in a row, since one may be chance."""
+    """The next frame after tags or junk; requires two in a row, since one may be a coincidence."""
     file.seek(at)
     head = file.read(32)
     if (size := id3_bytes(head)) > 0:
@@ -132,7 +132,7 @@ def _resynchronise(file: BinaryIO, at: int, end: int) -> int:
 
 
 def _frame(head: bytes) -> _Frame | None:
-    """The layer III frame that these bytes begin (ISO 11172-3, section 2.4.1.3)."""
+    """The layer III frame that starts with these bytes (ISO 11172-3, section 2.4.1.3)."""
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return None
     version, layer = head[1] >> 3 & 3, head[1] >> 1 & 3
@@ -153,7 +153,7 @@ def _is_xing(head: bytes, frame: _Frame) -> bool:
 
 
 def _xing_frame(first: bytes, frames: int) -> bytes:
-    """A frame like ``first`` that states how many follow."""
+    """A frame like ``first`` that states the number of frames that follow."""
     header = bytes([0xFF, first[1] | 1, _PREFIX_BIT_RATE << 4 | first[2] & 0x0C, first[3]])
     frame = _frame(header)
     assert frame is not None

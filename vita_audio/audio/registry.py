@@ -1,4 +1,4 @@
-"""Opens a codec by its name, without importing the others."""
+"""Opens a codec by its kind, without importing the others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from os import PathLike
 
 from vita_audio.audio.base import AudioTokenizer, is_continuous_kind
 
-# kind -> "module:class"; imported on first use, so that one codec does not load the libraries of another.
+# kind -> "module:class"; imported on first use, so one codec does not load the libraries of another.
 _DISCRETE_CODECS = {
     "glm4voice": "vita_audio.audio.glm4voice:GLM4VoiceTokenizer",
     "mel_vq": "vita_audio.audio.mel_vq:MelVQTokenizer",
@@ -16,7 +16,7 @@ _CONTINUOUS_PREFIX = "sensevoice_"
 
 
 def available_kinds() -> list[str]:
-    """Names that :func:`get_audio_tokenizer` accepts."""
+    """The kinds that :func:`get_audio_tokenizer` accepts."""
     return [*_DISCRETE_CODECS, *(_CONTINUOUS_PREFIX + kind for kind in _DISCRETE_CODECS)]
 
 
@@ -30,19 +30,19 @@ def get_audio_tokenizer(
 ) -> AudioTokenizer:
     """Open a codec.
 
-    The folders are checked here, by their small files; weights are loaded on first use where they are big.
-    A codec that keeps its decoder apart (GLM-4-Voice) opens for encoding alone with ``path``, for decoding
-    alone with ``flow_path``, and for both with both. What it was not opened for is refused in one line.
+    The folders are checked here, by their small files; large weights are loaded on first use.
+    A codec with a separate decoder (GLM-4-Voice) opens for encoding only with ``path``, for decoding
+    only with ``flow_path``, and for both with both. Any other use is refused in one line.
 
     Args:
         kind: one of :func:`available_kinds`.
         path: folder of the discrete codec's weights; None to decode only.
-        flow_path: folder of the decoder's weights, for codecs that keep them apart; None to encode only.
+        flow_path: folder of the decoder's weights, for codecs with a separate decoder; None to encode only.
         frontend_path: folder of SenseVoice's ``am.mvn``, for continuous kinds; None only without ``path``.
-        device: where the codec computes.
+        device: device of the codec.
 
     Raises:
-        ValueError: unknown kind; or a folder that this kind needs is not given, does not exist, is
+        ValueError: the kind is unknown, or a folder that it needs is not given, does not exist, is
             incomplete, or holds another kind.
     """
     if kind not in available_kinds():

@@ -1,9 +1,9 @@
-"""Band-limited resampling, of a whole clip or piece by piece.
+"""Band-limited resampling of whole clips or of streams.
 
 It is part of the codecs' numeric contract: tokens and features are defined on its output (windowed sinc,
 width 6, roll-off 0.99, Hann; section 1.1 of the GLM-4-Voice specification and section 2.1 of the SenseVoice
-one). Each output is a weighted sum of the ``2 * width + 1`` inputs around it, so a stream can give the very
-samples of the whole clip.
+one). Each output is a weighted sum of the ``2 * width + 1`` inputs around it, so a stream yields exactly
+the samples of the whole clip.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vita_audio.audio.base import AudioError
 
 _LOWPASS_WIDTH = 6
 _ROLLOFF = 0.99
-_OUTPUTS_PER_SLICE = 1 << 18  # bounds the memory of long recordings
+_OUTPUTS_PER_SLICE = 1 << 18  # bounds memory use for long recordings
 
 
 def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
@@ -45,7 +45,7 @@ def resample(waveform: Tensor, from_rate: int, to_rate: int) -> Tensor:
 
 
 class StreamResampler:
-    """:func:`resample` of a clip that arrives in pieces; the same samples however it is cut.
+    """:func:`resample` for a clip that arrives in pieces; the samples do not depend on the split.
 
     Args:
         from_rate: rate of the pieces in Hz.
@@ -54,12 +54,12 @@ class StreamResampler:
 
     def __init__(self, from_rate: int, to_rate: int):
         self._old, self._new = _ratio(from_rate, to_rate)
-        self._kept = torch.empty(0)  # inputs that further outputs need
+        self._kept = torch.empty(0)  # inputs needed by further outputs
         self._first = 0  # index of the first of them
         self._emitted = 0
 
     def push(self, waveform: Tensor, last: bool = False) -> Tensor:
-        """Outputs that are now final, for further inputs of shape (samples,), float32; ``last`` starts again."""
+        """Newly final outputs for further inputs of shape (samples,), float32; ``last`` resets the stream."""
         if self._old == self._new:
             return waveform
         self._kept = torch.cat([self._kept, waveform])
@@ -82,7 +82,7 @@ class StreamResampler:
 
 
 def _ratio(from_rate: int, to_rate: int) -> tuple[int, int]:
-    """The rates without their common divisor."""
+    """The rates divided by their greatest common divisor."""
     if from_rate < 1 or to_rate < 1:
         raise AudioError(f"sample rates must be positive, got {from_rate} and {to_rate} Hz", "rate")
     divisor = math.gcd(from_rate, to_rate)
@@ -95,7 +95,7 @@ def _total_outputs(samples: int, old: int, new: int) -> int:
 
 
 def _outputs(waveform: Tensor, first: int, start: int, stop: int, old: int, new: int) -> Tensor:
-    """Outputs ``start`` to ``stop``; the first sample of ``waveform`` is input ``first``, zeros are around."""
+    """Outputs ``start`` to ``stop``; the first sample of ``waveform`` is input ``first``, padded with zeros."""
     weights, first_taps, width = _sinc_filters(old, new)
     weights, first_taps = weights.to(waveform), first_taps.to(waveform.device)
     padded = torch.nn.functional.pad(waveform, (width, 2 * (width + old)))

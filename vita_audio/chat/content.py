@@ -1,12 +1,12 @@
-"""Conversations as transformers writes them.
+"""Conversations in the format of transformers' chat templates.
 
 A message's content is a string, or a list of parts: ``{"type": "text", "text": …}`` and ``{"type": "audio", "audio":
-…}`` (``path`` and ``url`` mean the same; nothing is downloaded). Audios are parts, so that an ``<|audio|>`` in a text
-is text that somebody typed.
+…}`` (``path`` and ``url`` mean the same; nothing is downloaded). Audio is always a part, so an ``<|audio|>`` inside a
+text is plain text that somebody typed.
 
 Processors of transformers also write a conversation as one string, in which an ``<|audio|>`` stands for an audio:
-:func:`write_chatml` and :func:`read_chatml`. Token ids never come from that string: it is read back, and
-:func:`~vita_audio.chat.render.build_prompt` renders what was read.
+:func:`write_chatml` and :func:`read_chatml`. Token ids never come from that string: it is parsed back
+into a conversation, which :func:`~vita_audio.chat.render.build_prompt` renders.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def read_content(messages: Sequence[Mapping[str, Any]], sampling_rate: int | Non
 
 
 def as_clip(audio: Any, sampling_rate: int | None = None) -> AudioLike:
-    """An audio as transformers' users give it: also ``file://`` URLs, and bare arrays with the call's rate.
+    """An audio in any form that transformers accepts, including ``file://`` URLs and bare arrays at the call's rate.
 
     Raises:
-        SampleError: it lies on another machine, or is an array of unknown rate.
+        SampleError: it is on another machine, or is an array of unknown rate.
     """
     if isinstance(audio, np.ndarray | Tensor):
         if sampling_rate is None:
@@ -82,14 +82,14 @@ def write_chatml(conversation: Conversation, add_generation_prompt: bool) -> str
     """The conversation as one ChatML string, with an ``<|audio|>`` for each audio.
 
     Raises:
-        SampleError: a text holds ``<|audio|>`` or a turn's marker, which would read back as another conversation.
+        SampleError: a text contains ``<|audio|>`` or a turn marker, so it would parse as another conversation.
     """
     for index, message in enumerate(conversation.messages):
         for token in (AUDIO_TAG, IM_START, IM_END):
             if any(token in text for text in message.texts):
                 raise SampleError(
                     Reason.BAD_SPANS,
-                    f"a text of message {index} holds {token}, which one string cannot tell from the real one; "
+                    f"a text of message {index} contains {token}, which looks like the real token in a string; "
                     "use tokenize=True",
                 )
     turns = [f"{IM_START}{message.role}\n{message.content}{IM_END}\n" for message in conversation.messages]
@@ -97,12 +97,12 @@ def write_chatml(conversation: Conversation, add_generation_prompt: bool) -> str
 
 
 def read_chatml(text: str) -> tuple[tuple[Message, ...], bool]:
-    """The turns of a string, and whether the assistant's next turn is open at its end.
+    """The turns of a string, and whether it ends with an open assistant turn.
 
-    A string without ``<|im_start|>`` is what a user says, to be answered.
+    A string without ``<|im_start|>`` is one user message to be answered.
 
     Raises:
-        SampleError: the string has turns but does not consist of them, or a role is unknown.
+        SampleError: the string has text outside its turns, or a role is unknown.
     """
     if IM_START not in text:
         return check_messages([{"role": "user", "content": text}]), True
@@ -120,7 +120,7 @@ def read_chatml(text: str) -> tuple[tuple[Message, ...], bool]:
 def _read_parts(
     message: Any, index: int, sampling_rate: int | None
 ) -> tuple[tuple[str, ...] | None, list[AudioLike]]:
-    """Texts before, between and after the audios of a message, and the audios; None where it has no parts."""
+    """Texts before, between and after the audios of a message, and the audios; None if it has no parts."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, (list, tuple)):
         return None, []

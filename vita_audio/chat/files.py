@@ -1,7 +1,7 @@
-"""The one reader of sample files: for training, evaluation, demos and inspection alike.
+"""The only reader of sample files, shared by training, evaluation, demos and inspection.
 
-A sample file holds JSON lines or one JSON array, plain or compressed (gzip, bzip2, xz, Zstandard). Where its
-audio files lie is said in :mod:`vita_audio.chat.paths`.
+A sample file holds JSON lines or one JSON array, plain or compressed (gzip, bzip2, xz, Zstandard). How its
+audio paths are resolved is described in :mod:`vita_audio.chat.paths`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def read_samples(
     need_reply: bool = True,
     answer_lists: bool = False,
 ) -> Iterator[tuple[int, Sample]]:
-    """Checked samples with their numbers: the line's, or the place in an array, from 1.
+    """Checked samples, numbered from 1 by line or by position in the array.
 
     Args:
         path: JSON lines, or one JSON array.
-        data_root: where relative audio paths start; those not found there are looked for beside the
+        data_root: base of relative audio paths; those not found there are looked up next to the
             file. Defaults to ``$ROOT_PATH``, else the file's folder.
         need_reply, answer_lists: see :func:`~vita_audio.chat.sample.parse_sample`.
 
@@ -68,11 +68,11 @@ def read_samples(
 def sample_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """The samples of a file as JSON text, not yet checked, with their numbers from 1.
 
-    Bytes that are not UTF-8 become escapes that JSON does not know, so that such a line is refused as
-    broken and its neighbours are not.
+    Bytes that are not UTF-8 become escapes that are invalid in JSON, so only the broken line is refused
+    and not its neighbours.
 
     Raises:
-        SampleFileError: there is no such file, its format is not known, its array is not JSON, or its
+        SampleFileError: the file does not exist, its format is unknown, its array is not JSON, or its
             compressed data is damaged.
         OSError: the disk or the system failed.
     """
@@ -94,7 +94,7 @@ def sample_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def locate(conversation: _Conversation, data_root: str | Path, beside: str | Path) -> _Conversation:
-    """The same conversation with the places of its audio files, see :func:`~vita_audio.chat.paths.locate_file`."""
+    """The same conversation with its audio paths resolved, see :func:`~vita_audio.chat.paths.locate_file`."""
     audios = tuple(
         locate_file(audio, data_root, beside) if isinstance(audio, str) else audio
         for audio in conversation.audios

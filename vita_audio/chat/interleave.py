@@ -1,8 +1,8 @@
-"""Text and speech of one reply, in turns.
+"""Interleaves the text and speech of one reply.
 
-A reply is learnt as a little text, the speech codes of about that text, more text, more speech. The
+A reply is learnt as a short run of text, the speech codes for roughly that text, more text, more speech. The
 ratio ``[t1, a1, t2, a2, ...]`` gives the lengths of the runs, the last one repeating; the two markers of
-a speech run count among its a's. Section 3 of the data specification (tests/goldens/data/SPEC.md).
+a speech run are included in a. Section 3 of the data specification (tests/goldens/data/SPEC.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MARKERS_PER_SPAN = 2
 class SpanError(SampleError, AssertionError):
     """A reply whose speech markers do not pair up.
 
-    Also an ``AssertionError``, the type that the specification gives for it.
+    Also an ``AssertionError``, the type that the specification requires.
     """
 
     def __init__(self, message: str):
@@ -32,8 +32,8 @@ def interleave_text_audio(
 ) -> list[int]:
     """Interleave the text and the one speech span of a reply.
 
-    Text after the span moves in front of it. Speech that is left when the text ends follows in one
-    long last span; text that is left when the speech ends is put before the last span.
+    Text after the span moves in front of it. Speech left over when the text ends goes into one
+    long final span; text left over when the speech ends is placed before the final span.
 
     Args:
         ids: token ids of the reply.
@@ -43,7 +43,7 @@ def interleave_text_audio(
 
     Returns:
         The same text and speech ids in their order, with markers around each speech run. Replies
-        of text only or of speech only come back unchanged, as do replies with an empty span.
+        with only text or only speech are returned unchanged, as are replies with an empty span.
 
     Raises:
         SpanError: more than one span, or markers that do not pair up.
@@ -80,7 +80,7 @@ def check_ratio(ratio: Sequence[int] | None) -> tuple[list[int], list[int]]:
 
     Raises:
         ValueError: fewer than two entries, a text entry below 1 or an audio entry below 3: such a
-            run holds no token, and a reply could not be used up.
+            run holds no token, so interleaving would never finish.
     """
     entries = list(DEFAULT_TEXT_AUDIO_RATIO if ratio is None else ratio)
     if len(entries) < 2 or not all(isinstance(entry, int) for entry in entries):
@@ -107,5 +107,5 @@ def _chunks(ids: list[int], sizes: list[int]) -> list[list[int]]:
 
 
 def _merge_tail(chunks: list[list[int]], count: int) -> list[list[int]]:
-    """The first ``count`` chunks, the last of them with everything that follows."""
+    """The first ``count`` chunks; the last of them also holds everything that follows."""
     return [*chunks[: count - 1], list(chain.from_iterable(chunks[count - 1 :]))]

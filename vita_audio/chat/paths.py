@@ -1,9 +1,9 @@
 """One rule for relative paths in mixes, samples and test sets.
 
-A relative path is looked for below the data root, then beside the file that names it. The data root is what
-the caller gives (``--data_root``, ``DATA_ROOT``), else ``$ROOT_PATH``, else the folder of the mix or test
-set. Below it, ``datasets/…`` also means ``data/…``: in the published code's working folder ``datasets`` is a
-link to ``$ROOT_PATH/data``, and published mixes and JSON files name their files so.
+A relative path is resolved against the data root, then against the folder of the file that names it. The data
+root is the caller's choice (``--data_root``, ``DATA_ROOT``), else ``$ROOT_PATH``, else the folder of the mix or
+test set. Below it, ``datasets/…`` also means ``data/…``: in the published code's working folder ``datasets`` is
+a link to ``$ROOT_PATH/data``, and published mixes and JSON files use such paths.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ _PUBLISHED_LINK, _PUBLISHED_FOLDER = "datasets", "data"
 
 
 def locate_file(path: str, data_root: str | PathLike[str], beside: str | PathLike[str]) -> str:
-    """Where a file lies that a mix, a sample or a test set names.
+    """Resolve a path that a mix, a sample or a test set names.
 
     Args:
-        path: as written there; an absolute path is returned unchanged.
-        data_root: folder that relative paths start from.
+        path: as written in that file; an absolute path is returned unchanged.
+        data_root: base folder of relative paths.
         beside: folder of the file that names it.
 
     Returns:
-        The first place where it exists, or the place below ``data_root`` where it was expected.
+        The first location where the file exists, else the expected location below ``data_root``.
     """
     if os.path.isabs(path):
         return path
@@ -41,6 +41,6 @@ def locate_file(path: str, data_root: str | PathLike[str], beside: str | PathLik
 
 
 def default_data_root(file: str | PathLike[str]) -> Path:
-    """The data root where none is given: ``$ROOT_PATH``, else the folder of the mix or test set ``file``."""
+    """The default data root: ``$ROOT_PATH``, else the folder of the mix or test set ``file``."""
     root = os.environ.get("ROOT_PATH")
     return Path(root) if root else Path(file).parent

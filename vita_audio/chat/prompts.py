@@ -1,7 +1,7 @@
-"""What is asked of the model: a conversation for each task.
+"""Prompts: a conversation for each task.
 
-The wording is that of the training data (sections 1 and 5 of the data specification), so that a prompt at
-inference is token for token what the model was trained to continue.
+The wording matches the training data (sections 1 and 5 of the data specification), so an inference prompt
+equals, token for token, a prefix that the model was trained to continue.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def speech_to_speech(
     """A spoken question, with an optional typed instruction before it.
 
     Args:
-        voice: speech whose voice the answer takes; its prompt replaces ``system``.
+        voice: speech in the voice to answer with; the voice prompt replaces ``system``.
     """
     user = Message("user", (f"{text}\n" if text else "", ""))
     if voice is not None:
@@ -48,7 +48,7 @@ def transcription(audio: AudioLike) -> Conversation:
 
 
 def synthesis(text: str, voice: AudioLike | None = None) -> Conversation:
-    """Text to be read aloud (TTS), in the voice of ``voice``. None: in the model's own."""
+    """Text to be read aloud (TTS), in the voice of ``voice``. None: the model's own voice."""
     user = Message("user", (f"{TTS_PROMPT}\n{text}",))
     if voice is not None:
         return Conversation((_VOICE, user), (voice,))
@@ -88,14 +88,14 @@ def task_of(conversation: Conversation) -> str:
 
 
 def requested_text(message: Message) -> str:
-    """The text that a message asks to be read aloud; empty where it asks for something else."""
+    """The text that a message asks to be read aloud; empty if it asks for something else."""
     if TTS_PROMPT not in message.text:
         return ""
     return message.text.replace(f"{TTS_PROMPT}\n", "").replace(TTS_PROMPT, "").strip()
 
 
 def is_blank_request(message: Message) -> bool:
-    """Whether a message asks for a text to be read aloud but holds none."""
+    """Whether a message asks for a text to be read aloud but contains none."""
     return TTS_PROMPT in message.text and not requested_text(message)
 
 

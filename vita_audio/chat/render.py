@@ -1,10 +1,10 @@
-"""Messages to token ids and labels, for training and for prompts alike.
+"""Messages to token ids and labels, for training and for prompts.
 
-One renderer serves both: what the model is asked at inference is, token for token, what it was trained
-on. Text is ChatML. A speech reply is interleaved with its text; user and system speech enters as codes,
-or, for continuous codecs, as placeholders that the model fills with features. Only assistant turns are
-supervised. Rules: sections 2 to 5 of the data specification (tests/goldens/data/SPEC.md); where they
-describe a defect of the public code, docs/differences.md says what is done instead.
+One renderer serves both, so inference prompts match the training data token for token. Text is ChatML. A
+speech reply is interleaved with its text; user and system speech enters as codes, or, for continuous codecs,
+as placeholders that the model fills with features. Only assistant turns are supervised. Rules: sections 2 to 5
+of the data specification (tests/goldens/data/SPEC.md). Where they describe a defect of the public code,
+docs/differences.md states what this code does instead.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vita_audio.constants import CONTEXT_OF_AUDIO, DEFAULT_TEXT_AUDIO_RATIO, IGN
 
 
 class Codec(Protocol):
-    """What rendering needs of a codec."""
+    """The part of a codec that rendering needs."""
 
     kind: str
 
@@ -85,7 +85,7 @@ def build_example(
         tokenizer: extended by :func:`extend_tokenizer`.
         codec: turns the audios into codes and features; None for text alone.
         ratio: text-audio run lengths, see :func:`interleave_text_audio`.
-        default_system_message: put first in samples that do not begin with a system message.
+        default_system_message: inserted first in samples that do not begin with a system message.
 
     Raises:
         SampleError: the sample cannot be used; ``reason`` says why.
@@ -118,11 +118,11 @@ def build_prompt(
         ratio: run lengths of earlier spoken replies.
 
     Raises:
-        SampleError: roles, tags and audios do not fit, or an audio cannot be used.
+        SampleError: roles, tags and audios do not match, or an audio cannot be used.
     """
     conversation = Conversation(check_messages(messages), tuple(audios))
     if is_blank_request(conversation.messages[-1]):
-        raise SampleError(Reason.NO_TEXT, "the text to be read aloud is blank; give some words")
+        raise SampleError(Reason.NO_TEXT, "the text to be read aloud is blank; provide some words")
     renderer = _Renderer(tokenizer, codec, ratio)
     example = renderer.render(_speak_requested_text(conversation.messages), conversation.audios)
     if add_generation_prompt:
@@ -157,7 +157,7 @@ class _Renderer:
         return example
 
     def _add_reply(self, example: Example, message: Message, audios: Iterator[AudioLike]) -> None:
-        """The assistant's content and the end of its turn, supervised."""
+        """The assistant's content and the end of the turn, supervised."""
         ids: list[int] = []
         for index, text in enumerate(message.texts):
             if index:
@@ -170,7 +170,7 @@ class _Renderer:
         example.labels += ids
 
     def _add_given(self, example: Example, message: Message, audios: Iterator[AudioLike]) -> None:
-        """A system or user content and the end of its turn, not supervised."""
+        """The content of a system or user turn and the end of the turn, not supervised."""
         codec = self.codec
         for index, text in enumerate(message.texts):
             if index and codec is not None and is_continuous_kind(codec.kind):
@@ -182,7 +182,7 @@ class _Renderer:
         example.labels += [IGNORE_INDEX] * (len(example.input_ids) - len(example.labels))
 
     def _codes(self, audio: AudioLike) -> list[int]:
-        """Marked speech tokens of one audio."""
+        """Speech tokens of one audio, with their begin and end markers."""
         if self.codec is None:
             raise SampleError(Reason.NO_CODEC, "the sample has audio, but no codec is configured")
         try:
@@ -200,7 +200,7 @@ class _Renderer:
         return [self.tokens.begin, *(first + code for code in codes), self.tokens.end]
 
     def _add_features(self, example: Example, codec: Codec, audio: AudioLike) -> None:
-        """Placeholders for one continuous audio, its features and where they go."""
+        """Placeholders for one continuous audio, its features and their positions."""
         if self.tokens.context is None:
             raise ValueError(f"the tokenizer has no {CONTEXT_OF_AUDIO}; extend it with continuous_input=True")
         try:
@@ -219,10 +219,10 @@ class _Renderer:
 
 
 def _speak_requested_text(messages: Sequence[Message]) -> list[Message]:
-    """Put the text of each speech-synthesis request before the speech that answers it.
+    """Insert the text of each speech-synthesis request before the speech that answers it.
 
-    So the model learns to say a text while it writes it (section 4.1). A request counts for the next
-    reply alone, and not where the reply brings the text itself.
+    The model thus learns to speak a text while writing it (section 4.1). A request applies to the next
+    reply only, and not if that reply already contains text.
     """
     rendered, requested = [], ""
     for message in messages:

@@ -1,7 +1,7 @@
-"""Token ids of a reply to text and speech codes, as they come or all at once.
+"""Splits the token ids of a reply into text and speech codes, incrementally or all at once.
 
 The model emits one stream of ids in which text and speech codes alternate. :class:`ReplyParser` sorts them one
-by one; a whole reply is the sum of what it returns, so that streamed and whole replies cannot differ.
+by one. A whole reply is the concatenation of its results, so streamed and whole replies cannot differ.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from vita_audio.chat.tokens import ChatTokens
 
 CHUNK_CODES = 8
-"""Codes of one chunk: what a schedule's ``10`` holds beside its two markers."""
+"""Codes in one chunk: a schedule's ``10`` minus the two markers."""
 
 Piece = str | tuple[int, ...]
 """Text, or a chunk of speech codes in ``[0, codebook_size)``."""
@@ -35,7 +35,7 @@ class ReplyParser:
         self._held_codes: list[int] = []
 
     def push(self, token: int) -> Piece | None:
-        """What this token completes: text, a chunk of codes, or nothing yet."""
+        """The pieces that this token completes: text, a chunk of codes, or nothing yet."""
         code = token - self._tokens.first_code
         if 0 <= code < self._tokens.codebook_size:
             self._held_codes.append(code)

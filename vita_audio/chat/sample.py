@@ -1,4 +1,4 @@
-"""A conversation, and a sample of one, checked where it enters.
+"""Conversations and samples, checked on input.
 
 A sample is one JSON object: ``messages`` (or the older ``conversations``) of ``{role, content}``, and
 ``audios``, one path for each ``<|audio|>`` in reading order. Section 1 of the data specification
@@ -61,7 +61,7 @@ class Message:
 
     Attributes:
         role: ``"system"``, ``"user"`` or ``"assistant"``.
-        texts: the texts before, between and after the turn's audios, hence one more than it has
+        texts: the texts before, between and after the turn's audios, so one more than there are
             audios. An ``<|audio|>`` inside one of them is text that somebody typed.
     """
 
@@ -70,7 +70,7 @@ class Message:
 
     @classmethod
     def of(cls, role: str, content: str) -> Message:
-        """A turn written as one string, in which every ``<|audio|>`` stands for an audio."""
+        """A turn written as one string, in which every ``<|audio|>`` represents an audio."""
         return cls(role, tuple(content.split(AUDIO_TAG)))
 
     @property
@@ -117,11 +117,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Sample(Conversation):
-    """A conversation from a file, whose last reply is what the model learns or is scored against.
+    """A conversation from a file. Its last reply is the training target or the reference for scoring.
 
     Attributes:
-        id: its name in the file; None where the file gives none.
-        answers: accepted answers, where a test set lists several.
+        id: its name in the file; None if the file gives none.
+        answers: accepted answers, if a test set lists several.
     """
 
     id: str | None = None
@@ -136,17 +136,17 @@ _MAX_CONTENT_CHARACTERS = 1_000_000
 def parse_sample(
     raw: str | Mapping[str, Any], *, need_reply: bool = True, answer_lists: bool = False
 ) -> Sample:
-    """Check a sample. A key that holds null or nothing counts as not given.
+    """Check a sample. A key whose value is null or empty counts as missing.
 
     Args:
         raw: a line of JSON, or the object it holds.
-        need_reply: whether to refuse a sample without an assistant turn, or with an empty one: there
-            would be nothing to learn and nothing to score.
-        answer_lists: accept a list of answers as the content of the last message, as test sets of spoken
-            questions have it. The first answer then stands as the reply.
+        need_reply: whether to refuse a sample without an assistant turn, or with an empty one: it leaves
+            nothing to learn and nothing to score.
+        answer_lists: accept a list of answers as the content of the last message, as in test sets of spoken
+            questions. The first answer then becomes the reply.
 
     Raises:
-        SampleError: with the reason code.
+        SampleError: the sample cannot be used; ``reason`` holds the code.
     """
     if isinstance(raw, str):
         raw = _parse_json(raw)
@@ -189,7 +189,7 @@ def _check_message(message: Any, index: int) -> Message:
         return message
     if not isinstance(message, Mapping):
         raise SampleError(Reason.WRONG_TYPE, f"message {index} must be an object, it is {_kind(message)}")
-    # The older key set writes {"from", "value"}. A key that holds null counts as missing.
+    # The older key set writes {"from", "value"}. A key whose value is null counts as missing.
     role, content = _first_present(message, "role", "from"), _first_present(message, "content", "value")
     if not isinstance(role, str) or role not in _ROLES:
         raise SampleError(
@@ -207,7 +207,7 @@ def _check_message(message: Any, index: int) -> Message:
 
 
 def _first_present(entry: Mapping[str, Any], *keys: str) -> Any:
-    """The value of the first key that holds something. One that holds null or nothing counts as missing."""
+    """The value of the first key that has one. A null or empty value counts as missing."""
     values = [entry[key] for key in keys if entry.get(key) is not None]
     return next((value for value in values if value not in ("", [], {})), values[0] if values else None)
 
@@ -256,7 +256,7 @@ def _check_replies(messages: Sequence[Message]) -> None:
 
 
 def _is_unicode(text: str) -> bool:
-    """False for lone surrogates, which JSON can write and no tokenizer or file system can read."""
+    """False for lone surrogates, which JSON can express but no tokenizer or file system can read."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

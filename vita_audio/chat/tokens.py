@@ -22,7 +22,7 @@ from vita_audio.constants import (
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, continuous_input: bool, codebook_size: int) -> int:
-    """Add the special and speech tokens, in the order that fixes their ids, and set eos and pad.
+    """Add the special and speech tokens, in the order that determines their ids, and set eos and pad.
 
     Calling it again changes nothing.
 
@@ -35,7 +35,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, continuous_input: bool,
         Number of tokens added.
 
     Raises:
-        ValueError: the tokenizer was extended for another kind of codec.
+        ValueError: the tokenizer was already extended for another kind of codec.
     """
     specials = special_tokens(continuous_input)
     codes = [audio_token(code) for code in range(codebook_size)]
@@ -57,7 +57,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, continuous_input: bool,
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """Ids that rendering needs, looked up once per tokenizer.
+    """Token ids that rendering needs, looked up once per tokenizer.
 
     Attributes:
         turn_openings: for each role the ids of ``<|im_start|>ROLE\\n``.
@@ -66,7 +66,7 @@ class ChatTokens:
         context: id of ``<|context_of_audio|>``; None in tokenizers for discrete input.
         first_code: id of ``<|audio_0|>``.
         codebook_size: number of speech tokens.
-        pad: fills what a row does not hold.
+        pad: fills the unused part of a row.
         stops: ids that end a reply.
     """
 
@@ -123,8 +123,8 @@ _INSIDE_TOKEN_OPENING = re.compile(r"(?<=<)(?=\|)")
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of plain text.
 
-    ``<|im_end|>`` and its like inside a text are text, not control tokens: every such token opens
-    with ``<|``, and the two characters are tokenised apart.
+    Special tokens such as ``<|im_end|>`` inside a text are text, not control tokens: each of them begins
+    with ``<|``, and the two characters are tokenised separately.
     """
     if not text:
         return []

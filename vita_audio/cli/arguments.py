@@ -1,13 +1,13 @@
-"""The options of a command, made from the dataclasses that hold their defaults.
+"""Command-line options, generated from the dataclasses that hold their defaults.
 
     parser = command_parser(__doc__)
     GENERATION.add_to(parser)
     args = parser.parse_args(argv)
     options = GENERATION.read(args)          # a GenerationOptions
 
-Every field of a dataclass becomes a flag of its name, and the ``Attributes:`` section of its docstring the help. So
-an option has one name, one default and one description. Flags are written in snake case; dashes are
-accepted too.
+Every field of a dataclass becomes a flag of the same name, and the ``Attributes:`` section of its docstring becomes
+the help. An option thus has one name, one default and one description. Flags use snake case; dashes are
+also accepted.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 
 TRACEBACK_VARIABLE = "VITA_AUDIO_TRACEBACK"
-"""Set in the environment: refusals keep their traceback."""
+"""Environment variable: if set, errors keep their traceback."""
 
 
 def command_parser(description: str | None, **settings: Any) -> CommandParser:
-    """A parser that shows a module's docstring as it stands and refuses in one line."""
+    """A parser that shows a module's docstring unchanged and reports errors in one line."""
     return CommandParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,7 +50,7 @@ def command_parser(description: str | None, **settings: Any) -> CommandParser:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Takes ``--max-new-tokens`` for ``--max_new_tokens``; a refusal is one line without the list of flags."""
+    """Accepts ``--max-new-tokens`` for ``--max_new_tokens``; errors are one line without the list of flags."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else map(str, args))
@@ -73,14 +73,14 @@ class OptionGroup(Generic[Options]):
     """The flags of one dataclass.
 
     Attributes:
-        title: of the group in ``--help``.
+        title: title of the group in ``--help``.
         holder: the dataclass. Its fields are ``str``, ``int``, ``float``, ``bool``, ``Path``, a list of one of
             these, or one of these or None; others need ``settings``.
-        names: flags of a field that is not set by its own name alone; the first is the name of the
+        names: flags of a field whose flag differs from its name or has aliases; the first is the name of the
             parsed value.
-        settings: keyword arguments of ``add_argument`` for a field, where its type does not say enough.
+        settings: keyword arguments of ``add_argument`` for a field whose type is not sufficient.
         left_out: fields without a flag.
-        unset: what None means, for the help.
+        unset: the meaning of None, for the help.
     """
 
     title: str
@@ -113,7 +113,7 @@ class OptionGroup(Generic[Options]):
                 )  # fmt: skip
 
     def read(self, args: argparse.Namespace, **values: Any) -> Options:
-        """The dataclass that the command line describes; ``values`` win over it."""
+        """The dataclass for the command line; ``values`` take precedence."""
         given = {entry.name: getattr(args, self._names(entry)[0]) for entry in self._fields()}
         return self.holder(**given | values)
 
@@ -125,7 +125,7 @@ class OptionGroup(Generic[Options]):
 
 
 class JoinWords(argparse.Action):
-    """Keeps the words of an option as one text."""
+    """Joins the words of an option into one text."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None
@@ -150,7 +150,7 @@ RUNTIME = OptionGroup(
     "runtime",
     RuntimeOptions,
     settings={"dtype": {"choices": ("auto", "float32", "bfloat16", "float16")}},
-    unset="the best that this machine has",
+    unset="the best that this machine supports",
 )
 
 
@@ -181,7 +181,7 @@ def add_system_prompt(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run ``main`` as a program: log lines on stderr, and bad input ends it with one line and status 1."""
+    """Run ``main`` as a program: logs go to stderr, and bad input ends it with one line and status 1."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     with one_line_refusals():
         main()
@@ -189,9 +189,9 @@ def run_command(main: Callable[[], None]) -> None:
 
 @contextmanager
 def one_line_refusals() -> Iterator[None]:
-    """End the process with the first line of an error of the input, without a traceback.
+    """End the process with the first line of an input error, without a traceback.
 
-    Below the launcher the line goes to the launcher, which prints it once for all processes.
+    With the launcher, the line is passed to the launcher, which prints it once for all processes.
 
     Raises:
         SystemExit: with that line.
@@ -211,7 +211,7 @@ def one_line_refusals() -> Iterator[None]:
 
 
 def attribute_docs(holder: type) -> dict[str, str]:
-    """What the ``Attributes:`` section of a docstring says about each name, as plain text."""
+    """The text about each name in the ``Attributes:`` section of a docstring."""
     _, _, section = (inspect.getdoc(holder) or "").partition("Attributes:\n")
     texts: dict[str, str] = {}
     names: list[str] = []
@@ -228,7 +228,7 @@ def attribute_docs(holder: type) -> dict[str, str]:
 
 
 def _plain(text: str) -> str:
-    """Without markup and the last full stop."""
+    """The text without markup and the final full stop."""
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"\1", text)
     return text.replace("``", "").removesuffix(".")
 
@@ -244,10 +244,10 @@ def _shown(default: Any) -> str:
 
 
 def _settings(kind: Any) -> dict[str, Any]:
-    """How argparse reads a value of this type; of several types that include text, text.
+    """The argparse converter for this type; for several types that include text, text.
 
     Raises:
-        TypeError: it has no single reading; the group needs ``settings`` for it.
+        TypeError: the type is ambiguous; the group needs ``settings`` for it.
     """
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         kinds = [one for one in typing.get_args(kind) if one is not types.NoneType]
@@ -272,5 +272,5 @@ _METAVARS: dict[type, str] = {int: "N", float: "X", str: "VALUE"}
 def _boolean(text: str) -> bool:
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r}: true or false")
+        raise argparse.ArgumentTypeError(f"{text!r}: give true or false")
     return words[text.lower()]

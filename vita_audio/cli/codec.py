@@ -1,12 +1,12 @@
-"""A speech codec from the command line: encode, decode, round-trip, stream.
+"""Run a speech codec: encode, decode, round-trip, stream.
 
     python tools/codec.py encode speech.wav --tokenizer glm-4-voice-tokenizer --output codes.json
     python tools/codec.py decode codes.json --flow glm-4-voice-decoder --output speech.wav
     python tools/codec.py round-trip speech.wav --tokenizer ... --flow ... --output again.wav
     python tools/codec.py stream codes.json --flow ... --output speech.wav
 
-Codes are JSON lists, one per clip. Each command prints its real-time factor: seconds of work per second of
-speech, so below 1 is faster than speech. ``stream`` also prints the time of every chunk.
+Codes are JSON lists, one per clip. Each command prints its real-time factor: seconds of computation per second
+of speech; below 1 is faster than real time. ``stream`` also prints the time of every chunk.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def encode(codec: AudioTokenizer, arguments: argparse.Namespace) -> None:
-    """Audio files to a JSON list of code lists; with ``--compare_bf16``, how many codes bfloat16 keeps."""
+    """Audio files to a JSON list of code lists; with ``--compare_bf16``, the share of codes equal in bfloat16."""
     seconds = sum(map(audio_duration, arguments.inputs))
-    codec.encode((torch.zeros(1600), 16000))  # loads the weights, so that only work is timed
+    codec.encode((torch.zeros(1600), 16000))  # loads the weights, which are excluded from the timing
     start = time.perf_counter()
     codes = codec.encode_batch(arguments.inputs)
     _report("encode", time.perf_counter() - start, seconds, sum(map(len, codes)))
@@ -88,7 +88,7 @@ def round_trip(codec: AudioTokenizer, arguments: argparse.Namespace) -> None:
 
 
 def stream(codec: AudioTokenizer, arguments: argparse.Namespace) -> None:
-    """Codes to audio as they arrive, ``--piece`` at a time."""
+    """Codes to audio as a stream, ``--piece`` codes at a time."""
     codes = _read_codes(arguments.inputs[0])
     codec.decode(codes[:1], steps=1)
     reply = codec.stream(_generator(arguments))
@@ -140,7 +140,7 @@ def _generator(arguments: argparse.Namespace) -> torch.Generator | None:
 
 
 def _open(arguments: argparse.Namespace) -> AudioTokenizer:
-    """The codec; for decoding the decoder's folder is enough."""
+    """The codec; decoding needs only the decoder's folder."""
     options = CODEC_FLAGS.read(arguments)
     return get_audio_tokenizer(
         options.audio_tokenizer_type,
@@ -171,12 +171,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("inputs", type=Path, nargs="+" if several else 1, help="audio or codes (JSON)")
         command.add_argument("--output", type=Path, required=not several, help="file to write")
         CODEC_FLAGS.add_to(command)
-        command.add_argument("--device", help="default: this process's GPU, or the CPU")
+        command.add_argument("--device", help="default: this process's GPU, else the CPU")
         if several:
-            command.add_argument("--compare_bf16", action="store_true", help="print bfloat16's agreement")
+            command.add_argument(
+                "--compare_bf16", action="store_true", help="print the agreement with bfloat16"
+            )
         else:
             command.add_argument("--steps", type=int, default=10, help="solver steps")
             command.add_argument("--seed", type=int, help="seed of the decoder's noise")
         if name == "stream":
-            command.add_argument("--piece", type=int, default=10, help="codes that arrive at a time")
+            command.add_argument("--piece", type=int, default=10, help="number of codes pushed at a time")
     return parser.parse_args(argv)

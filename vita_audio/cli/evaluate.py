@@ -3,10 +3,10 @@
     python tools/evaluate_table.py --checkpoints stage1=DIR stage3=DIR --modes vanilla boost turbo \\
         --asr asr.jsonl --tts tts.jsonl --sqa sqa.jsonl --text_qa text_qa.jsonl --seed_tts zh/meta.lst --output_dir out
 
-One row per checkpoint and mode. A checkpoint shows the modes its heads suffice for, or those named behind its
-folder: stage2=DIR@vanilla,1-1. Every test set has its own scores; NAME=FILE names it, otherwise its file does.
-scores.json and scores.md are written row by row, and nothing is computed again unless something behind it changed.
-OUTPUT_DIR/STAGE-MODE/ holds every utterance and its WAV file, OUTPUT_DIR/run.json what was run.
+One row per checkpoint and mode. A checkpoint is scored in the modes that it has enough heads for, or in those listed
+after its folder: stage2=DIR@vanilla,1-1. Every test set has its own scores; NAME=FILE names it, otherwise its file does.
+scores.json and scores.md are written row by row, and a score is computed again only if one of its inputs changed.
+OUTPUT_DIR/STAGE-MODE/ holds every utterance and its WAV file, OUTPUT_DIR/run.json the settings of the run.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from vita_audio.provenance import RUN_FILE, describe_run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The table of several checkpoints, modes and test sets."""
+    """Score several checkpoints, modes and test sets, and write the table."""
     parser = command_parser(__doc__)
     parser.add_argument("--checkpoints", nargs="+", required=True, metavar="STAGE=DIR[@MODE,…]")
     parser.add_argument(
         "--modes", nargs="+", default=list(SCHEDULES), metavar="MODE",
-        help="names, or numbers joined by dashes such as 1-10-4-10 (default: the four of the paper)",
+        help="names, or numbers joined by dashes such as 1-10-4-10 (default: the paper's four)",
     )  # fmt: skip
     for task in TASKS.values():
         parser.add_argument(
@@ -61,17 +61,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     parser.add_argument(
         "--decoding", nargs="+", default=["greedy"], choices=DECODINGS,
-        help="greedy: the likeliest token, so that rows can be repeated; published: as the published figures, "
-        "speech synthesis drawn, with the checkpoint's repetition penalty; both stand side by side (default: greedy)",
+        help="greedy: the most likely token, which is reproducible; published: the decoding of the published figures, "
+        "with sampled speech synthesis and the checkpoint's repetition penalty; both may be given (default: greedy)",
     )  # fmt: skip
     defaults = Settings()
     parser.add_argument(
-        "--max_new_tokens", type=int, default=defaults.max_new_tokens, metavar="N", help="longest reply"
+        "--max_new_tokens",
+        type=int,
+        default=defaults.max_new_tokens,
+        metavar="N",
+        help="maximum length of a reply, in tokens",
     )
-    parser.add_argument("--seed", type=int, default=defaults.seed, metavar="N", help="of drawn replies")
+    parser.add_argument(
+        "--seed", type=int, default=defaults.seed, metavar="N", help="seed of sampled replies"
+    )
     parser.add_argument(
         "--speed_items", type=int, default=defaults.speed_items, metavar="N",
-        help=f"replies timed (default: {defaults.speed_items})",
+        help=f"number of timed replies (default: {defaults.speed_items})",
     )  # fmt: skip
     _add_common_arguments(parser)
     args = parser.parse_args(argv)
@@ -88,13 +94,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def main_single(task: str, argv: Sequence[str] | None = None, **defaults: object) -> None:
-    """One test set of one checkpoint, with any generation options.
+    """Score one checkpoint on one test set, with any generation options.
 
     Writes ``TASK.jsonl``, the WAV files and ``TASK_scores.json`` into the output folder.
 
     Args:
         task: name in :data:`~vita_audio.evaluation.scoreboard.TASKS`.
-        defaults: of the command's flags in place of the usual ones.
+        defaults: defaults of the command's flags that replace the usual ones.
     """
     parser = command_parser(
         f"{TASKS[task].title} scores of one checkpoint on one test set.\n\n{main_single.__doc__}"
@@ -105,15 +111,15 @@ def main_single(task: str, argv: Sequence[str] | None = None, **defaults: object
     parser.add_argument("--model_name_or_path", required=True, metavar="DIR", help="checkpoint folder")
     parser.add_argument(
         "--num_workers", type=int, default=0, help=argparse.SUPPRESS
-    )  # of the original's commands
+    )  # for the original's commands
     if task == "tts":
         parser.add_argument(
             "--metric", default="wer", choices=("wer", *(f"seed-tts-{language}" for language in LANGUAGES)),
-            help="how errors are counted (default: wer)",
+            help="error metric (default: wer)",
         )  # fmt: skip
         parser.add_argument(
             "--floor", action=argparse.BooleanOptionalAction, default=True,
-            help="score the recordings of the test set too, as they are and after the codec (default: --floor)",
+            help="also score the recordings of the test set, unchanged and after the codec (default: --floor)",
         )  # fmt: skip
     GENERATION.add_to(parser, do_sample=TASKS[task].samples, seed=Settings.seed)
     _add_common_arguments(parser)
@@ -146,7 +152,7 @@ def _run(
     sets: Sequence[BenchmarkSet],
     settings: Settings,
 ) -> None:
-    """Score, and end with the table and its path."""
+    """Score, then print the table and its path."""
     check(checkpoints, sets, settings)
     if is_first():
         data = {one.name: {"file": str(one.path), "fingerprint": one.fingerprint} for one in sets}
@@ -163,7 +169,7 @@ def _run(
 
 def _add_common_arguments(parser: CommandParser) -> None:
     group = parser.add_argument_group("test sets")
-    group.add_argument("--data_root", type=Path, metavar="DIR", help="where relative audio paths start")
+    group.add_argument("--data_root", type=Path, metavar="DIR", help="base folder of relative audio paths")
     group.add_argument("--limit", type=int, metavar="N", help="at most N items, spread over each file")
     group.add_argument(
         "--batch_size", type=int, default=Settings.batch_size, help="replies generated together"
@@ -171,15 +177,15 @@ def _add_common_arguments(parser: CommandParser) -> None:
     group.add_argument("--output_dir", type=Path, required=True, metavar="DIR")
     group.add_argument(
         "--text_normaliser", default="words", choices=tuple(NORMALISERS),
-        help="of TTS: words compares words without punctuation, libritts also spells out numbers and "
-        "abbreviations as the published LibriTTS figures do (needs WeTextProcessing; default: words)",
+        help="normaliser for TTS: words compares words without punctuation, libritts also spells out numbers and "
+        "abbreviations as in the published LibriTTS figures (needs WeTextProcessing; default: words)",
     )  # fmt: skip
     group.add_argument(
-        "--speaker_prompt", action="store_true", help="Seed-TTS: give the speaker's recording as voice prompt"
+        "--speaker_prompt",
+        action="store_true",
+        help="Seed-TTS: use the speaker's recording as the voice prompt",
     )
-    group.add_argument(
-        "--seed_tts_language", choices=LANGUAGES, help="default: that of the folder the list lies in"
-    )
+    group.add_argument("--seed_tts_language", choices=LANGUAGES, help="default: from the list's folder")
     add_system_prompt(parser)
     RUNTIME.add_to(parser)
     CODEC.add_to(parser)
@@ -187,11 +193,11 @@ def _add_common_arguments(parser: CommandParser) -> None:
     group = parser.add_argument_group("listening")
     group.add_argument(
         "--transcriber_processes", type=int, default=Settings.transcriber_processes, metavar="N",
-        help="recognisers side by side; 0 recognises in this process (default: 2)",
+        help="number of recogniser processes; 0 recognises in this process (default: 2)",
     )  # fmt: skip
     group.add_argument(
         "--chinese_transcriber", default="paraformer", choices=RECOGNISERS,
-        help="hears Mandarin Seed-TTS (default: paraformer)",
+        help="recogniser for Mandarin Seed-TTS (default: paraformer)",
     )  # fmt: skip
     group.add_argument("--chinese_transcriber_path", metavar="DIR", help="its weights")
 
@@ -208,7 +214,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _read_checkpoint(text: str, args: argparse.Namespace) -> Checkpoint:
-    """``STAGE=DIR[@MODE,…]`` to its parts, the modes that its heads suffice for filled in."""
+    """Parse ``STAGE=DIR[@MODE,…]``; the modes default to those that it has enough heads for."""
     stage, separator, rest = text.partition("=")
     folder, _, chosen = rest.partition("@")
     if not separator or not stage or not folder or "/" in stage:
@@ -221,10 +227,10 @@ def _read_checkpoint(text: str, args: argparse.Namespace) -> Checkpoint:
 
 
 def _count_heads(folder: str | Path, audio_tokenizer_type: str) -> int:
-    """The heads of a checkpoint, once it is known to fit the codec.
+    """The number of heads of a checkpoint, after checking that it fits the codec.
 
     Raises:
-        ValueError: no checkpoint of the family, or one that reads another kind of input.
+        ValueError: it is not a checkpoint of this family, or reads another kind of input.
     """
     config = open_config(folder)
     check_family(config, audio_tokenizer_type)
@@ -251,7 +257,7 @@ def _read_sets(files: Sequence[tuple[str, str]], args: argparse.Namespace) -> li
 
 
 def _named_file(text: str, data_root: Path | None) -> tuple[str, Path]:
-    """Name, empty for none, and place of ``[NAME=]FILE``; a file that is not there may lie below the data root."""
+    """Name (empty for none) and path of ``[NAME=]FILE``; a missing file is looked up below the data root."""
     name, separator, file = text.partition("=")
     if not separator or Path(text).exists():
         name, file = "", text
@@ -263,7 +269,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def _set_names(given: Sequence[tuple[str, Path]]) -> list[str]:
-    """A name for each set that no other has: as given, else the file's, with as many folders as tell it apart."""
+    """A unique name for each set: as given, else the file's name, with as many folders as needed."""
     stems = [name or path.name.partition(".json")[0].removesuffix(".lst") for name, path in given]
     names = list(stems)
     for depth in range(1, max(len(path.resolve().parts) for _, path in given)):
@@ -273,7 +279,9 @@ def _set_names(given: Sequence[tuple[str, Path]]) -> list[str]:
                 names[index] = "_".join([*path.resolve().parts[-1 - depth : -1], stems[index]])
     twice = [path for name, (_, path) in zip(names, given, strict=True) if names.count(name) > 1]
     if twice:
-        raise ValueError(f"{twice[0]}: two test sets of this name; give them different ones with NAME=FILE")
+        raise ValueError(
+            f"{twice[0]}: two test sets have this name; give them different names with NAME=FILE"
+        )
     files = [name if _FILE_NAME.fullmatch(name) else file_name(name) for name in names]
     return files if len(set(map(str.lower, files))) == len(files) else [file_name(name) for name in names]
 
@@ -282,7 +290,7 @@ def _task(name: str, path: Path, args: argparse.Namespace) -> Task:
     if name == "seed_tts":
         return SeedTTS(language_of(path, args.seed_tts_language), args.speaker_prompt)
     if name == "tts":
-        normaliser(args.text_normaliser)  # refused here if its package is missing
+        normaliser(args.text_normaliser)  # fails here if its package is missing
         return SpeechSynthesis(args.text_normaliser)
     return TASKS[name]
 

@@ -1,14 +1,14 @@
 """Train one stage.
 
-The stage scripts in scripts/deepspeed/sts_qwen25 launch this; every option is in
-vita_audio/training/arguments.py or is one of transformers' TrainingArguments.
+The stage scripts in scripts/deepspeed/sts_qwen25 launch this command. Its options are in
+vita_audio/training/arguments.py and in transformers' TrainingArguments.
 
     python vita_audio/cli/launch.py --nproc_per_node 8 tools/finetune_sts.py --model_name_or_path … --dataset_name …
 
-It checks the options, owns the output folder, opens tokenizer, rows and codec, then the model with its heads,
-freezes what the stage does not train, continues from the last complete checkpoint if there is one, trains, and
-saves an ordinary model folder. What was run is in OUTPUT_DIR/run.json. Started again, it goes on where it was
-stopped; a finished stage goes on when --max_steps is raised.
+It checks the options, locks the output folder, opens tokenizer, rows and codec, then the model with its heads,
+freezes the parameters that the stage does not train, continues from the last complete checkpoint if there is one,
+trains, and saves an ordinary model folder. OUTPUT_DIR/run.json records the run. When restarted, it continues where
+it was stopped; a finished stage continues if --max_steps is raised.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ from vita_audio.training.result import check_result
 logger = logging.getLogger("finetune_sts")
 
 AT_THE_DOOR = (ValueError, OSError, ImportError)
-"""What wrong input raises while options, folders, codec, tokenizer and model are opened."""
+"""Errors raised by bad input while options, folders, codec, tokenizer and model are opened."""
 WHILE_TRAINING = (MixError, TokenCacheError, ResumeError, TooManyBadSamples, MachineError, FloatingPointError)
-"""What input may raise later; any other error keeps its traceback."""
+"""Errors that input may raise later; any other error keeps its traceback."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train one stage from command-line options; ``sys.argv`` by default."""
     end_with_launcher()
-    # 1. Options, and whether this machine can serve them.
+    # 1. Options, and whether this machine supports them.
     with told_in_one_line(*AT_THE_DOOR):
         model_args, data_args, stage_args = parse_arguments(argv)
         check_input_folder(model_args.model_name_or_path)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     connect(stage_args)
     set_seed(stage_args.seed)
 
-    # 2. The output folder: ours alone, and how far it has come.
+    # 2. The output folder: lock it and read its progress.
     with RunFolder(stage_args.output_dir) as folder:
         with told_in_one_line(*AT_THE_DOOR), agreed(*AT_THE_DOOR):
             if is_first():
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif is_first():
             folder.take_result(checkpoint)
 
-        # 8. The stage's result is an ordinary model folder; the marker says that it is whole.
+        # 8. The stage's result is an ordinary model folder; the marker says that it is complete.
         barrier()
         if is_first():
             with told_in_one_line(*AT_THE_DOOR):
@@ -149,17 +149,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def choose_numerics(model_args: ModelArguments, stage_args: StageArguments) -> tuple[torch.dtype, str]:
-    """The weights' type and the attention's implementation, ``auto`` resolved.
+    """The type of the weights and the attention implementation, with ``auto`` resolved.
 
     Raises:
-        ArgumentError: FlashAttention is asked for and cannot run.
+        ArgumentError: FlashAttention is requested but cannot run.
     """
     name = model_args.dtype
     if name == "auto":
         name = "bfloat16" if stage_args.bf16 else "float32"
     attention = model_args.attn_implementation
     flash_runs = torch.cuda.is_available() and is_flash_attn_2_available()
-    half = name != "float32"  # FlashAttention takes half precision only
+    half = name != "float32"  # FlashAttention supports half precision only
     if attention == "auto":
         attention = "flash_attention_2" if flash_runs and half else "sdpa"
     elif attention == "flash_attention_2" and not (flash_runs and half):
@@ -169,10 +169,10 @@ def choose_numerics(model_args: ModelArguments, stage_args: StageArguments) -> t
 
 
 def check_launch(stage_args: StageArguments) -> None:
-    """Refuse a start without the launcher where one is needed, before anything is connected or loaded.
+    """Refuse a start without a required launcher, before anything is connected or loaded.
 
     Raises:
-        ArgumentError: the message says how to start.
+        ArgumentError: the launcher is missing; the message says how to start.
     """
     how = "python vita_audio/cli/launch.py --nproc_per_node N tools/finetune_sts.py …"
     if "RANK" in os.environ:
@@ -188,7 +188,7 @@ def check_launch(stage_args: StageArguments) -> None:
 
 
 def connect(stage_args: StageArguments) -> None:
-    """Connect the processes; ZeRO-3 splits the model while it is opened, so this comes before."""
+    """Connect the processes. ZeRO-3 partitions the model while it is opened, so this comes first."""
     if stage_args.deepspeed:
         import deepspeed
 
@@ -202,10 +202,10 @@ def open_tokenizers(
 ) -> tuple[PreTrainedTokenizerBase, CodecSpec]:
     """The text tokenizer, with the codec's tokens, and the codec.
 
-    The codec is opened once on each machine where its folder is given and there, to see that it is the right one.
+    The codec is opened once on each machine that has its folder, to check that it is the right one.
 
     Raises:
-        ValueError, OSError: a folder cannot serve.
+        ValueError, OSError: a folder cannot be used.
     """
     tokenizer = open_tokenizer(model_args.tokenizer_name_or_path or model_args.model_name_or_path)
     codec = CodecSpec(
@@ -221,7 +221,7 @@ def open_tokenizers(
         except (KeyError, RuntimeError) as error:
             raise ValueError(
                 f"--audio_tokenizer_path {codec.path}: no codec of --audio_tokenizer_type {codec.kind} ({error!r}); "
-                "give the folder and the type that belong together"
+                "give a matching folder and type"
             ) from error
     extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
     return tokenizer, codec
@@ -233,7 +233,7 @@ def open_rows(
     tokenizer: PreTrainedTokenizerBase,
     codec: CodecSpec,
 ) -> TrainLoader:
-    """This rank's rows, at their beginning."""
+    """This rank's rows, from the beginning."""
     config = DataConfig(
         dataset_path=data_args.dataset_name,
         seq_length=data_args.model_max_length,
@@ -264,7 +264,7 @@ def describe(
     loader: TrainLoader,
     checkpoint: Path | None,
 ) -> dict[str, Any]:
-    """What ``run.json`` says."""
+    """The content of ``run.json``."""
     arguments = {
         **asdict(model_args),
         **asdict(data_args),
@@ -285,10 +285,10 @@ def open_model(
     dtype: torch.dtype,
     attention: str,
 ) -> PreTrainedModel:
-    """The model with its heads, a row for every token, and the schedule it is trained for.
+    """The model with its heads, an embedding row for every token, and its default schedule.
 
     Raises:
-        ValueError: the folder cannot serve.
+        ValueError: the folder cannot be used.
     """
     model = load_with_heads(
         model_args.model_name_or_path,
@@ -301,7 +301,7 @@ def open_model(
     resize_vocabulary(model, len(tokenizer))
     if model_args.mtp_loss_weight is not None:
         model.config.mtp_loss_weight = model_args.mtp_loss_weight
-    model.config.system_prompt = ""  # the samples bring their own; none is added to the others
+    model.config.system_prompt = ""  # samples have their own; none is added to the others
     if model_args.num_nextn_predict_layers:
         model.set_default_mode(data_args.text_audio_interval_ratio)
     return model
@@ -309,7 +309,7 @@ def open_model(
 
 @contextmanager
 def told_in_one_line(*errors: type[Exception]) -> Iterator[None]:
-    """End the process with the message of such an error, which says what to do, and without a traceback."""
+    """End the process with the message of one of these errors, without a traceback."""
     try:
         yield
     except errors as error:
@@ -317,7 +317,7 @@ def told_in_one_line(*errors: type[Exception]) -> Iterator[None]:
 
 
 def set_up_logging(stage_args: StageArguments) -> None:
-    """The first process tells what happens; the others would tell the same."""
+    """Log on the first process only; the others would repeat the same lines."""
     logging.basicConfig(
         level=logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

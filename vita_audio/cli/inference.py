@@ -3,10 +3,10 @@
     python tools/inference_sts.py --model_name_or_path DIR --audio_tokenizer_type mel_vq \\
         --audio_tokenizer_path DIR --tts "good morning" --question question.wav --output_dir out
 
-Each request is answered twice, whole and streaming (``--stream`` / ``--no_stream`` choose one), in every mode asked
-for. Replies are written as WAV files, listed in ``OUTPUT_DIR/replies.jsonl``, and summed up in a table. Requests
+Each request is answered twice, whole and streaming (``--stream`` / ``--no_stream`` select one), in every requested
+mode. Replies are written as WAV files, listed in ``OUTPUT_DIR/replies.jsonl``, and summarised in a table. Requests
 come from the flags, from ``--samples FILE`` (JSON lines in the training data's format; the last assistant message is
-left out), or both. The original's benchmarks are ``python tools/benchmark.py generate`` and ``sts``.
+dropped), or both. The original's benchmarks are ``python tools/benchmark.py generate`` and ``sts``.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from vita_audio.inference.pipeline import read_checkpoint_config
 
 NOTHING_GIVEN = """\
 inference_sts needs a model, its codec and a question:
-  --model_name_or_path DIR      a folder that training has saved
+  --model_name_or_path DIR      a folder saved by training
   --audio_tokenizer_type KIND --audio_tokenizer_path DIR [--flow_path DIR]      the codec it was trained with
-  --text "…", --question WAV, --asr WAV, --tts "…" [--voice WAV] or --samples JSONL      what to ask
+  --text "…", --question WAV, --asr WAV, --tts "…" [--voice WAV] or --samples JSONL      the questions
 No weights yet? bash scripts/quickstart.sh trains a small model and says how to talk to it. All flags: --help"""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask, under a name that its files bear."""
+    """One request, with the name used for its files."""
 
     name: str
     task: str
@@ -94,15 +94,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     CODEC.add_to(parser)
     RUNTIME.add_to(parser)
     GENERATION.add_to(parser)
-    group = parser.add_argument_group("requests; each may be given several times")
+    group = parser.add_argument_group("requests; each flag may be given several times")
     group.add_argument("--text", action="append", default=[], help="a typed question")
     group.add_argument("--question", action="append", default=[], metavar="WAV", help="a spoken question")
-    group.add_argument("--asr", action="append", default=[], metavar="WAV", help="speech to write down")
+    group.add_argument("--asr", action="append", default=[], metavar="WAV", help="speech to transcribe")
     group.add_argument("--tts", action="append", default=[], metavar="TEXT", help="text to read aloud")
-    group.add_argument("--voice", metavar="WAV", help="voice for the --tts texts (cloning)")
+    group.add_argument("--voice", metavar="WAV", help="recording of the voice for the --tts texts (cloning)")
     group.add_argument("--samples", type=Path, metavar="FILE", help="JSON lines of samples")
     group.add_argument(
-        "--data_root", type=Path, metavar="DIR", help="where relative paths in --samples start"
+        "--data_root", type=Path, metavar="DIR", help="base folder of relative paths in --samples"
     )
     add_system_prompt(parser)
     parser.add_argument(
@@ -117,10 +117,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def mode_options(args: argparse.Namespace) -> list[GenerationOptions]:
-    """The options of each mode asked for.
+    """The options of each requested mode.
 
     Raises:
-        ValueError: the mode is no schedule.
+        ValueError: the mode is not a schedule.
     """
     options = GENERATION.read(args)
     if args.all_modes:
@@ -131,10 +131,10 @@ def mode_options(args: argparse.Namespace) -> list[GenerationOptions]:
 
 
 def read_questions(args: argparse.Namespace) -> Iterator[Question]:
-    """What the command line asks.
+    """The requests of the command line.
 
     Raises:
-        ValueError: a file is missing, or the model's folder, whose system message questions take.
+        ValueError: a file is missing, or the model's folder, which provides the system message of questions.
     """
     system = system_message(args.system_prompt, read_checkpoint_config(args.model_name_or_path))
     for number, text in enumerate(args.text, start=1):
@@ -150,20 +150,20 @@ def read_questions(args: argparse.Namespace) -> Iterator[Question]:
             conversation = prompts.synthesis(text, existing(args.voice))
             yield Question(f"clone_{number}", "voice clone", conversation)
     if args.voice and not args.tts:
-        raise ValueError("--voice is the voice of the --tts texts; give --tts")
+        raise ValueError("--voice applies to the --tts texts; give --tts")
     if args.samples:
         yield from sample_questions(args.samples, args.data_root)
 
 
 def sample_questions(path: Path, data_root: Path | None) -> Iterator[Question]:
-    """Samples are asked as they stand, without a system message of ours."""
+    """The requests of a sample file, unchanged and without an added system message."""
     for number, sample in read_samples(path, data_root, answer_lists=True):
         for audio in sample.audios:
             existing(str(audio))
         conversation = prompts.from_sample(sample)
         task = prompts.task_of(conversation)
         name = "".join(c if c.isalnum() or c in "-_" else "_" for c in sample.id or "")[:80]
-        # The number keeps apart what only punctuation told apart.
+        # The number distinguishes ids that differ only in punctuation.
         yield Question(
             "_".join(filter(None, (task.replace(" ", "_").lower(), str(number), name))), task, conversation
         )
@@ -176,22 +176,24 @@ def existing(path: str | Path) -> Path:
 
 
 def check_codec(codec: CodecOptions, questions: Sequence[Question]) -> None:
-    """Refuse a codec that lacks a folder which these questions need.
+    """Refuse a codec without a folder that these questions need.
 
     Raises:
-        ValueError: names the flag.
+        ValueError: a folder is missing; the message names the flag.
     """
     if codec.audio_tokenizer_path is None and any(question.conversation.audios for question in questions):
-        raise ValueError(f"--audio_tokenizer_path: the {codec.audio_tokenizer_type} codec needs it to listen")
+        raise ValueError(
+            f"--audio_tokenizer_path: the {codec.audio_tokenizer_type} codec needs it for speech input"
+        )
     if is_continuous_kind(codec.audio_tokenizer_type) and codec.frontend_path is None:
         raise ValueError(f"--frontend_path: the {codec.audio_tokenizer_type} codec needs SenseVoice's folder")
     speaks = any(question.task != "ASR" for question in questions)
     if codec.audio_tokenizer_type.endswith("glm4voice") and codec.flow_path is None and speaks:
-        raise ValueError(f"--flow_path: the {codec.audio_tokenizer_type} codec needs it to speak")
+        raise ValueError(f"--flow_path: the {codec.audio_tokenizer_type} codec needs it for speech output")
 
 
 def warm_up(pipeline: SpeechPipeline, question: Question, options: GenerationOptions) -> None:
-    """Run every part once. The first call on a device compiles and allocates; it is not a measure of speed."""
+    """Run every part once: the first call on a device compiles and allocates and must not be timed."""
     short = replace(options, max_new_tokens=16)
     for streaming in (False, True):
         ask(pipeline, question, short, streaming)
@@ -208,7 +210,7 @@ def answer(
     streaming: bool,
     console: Console,
 ) -> Reply:
-    """Ask, and show the reply while it comes."""
+    """Send a request, and show the reply as it arrives."""
     how = "streaming" if streaming else "whole"
     console.print(f"[bold]{question.name}[/bold] · {options.mode or 'the model’s mode'} · {how}: ", end="")
     reply = ask(pipeline, question, options, streaming, console)
@@ -240,7 +242,7 @@ def ask(
 
 
 def write(reply: Reply, question: Question, streaming: bool, folder: Path) -> dict[str, Any]:
-    """Save the speech; the record names its file, or None without speech."""
+    """Save the speech and return the record, which names the file, or None without speech."""
     options = reply.options.to_dict()
     name = None
     if reply.waveform is not None and len(reply.waveform):
@@ -266,7 +268,7 @@ def write(reply: Reply, question: Question, streaming: bool, folder: Path) -> di
 
 
 def new_table() -> Table:
-    """A row for each reply; readable in 80 columns."""
+    """A table with a row for each reply; readable in 80 columns."""
     table = Table(
         title="replies", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False,
         caption="chunk, sound: ms to the first chunk of codes and to the first sound; ~ streaming",

@@ -1,12 +1,12 @@
-"""See a data mix as the model will: one HTML page, no training needed.
+"""Show a data mix as the model will see it, on one HTML page, without training.
 
     python tools/inspect_data.py configs/sts_finetune_stage1.yaml --tokenizer MODEL_DIR \\
         --audio_tokenizer_type glm4voice --audio_tokenizer_path WEIGHTS [--audio_token_cache TOKENS]
 
-Reads the first samples of the mix's stream, in training order, through the very code that training uses,
-and shows for each source how many samples and hours it gives and what was refused and why; how long
-documents are; how full the rows get; and samples with players, text and speech tokens coloured, and
-what is supervised underlined. Hours come from file headers, or from codes where the audio is not here.
+Reads the first samples of the mix's stream, in training order, through the same code as training.
+The page shows, for each source, the numbers of samples and hours, and the refused samples with their reasons;
+document lengths; how full the rows are; and samples with audio players, coloured text and speech tokens, and
+supervised tokens underlined. Hours come from file headers, or from codes if the audio is missing.
 """
 
 from __future__ import annotations
@@ -62,24 +62,26 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument("config", help="YAML of the data mix")
-    parser.add_argument("--tokenizer", required=True, help="folder of the text tokenizer (a model's folder)")
+    parser.add_argument(
+        "--tokenizer", required=True, help="folder of the text tokenizer, such as a model's folder"
+    )
     parser.add_argument(
         "--audio_tokenizer_type",
         choices=available_kinds(),
-        help="the codec; without one, samples with audio are refused",
+        help="the codec; without it, samples with audio are refused",
     )
     parser.add_argument("--audio_tokenizer_path")
-    parser.add_argument("--audio_model_name_or_path", help="SenseVoice's folder, for its kinds")
+    parser.add_argument("--audio_model_name_or_path", help="SenseVoice's folder, for sensevoice kinds")
     parser.add_argument("--audio_token_cache")
     parser.add_argument(
-        "--data_root", help="where relative paths start (default: $ROOT_PATH, else the mix's folder)"
+        "--data_root", help="base folder of relative paths (default: $ROOT_PATH, else the mix's folder)"
     )
     parser.add_argument("--model_max_length", type=int, default=8192, help="tokens in a row")
     parser.add_argument(
         "--text_audio_interval_ratio", type=int, nargs="+", default=list(DEFAULT_TEXT_AUDIO_RATIO)
     )
     parser.add_argument("--scan", type=int, default=2000, help="samples read for the statistics")
-    parser.add_argument("--show", type=int, default=4, help="samples shown of each source")
+    parser.add_argument("--show", type=int, default=4, help="samples shown per source")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--out", type=Path, default=Path("data_inspection.html"))
     return parser.parse_args(argv)
@@ -87,7 +89,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @dataclass
 class SourceView:
-    """One source, as far as it was read."""
+    """One source: statistics of the samples read so far."""
 
     rows: int = 0
     per_epoch: int = 0
@@ -106,7 +108,7 @@ class SourceView:
 
 @dataclass
 class Inspection:
-    """What the page shows."""
+    """The content of the page."""
 
     sources: dict[str, SourceView]
     missing: list[str]
@@ -131,7 +133,9 @@ def inspect(options: argparse.Namespace) -> Inspection:
 
     sources: dict[str, SourceView] = defaultdict(SourceView)
     for spec, source_rows, used in zip(mix.specs, mix.rows, mix.used, strict=True):
-        view = sources[spec.name]  # files of one name in one data set are one source, as in the counters
+        view = sources[
+            spec.name
+        ]  # files with the same name in one data set are one source, as in the counters
         view.rows += len(source_rows)
         view.per_epoch += used
     packer: RowPacker[int] = RowPacker(config.seq_length)
@@ -177,7 +181,7 @@ def _tokenizer(folder: str, codec: CodecSpec | None) -> PreTrainedTokenizerBase:
     tokenizer = open_tokenizer(folder)
     if codec is not None:
         extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
-    elif BEGIN_OF_AUDIO not in tokenizer.get_vocab():  # text alone is rendered with speech tokens too
+    elif BEGIN_OF_AUDIO not in tokenizer.get_vocab():  # text-only data is also rendered with speech tokens
         extend_tokenizer(tokenizer, False, AUDIO_CODEBOOK_SIZE)
     return tokenizer
 
@@ -213,7 +217,7 @@ def _seconds(audios: list[str], example: Example, tokenizer: PreTrainedTokenizer
 
 
 def render(inspection: Inspection, options: argparse.Namespace) -> str:
-    """The HTML page, complete in itself."""
+    """The self-contained HTML page."""
     sources = sorted(inspection.sources.items(), key=lambda item: -item[1].per_epoch)
     parts = [
         f"<h1>{html.escape(str(options.config))}</h1>",
@@ -255,7 +259,7 @@ def _totals_html(inspection: Inspection) -> str:
     rows = f"{len(inspection.row_fills)} rows of {inspection.capacity} tokens"
     fill_text = f"{rows}, <b>{fill:.2%}</b> full" if fill is not None else "too few samples for one full row"
     return (
-        f"<p>{len(inspection.sources)} sources, <b>{sum(view.per_epoch for view in views):,}</b> samples an epoch, "
+        f"<p>{len(inspection.sources)} sources, <b>{sum(view.per_epoch for view in views):,}</b> samples per epoch, "
         f"about <b>{sum(view.hours_per_epoch for view in views):,.1f} hours</b> of speech. "
         f"Read here: {read:,} samples; {fill_text}.</p>"
     )
@@ -333,7 +337,7 @@ def _sample_html(
 def _player_html(path: str) -> str:
     file = Path(path)
     if not file.is_file():
-        return f"<small>{html.escape(path)} is not here </small>"
+        return f"<small>{html.escape(path)} is missing </small>"
     if file.stat().st_size > LARGEST_EMBEDDED_CLIP:
         return f"<small>{html.escape(path)} is too large to embed </small>"
     kind = mimetypes.guess_type(file.name)[0] or "audio/wav"
@@ -343,7 +347,7 @@ def _player_html(path: str) -> str:
 
 
 def _runs_html(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Neighbouring tokens of one kind and one supervision, as coloured spans."""
+    """Coloured spans of adjacent tokens of the same kind and supervision."""
     tokens = ChatTokens.of(tokenizer)
     special = set(tokenizer.all_special_ids) | {tokens.begin, tokens.end, tokens.turn_openings["user"][0]}
 

@@ -1,14 +1,14 @@
-"""torchrun for our commands: the same options, one line when a command refuses, and no orphans.
+"""torchrun for our commands: the same options, one-line errors, and no orphan processes.
 
     python vita_audio/cli/launch.py --nproc_per_node 8 tools/finetune_sts.py --model_name_or_path …
 
-* A process that refuses hands its message to the launcher, in the error file that torchrun gives every process.
-  The launcher prints it once, in place of one copy for each process and torchrun's report of some forty lines.
-* A process ends with its launcher, also with one that is killed in its first moments. Each process starts in
-  this file, which asks Linux for that before anything is imported, makes sure that the launcher still lives,
-  and becomes the command.
+* A process that fails on bad input passes its message to the launcher, in the error file that torchrun gives every
+  process. The launcher prints it once, instead of one copy per process and torchrun's report of some forty lines.
+* A process ends with its launcher, even if the launcher is killed early. Each process starts in this file, which
+  requests this from Linux before anything is imported, checks that the launcher is still alive, and then
+  becomes the command.
 
-The file is run by its path and imports the standard library alone until it launches, so that it starts at once.
+The file is run by its path and imports only the standard library before it launches, so it starts quickly.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import NoReturn
 
 REFUSED = 78
-"""Exit status of a command that refuses: EX_CONFIG of sysexits.h."""
+"""Exit status of a command that fails on bad input: EX_CONFIG of sysexits.h."""
 LAUNCHER_VARIABLE = "VITA_AUDIO_LAUNCHER"
-"""In the environment of launched processes: the launcher's process id."""
+"""Environment variable of launched processes with the launcher's process id."""
 _WORKER_FLAG = "--as-worker"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Launch a command, or, in a launched process, become it."""
+    """Launch a command or, in a launched process, become it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == [_WORKER_FLAG]:
         end_with_launcher()
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def refuse(message: str) -> NoReturn:
-    """End this process with one line on standard error, or, below the launcher, with that line from the launcher."""
+    """End this process with one line on standard error; with the launcher, the launcher prints it."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file and LAUNCHER_VARIABLE in os.environ:
         Path(error_file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
@@ -51,12 +51,12 @@ def refuse(message: str) -> NoReturn:
 
 
 def end_with_launcher() -> None:
-    """Let this process die when its launcher does, and at once if the launcher is gone already."""
+    """End this process when its launcher ends, or at once if the launcher has already ended."""
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    # The launcher may have died before the line above. Then this process has another parent by now.
+    # The launcher may have died before the line above; then this process already has another parent.
     if not _is_launcher(os.getppid()):
         os._exit(1)
 
@@ -64,7 +64,7 @@ def end_with_launcher() -> None:
 def _is_launcher(process: int) -> bool:
     if LAUNCHER_VARIABLE in os.environ:
         return process == int(os.environ[LAUNCHER_VARIABLE])
-    # A plain torchrun does not say who it is, but it runs in this interpreter; a process that adopts orphans does not.
+    # A plain torchrun does not give its id, but it runs in this interpreter; a process that adopts orphans does not.
     try:
         return os.readlink(f"/proc/{process}/exe") == os.readlink("/proc/self/exe")
     except OSError:
@@ -82,7 +82,7 @@ def _launch(arguments: list[str]) -> None:
     options.training_script_args = [_WORKER_FLAG, *script, *options.training_script_args]
     options.training_script = os.path.abspath(__file__)
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
-    # They announce every process that they stop and report the failure that is told below.
+    # They log every process that they stop, and the failure that is reported below.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
     try:
@@ -93,7 +93,7 @@ def _launch(arguments: list[str]) -> None:
             print(failure.message, file=sys.stderr)
         else:
             how = f"status {failure.exitcode}" if failure.exitcode >= 0 else failure.signal_name()
-            print(f"launch: process {rank} ended with {how}; what it said stands above", file=sys.stderr)
+            print(f"launch: process {rank} ended with {how}; see its output above", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
     except DistNetworkError as error:
         reason = str(error).splitlines()[0]

@@ -1,11 +1,11 @@
-"""A run on one page: what the model says, how well, how fast, and how it got there.
+"""Report a run on one page: replies, scores, speed and training curves.
 
     python tools/report.py --run quickstart
 
-The folder of a run may be that of the quickstart, of one stage, of several stages, of an evaluation or of an
-inference: training logs (``trainer_state.json``), scores (``scores.json``) and replies (``replies.jsonl``) are found
-wherever they lie below it. Written are ``report.html``, which holds its pictures and sounds and can be sent as
-one file, and the pictures as ``report/*.png``. What a run does not have yet is left out.
+The folder may come from the quickstart, from one or several stages, from an evaluation or from inference:
+training logs (``trainer_state.json``), scores (``scores.json``) and replies (``replies.jsonl``) are found
+anywhere below it. The output is ``report.html``, a single file that contains its pictures and sounds, and the
+pictures as ``report/*.png``. Parts that a run does not have yet are omitted.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
     parser.add_argument("--out", type=Path, metavar="HTML", help="default: report.html in the run's folder")
-    parser.add_argument("--title", default="A model that talks back")
+    parser.add_argument("--title", default="A speech language model")
     args = parser.parse_args(argv)
     if not args.run.is_dir():
-        raise ValueError(f"{args.run}: no such folder; give the one that the run wrote to")
+        raise ValueError(f"{args.run}: no such folder; give the output folder of the run")
     print(write_report(args.run, args.out or args.run / "report.html", args.title))
 
 
@@ -115,19 +115,19 @@ def subtitle(logs: dict[str, list[Entry]], scores: list[Entry]) -> str:
     return " · ".join(parts)
 
 
-# -- what the run left -----------------------------------------------------------------------------------
+# -- results of the run -----------------------------------------------------------------------------------
 
 
 def find(run: Path, name: str) -> Path | None:
-    """The file of that name nearest to the top of a run's folder; of several at one depth the newest."""
+    """The file of that name nearest to the top of a run's folder; the newest of several at the same depth."""
     return min(run.rglob(name), key=lambda path: (len(path.parts), -path.stat().st_mtime), default=None)
 
 
 def read_training_logs(run: Path) -> dict[str, list[Entry]]:
     """Log entries with a loss of every stage below a folder, in order of training, keyed by the stage's title.
 
-    A finished stage has its state beside the model, an unfinished one in its last checkpoint. Of several runs
-    of a stage the newest counts. A folder that is not named after a stage script is titled by its own name.
+    A finished stage has its state next to the model, an unfinished one in its last checkpoint. Of several runs
+    of a stage the newest is used. A folder that is not named after a stage script keeps its name as title.
     """
     newest: dict[str, Path] = {}
     for state in sorted(run.rglob("trainer_state.json"), key=lambda path: path.stat().st_mtime):
@@ -145,7 +145,7 @@ def read_training_logs(run: Path) -> dict[str, list[Entry]]:
 
 
 def stage_title(state: Path) -> str:
-    """The stage whose script named a folder above the file, else the folder of the run itself."""
+    """The stage whose script named a parent folder of the file, else the run's folder name."""
     for part in reversed(state.resolve().parts):
         match = STAGE_FOLDER.fullmatch(part)
         if match and match[1] in STAGES:
@@ -162,7 +162,7 @@ def read_list(path: Path) -> list[Entry]:
     return content
 
 
-# -- words and sounds ------------------------------------------------------------------------------------
+# -- replies ------------------------------------------------------------------------------------
 
 
 def conversations(replies: list[Entry], folder: Path) -> list[Entry]:
@@ -235,11 +235,11 @@ def score_table(scores: list[Entry]) -> Entry | None:
     return {"columns": titles, "rows": rows, "legend": LEGEND}
 
 
-# -- pictures --------------------------------------------------------------------------------------------
+# -- plots --------------------------------------------------------------------------------------------
 
 
 def loss_figure(logs: dict[str, list[Entry]]) -> Figure:
-    """A panel for each stage; a line for every head, and the LLM's where it trains."""
+    """A panel for each stage, with a line for every head, and for the LLM if it trains."""
     across = min(2, len(logs))
     rows = math.ceil(len(logs) / across)
     figure = Figure(figsize=(9.5, 3.1 * rows), layout="constrained")
@@ -264,7 +264,7 @@ def loss_figure(logs: dict[str, list[Entry]]) -> Figure:
 
 
 def plot_loss(panel: Axes, history: list[Entry], key: str, label: str, colour: Any, width: float) -> None:
-    """A line, unless no entry has the key."""
+    """Plot a line, unless no entry has the key."""
     points = [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
     panel.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=width)
 

@@ -1,12 +1,12 @@
-"""Turn the speech of a data mix into codes, ahead of training.
+"""Precompute the speech codes of a data mix for training.
 
     torchrun --nproc_per_node 8 tools/tokenize_audio.py --dataset_name configs/sts_finetune_stage1.yaml \\
         --audio_tokenizer_type glm4voice --audio_tokenizer_path WEIGHTS --output_dir TOKENS
 
-Runs on any number of processes and nodes that share a file system: each takes the files whose names
-hash to its rank, sorts them by duration into batches, and writes Parquet shards. Files whose codes are
-there already are skipped, so a run that was killed is simply started again; it loses one shard at most.
-Training finds the codes with ``--audio_token_cache TOKENS`` (vita_audio/data/token_cache.py).
+Runs on any number of processes and nodes that share a file system: each processes the files whose names
+hash to its rank, sorts them by duration into batches, and writes Parquet shards. Files that are already encoded
+are skipped, so a killed run can simply be restarted; it loses at most one shard.
+Training reads the codes with ``--audio_token_cache TOKENS`` (vita_audio/data/token_cache.py).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Encode this process's share of a mix.
 
     Raises:
-        ValueError: the mix, the codec, the device or the cache folder cannot be used. What is wrong with a
-            clip is counted.
+        ValueError: the mix, the codec, the device or the cache folder cannot be used. Faults of single clips
+            are counted.
     """
     options = parse_options(argv)
     options.device = str(check_device(options.device))
@@ -70,21 +70,19 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--audio_tokenizer_type",
         required=True,
         choices=available_kinds(),
-        help="codec; of sensevoice kinds only the assistant's speech is turned into codes",
+        help="codec; for sensevoice kinds only the assistant's speech is turned into codes",
     )
     parser.add_argument("--audio_tokenizer_path", required=True, help="folder of the codec's weights")
     parser.add_argument("--output_dir", required=True, type=Path, help="the token cache")
     parser.add_argument(
-        "--data_root", help="where relative paths start (default: $ROOT_PATH, else the mix's folder)"
+        "--data_root", help="base folder of relative paths (default: $ROOT_PATH, else the mix's folder)"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto takes this process's GPU")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto uses this process's GPU")
     parser.add_argument(
-        "--batch_seconds", type=float, default=240, help="speech in a batch, padding included"
+        "--batch_seconds", type=float, default=240, help="seconds of speech per batch, including padding"
     )
-    parser.add_argument("--shard_clips", type=int, default=5000, help="clips in a shard")
-    parser.add_argument(
-        "--shard_minutes", type=float, default=10, help="a shard is written at least this often"
-    )
+    parser.add_argument("--shard_clips", type=int, default=5000, help="clips per shard")
+    parser.add_argument("--shard_minutes", type=float, default=10, help="maximum minutes between two shards")
     options = parser.parse_args(argv)
     if options.data_root is None:
         options.data_root = default_data_root(options.dataset_name)
@@ -126,7 +124,7 @@ def tokenize(specs: list[SourceSpec], options: argparse.Namespace, rank: int, wo
 
 
 class Summary:
-    """What a rank has done; failures are written down as they come."""
+    """Progress of a rank; failures are logged immediately."""
 
     def __init__(self, rank: int, failure_file: Path) -> None:
         self.rank = rank
@@ -156,7 +154,7 @@ class Summary:
         samples = ", ".join(f"{reason} {count}" for reason, count in self.bad_samples.most_common()) or "none"
         return (
             f"rank {self.rank}: {self.clips} clips, {self.seconds / 3600:.3f} hours, "
-            f"{self.hours_per_second:.5f} hours of speech per second; {self.there_already} were there already; "
+            f"{self.hours_per_second:.5f} hours of speech per second; {self.there_already} were already encoded; "
             f"failures: {failures}; unusable samples: {samples}"
         )
 
@@ -164,7 +162,7 @@ class Summary:
 def _audios(
     specs: list[SourceSpec], options: argparse.Namespace, rank: int, world_size: int, summary: Summary
 ) -> set[str]:
-    """Paths of this rank's audios that become codes, over all rows of all files."""
+    """Paths of this rank's clips that become codes, over all rows of all files."""
     mine: set[str] = set()
     for path in dict.fromkeys(spec.path for spec in specs):
         try:
@@ -186,7 +184,7 @@ def _audios(
 
 
 def _batches(paths: list[str], batch_seconds: float, summary: Summary) -> Iterator[list[tuple[str, float]]]:
-    """Batches of (path, seconds) of like duration: padded together they hold at most ``batch_seconds``."""
+    """Batches of (path, seconds) of similar duration, at most ``batch_seconds`` each including padding."""
     paths_left = iter(paths)
     while window := list(islice(paths_left, 4096)):
         timed = []
@@ -208,7 +206,7 @@ def _batches(paths: list[str], batch_seconds: float, summary: Summary) -> Iterat
 def _encode(
     codec: AudioTokenizer, batch: list[tuple[str, float]], data_root: str | Path, summary: Summary
 ) -> Iterator[CachedClip]:
-    """Clips of a batch; where the batch fails, its files are tried one by one."""
+    """Clips of a batch; if the batch fails, its files are tried one by one."""
     paths = [path for path, _ in batch]
     try:
         codes: Sequence[list[int] | None] = codec.encode_batch(paths)
@@ -230,13 +228,13 @@ def _encode_alone(codec: AudioTokenizer, path: str, summary: Summary) -> list[in
         return codec.encode(path)
     except AudioError as error:
         summary.fail(path, error.reason, str(error))
-    except Exception as error:  # a fault that one file provokes must not cost the others
+    except Exception as error:  # a fault caused by one file must not affect the others
         summary.fail(path, "internal", f"{path}: {type(error).__name__}: {error}")
     return None
 
 
 class _ShardWriter:
-    """Collects clips and writes them when there are enough, or when the last shard was long ago."""
+    """Collects clips and writes a shard when there are enough, or when the last one is too long ago."""
 
     def __init__(self, folder: Path, rank: int, clips: int, seconds: float) -> None:
         self._folder, self._rank, self._limit, self._interval = folder, rank, clips, seconds

@@ -1,7 +1,7 @@
-"""What is looked at before the first step: the codec opens, and all ranks have the same data.
+"""Checks before the first step: the codec opens, and all ranks have the same data.
 
-Without these checks a run would start and lose a source in silence: each spoken sample of a mix whose codec
-is not there, or each sample of a file that one node lacks.
+Without these checks a run would start and silently lose a source: every spoken sample of a mix whose codec
+is missing, or every sample of a file that one node lacks.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from vita_audio.data.speech import Part, SpeechReader, coded_audios
 from vita_audio.distributed import gather_objects
 
 _SAMPLES_LOOKED_AT = 64
-"""Of each file, spread over it, to see whether it needs the codec."""
+"""Samples of each file, evenly spaced, that are checked for speech that needs the codec."""
 
 
 def check_codec(mix: Mix, reader: SpeechReader, data_root: str | Path) -> bool:
-    """Open what turns speech into codes and features, if the mix holds speech that needs it.
+    """Open the codec and the feature front end, if the mix contains speech that needs them.
 
     Returns:
-        Whether codes were not all made ahead.
+        Whether some codes must be computed during training.
 
     Raises:
-        ValueError: it does not open. The message names a sample that needs it, and the option to set.
+        ValueError: one of them does not open. The message names a sample that needs it and the option to set.
     """
     opened: dict[Part, bool] = {"codes": False, "features": False}
     continuous = is_continuous_kind(reader.kind)
@@ -42,9 +42,7 @@ def check_codec(mix: Mix, reader: SpeechReader, data_root: str | Path) -> bool:
             }
             for part, audio in needed.items():
                 if audio is not None and not opened[part]:
-                    where = (
-                        f"the mix holds speech without {part} made ahead ({spec.name}, row {row}: {audio})"
-                    )
+                    where = f"the mix contains speech without precomputed {part} ({spec.name}, row {row}: {audio})"
                     reader.check_opens(part, where)
                     opened[part] = True
             if opened["codes"] and (opened["features"] or not continuous):
@@ -60,17 +58,17 @@ def _some_samples(mix: Mix, source: int) -> Iterator[tuple[int, Sample]]:
         try:
             yield row, parse_sample(rows[row])
         except SampleError:
-            continue  # counted with its reason when its turn comes
+            continue  # counted, with its reason, when the loader reads it
 
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """What must be equal on all ranks.
+    """The state that must be equal on all ranks.
 
     Attributes:
         host: name of the machine.
         files: every file of the mix, in its order.
-        settings: what else decides the rows, by name.
+        settings: everything else that determines the rows, by name.
     """
 
     host: str
@@ -87,7 +85,7 @@ def check_ranks_agree(mine: DataIdentity) -> None:
     """Compare the data of all ranks. All ranks must call it.
 
     Raises:
-        MixError: on every rank alike; the message names the rank and what it lacks.
+        MixError: raised on every rank; the message names the rank and what it lacks.
     """
     differences = list(_differences(gather_objects(mine)))
     if differences:
@@ -96,7 +94,7 @@ def check_ranks_agree(mine: DataIdentity) -> None:
 
 
 def _differences(ranks: Sequence[DataIdentity]) -> Iterator[str]:
-    """How other ranks differ from those that have most, in words."""
+    """Messages about how ranks differ from the most complete one."""
     if len({len(one.files) for one in ranks}) > 1:
         counts = ", ".join(f"rank {rank} names {len(one.files)} files" for rank, one in enumerate(ranks))
         yield f"the mix file is not the same ({counts})"
@@ -113,7 +111,7 @@ def _differences(ranks: Sequence[DataIdentity]) -> Iterator[str]:
             elif state.rows == 0 < best.rows:
                 yield (
                     f"rank {rank} ({ranks[rank].host}) lacks {state.path} of {state.name}, which rank {holder} "
-                    f"({ranks[holder].host}) has; copy it there, or take it out of the mix"
+                    f"({ranks[holder].host}) has; copy it there, or remove it from the mix"
                 )
             elif (state.rows, state.bytes) != (best.rows, best.bytes):
                 yield (

@@ -1,7 +1,7 @@
 """Packed documents to tensors.
 
-A row is its documents one after the other, positions restarting at 0 in each, which is how the model
-tells them apart; then padding, in which the positions run on (section 6 of the data specification).
+A row is the concatenation of its documents. Positions restart at 0 in each, which is how the model
+tells them apart. Padding follows, and its positions continue to count (section 6 of the data specification).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def collate_rows(rows: Sequence[Sequence[Example]], seq_length: int, pad_token_i
     """Make a batch.
 
     Args:
-        rows: for each row the documents in it.
+        rows: the documents of each row.
         seq_length: tokens in a row.
         pad_token_id: fills the rest.
 
     Returns:
         ``input_ids``, ``labels`` (not shifted), ``position_ids``: int64, shape (rows, seq_length).
-        Where a document has continuous audio also ``audios``, a list of (frames, feature_dim), and
+        If a document has continuous audio, also ``audios``, a list of (frames, feature_dim), and
         ``audio_indices``, a list of (2, 1, frames + 4): batch row and position of each feature.
 
     Raises:
@@ -54,7 +54,7 @@ def _pad(rows: Sequence[Sequence[Example]], seq_length: int, value: int, field: 
     for row, documents in zip(padded, rows, strict=True):
         ids = torch.tensor(list(chain.from_iterable(map(field, documents))), dtype=torch.long)
         if len(ids) > seq_length:
-            raise ValueError(f"documents of {len(ids)} tokens in a row of {seq_length}")
+            raise ValueError(f"documents of {len(ids)} tokens do not fit a row of {seq_length}")
         row[: len(ids)] = ids
     return padded
 

@@ -1,4 +1,4 @@
-"""What to train on, and how it becomes rows."""
+"""Configuration of the training data: which data, and how it becomes rows."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from vita_audio.constants import DEFAULT_TEXT_AUDIO_RATIO
 from vita_audio.data.packing import OPEN_ROWS, PATIENCE
 
 _LOWEST_FRAME_RATE = 12.5
-"""Speech codes per second of all codecs here; sets the longest clip that a row could hold."""
+"""Speech codes per second, the same for all codecs here; determines the longest clip that fits a row."""
 
 
 @dataclass
 class DataConfig:
-    """What to train on, and how it becomes rows.
+    """The training data, and how it becomes rows.
 
     Attributes:
         dataset_path: YAML of the mix.
         seq_length: tokens in a row.
         text_audio_interval_ratio: text and speech run lengths of interleaved replies.
-        num_workers: worker processes of this rank; 0 works in the trainer's own.
+        num_workers: worker processes of this rank; 0: load in the trainer's own process.
         micro_batch_size: rows in a batch.
         max_error_share: the run stops when more samples than this are unusable.
         strict: refuse to start when a file of the mix is missing.
-        token_cache: folder that tools/tokenize_audio.py wrote.
-        data_root: where relative paths start; defaults to ``$ROOT_PATH``, else the YAML's folder.
+        token_cache: folder written by tools/tokenize_audio.py.
+        data_root: base of relative paths; defaults to ``$ROOT_PATH``, else the YAML's folder.
         default_system_message: for samples without a system message.
-        max_audio_seconds: longer clips are refused unread; defaults to what a row could hold at 12.5
-            codes a second.
-        open_rows: the packer's look-ahead.
+        max_audio_seconds: longer clips are refused before they are read; defaults to the length of a row at 12.5
+            codes per second.
+        open_rows: the packer's look-ahead, in rows.
         patience: rows after which a waiting row is finished, see :mod:`vita_audio.data.packing`.
-        arrow_cache: where ``datasets`` keeps its memory-mapped copies; defaults to its HF_DATASETS_CACHE.
+        arrow_cache: folder for the memory-mapped copies of ``datasets``; defaults to its HF_DATASETS_CACHE.
     """
 
     dataset_path: str | Path
@@ -57,11 +57,11 @@ class DataConfig:
         if self.seq_length < 1 or self.micro_batch_size < 1 or self.num_workers < 0:
             raise ValueError("seq_length and micro_batch_size must be positive, num_workers not negative")
         if not 0 <= self.max_error_share <= 1:
-            raise ValueError(f"max_error_share must lie between 0 and 1, it is {self.max_error_share}")
+            raise ValueError(f"max_error_share must be between 0 and 1, it is {self.max_error_share}")
 
     @property
     def root(self) -> Path:
-        """Folder that relative paths start from."""
+        """Base folder of relative paths."""
         return default_data_root(self.dataset_path) if self.data_root is None else Path(self.data_root)
 
     @property

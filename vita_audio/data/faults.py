@@ -1,7 +1,7 @@
-"""Faults of the machine, told apart from faults of the data.
+"""Separates machine faults from data faults.
 
-A broken sample costs that sample. A full disk, a cache that cannot be written, a lost mount or a codec that does
-not open would cost all of them, one by one and under the wrong reason, so such a fault ends the run at once.
+A broken sample is skipped. A full disk, an unwritable cache, a lost mount or a codec that does not open would
+cause every sample to be skipped, one by one and for the wrong reason, so such a fault ends the run at once.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 
 _MACHINE_ERRORS = frozenset(
     {
-        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),  # no room, or not to be written
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),  # disk full, or not writable
         *(errno.EACCES, errno.EPERM),
         *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),  # disk or mount lost
         *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     }
 )
 _NO_ROOM = "Not enough disk space"
-"""How ``datasets`` begins its refusal; it sets no error number."""
+"""Start of the error message of ``datasets``, which sets no errno."""
 
 
 class MachineError(OSError):
@@ -29,7 +29,7 @@ class MachineError(OSError):
 
 
 def machine_fault(error: BaseException) -> str | None:
-    """What failed, if a fault of the machine is behind an error; None for a fault of the data."""
+    """A description of the machine fault behind an error; None for a fault of the data."""
     for one in _with_causes(error):
         if isinstance(one, MachineError):
             return str(one)

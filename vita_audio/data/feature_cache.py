@@ -1,10 +1,10 @@
-"""SenseVoice features kept on disk, so that later epochs and stages need not compute them again.
+"""A disk cache of SenseVoice features, so later epochs and stages need not recompute them.
 
 ``FOLDER/FRONTEND/ab/abcd….safetensors`` holds the features of one clip, float32 (frames, 560): about 38 kB for a
-second of speech. FRONTEND is the fingerprint of the normalisation, the file's name a hash of the clip's path
+second of speech. FRONTEND is the fingerprint of the normalisation, the file name is a hash of the clip's path
 relative to the data root. Files are added as clips are read, by any number of workers and
-machines on one folder; each is whole or absent. A cache that cannot be written, and a damaged file in it, cost
-time only.
+machines that share the folder, and are written atomically. An unwritable cache or a damaged file in it costs
+only time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class FeatureCache:
 
     Args:
         folder: created when the first clip is written.
-        frontend: fingerprint of what makes the features.
+        frontend: fingerprint of the feature front end.
     """
 
     def __init__(self, folder: str | Path, frontend: str) -> None:
@@ -35,7 +35,7 @@ class FeatureCache:
         self._writable = True
 
     def find(self, key: str, size: int) -> torch.Tensor | None:
-        """Features of a clip, (frames, feature_dim); None when they are not there, stale or damaged.
+        """Features of a clip, (frames, feature_dim); None if they are missing, stale or damaged.
 
         Args:
             key: the clip's path, see :func:`vita_audio.data.token_cache.audio_key`.
@@ -50,7 +50,7 @@ class FeatureCache:
             return None
 
     def put(self, key: str, size: int, features: torch.Tensor) -> None:
-        """Store a clip's features. A folder that cannot be written is reported once and not tried again."""
+        """Store a clip's features. If the folder cannot be written, that is reported once and not retried."""
         if not self._writable:
             return
         try:
@@ -58,7 +58,9 @@ class FeatureCache:
                 save_file({"features": features.contiguous()}, temporary, {"path": key, "size": str(size)})
         except (OSError, SafetensorError) as error:
             self._writable = False
-            logger.warning("%s: cannot be written (%s); features are computed each time", self._folder, error)
+            logger.warning(
+                "%s: cannot be written (%s); features will be recomputed each time", self._folder, error
+            )
 
     def _file(self, key: str) -> Path:
         name = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()

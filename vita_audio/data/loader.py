@@ -1,13 +1,13 @@
-"""The training loader: from a data mix to full rows, the same for a seed, resumable to the row.
+"""The training loader: from a data mix to full rows, deterministic for a seed, resumable to the row.
 
     mix → (shard of this rank and worker) → sample → document → packer → row → batch
 
-Workers do all of it, and ``torchdata``'s StatefulDataLoader runs them: with each batch it brings the
-worker's state to the main process, so :meth:`TrainLoader.state_dict` speaks of the last batch that
-the trainer received, not of how far the workers are ahead. docs/data.md says why torchdata and not grain.
+All of this happens in workers that ``torchdata``'s StatefulDataLoader runs. Each batch carries its worker's
+state to the main process, so :meth:`TrainLoader.state_dict` describes the last batch that the trainer
+received, not how far ahead the workers are. docs/data.md explains why torchdata was chosen over grain.
 
-Workers start from a fork server: the trainer's process holds threads (OpenMP, CUDA, gloo), which a
-plain fork would copy in the middle of what they hold, and spawning would import everything again in each.
+Workers start from a fork server: the trainer's process has threads (OpenMP, CUDA, gloo) whose locks a
+plain fork would copy in an arbitrary state, and spawning would repeat all imports in each worker.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _ERRORS_BEFORE_NOTICE = 64
 
 
 class ResumeError(ValueError):
-    """A place in the data that this run cannot continue from."""
+    """A loader state that this run cannot continue from."""
 
 
 def build_train_loader(
@@ -72,16 +72,16 @@ def build_train_loader(
     Args:
         config: what to read.
         tokenizer: extended by :func:`vita_audio.chat.extend_tokenizer`.
-        codec: a spec, opened by each worker when it is first needed; or an open codec that can be pickled. None: text
+        codec: a spec, opened by each worker on first use; or an open codec that can be pickled. None: text
             only.
         rank: of this process.
         world_size: number of processes that share the mix.
-        seed: of all shuffling; the same on every rank.
-        output_dir: where ``data_errors.jsonl`` goes.
+        seed: seed of all shuffling; the same on every rank.
+        output_dir: folder for ``data_errors.jsonl``.
 
     Raises:
         MixError: the mix cannot be used.
-        TokenCacheError: the token cache cannot.
+        TokenCacheError: the token cache cannot be used.
         MachineError: the disk or the Arrow cache failed.
         ValueError: tokenizer and codec do not match, or the mix needs a codec that does not open.
     """
@@ -106,11 +106,11 @@ def build_train_loader(
 
 
 class TrainLoader:
-    """Endless batches with a memory of where it is. Made by :func:`build_train_loader`.
+    """An endless, resumable stream of batches. Made by :func:`build_train_loader`.
 
     Iterating yields the dicts of :func:`vita_audio.data.collator.collate_rows`, epoch after epoch, each
-    in a new order. It raises :class:`vita_audio.data.report.TooManyBadSamples` where the mix, or one file of it,
-    is too bad, and :class:`vita_audio.data.faults.MachineError` where the machine fails.
+    in a new order. It raises :class:`vita_audio.data.report.TooManyBadSamples` if the mix, or one of its files,
+    has too many bad samples, and :class:`vita_audio.data.faults.MachineError` if the machine fails.
     """
 
     def __init__(
@@ -139,13 +139,13 @@ class TrainLoader:
 
     @property
     def mix(self) -> Mix:
-        """What the rows are made of."""
+        """The data mix behind the rows."""
         return self._rows.mix
 
     def check_ranks_agree(self) -> None:
         """Compare mix, token cache and codec with those of the other ranks.
 
-        Iterating does it too; a trainer calls it before it loads a model. All ranks must call it.
+        Iterating does this as well; a trainer calls it before it loads a model. All ranks must call it.
 
         Raises:
             MixError: they differ; the message names the rank and what it lacks.
@@ -160,7 +160,7 @@ class TrainLoader:
         return self._report
 
     def counts(self) -> dict[str, float]:
-        """This rank's ``epoch``, ``used``, ``skipped``, ``skipped/REASON``, ``speech/ORIGIN``, for a log."""
+        """This rank's ``epoch``, ``used``, ``skipped``, ``skipped/REASON`` and ``speech/ORIGIN``, for logging."""
         report = self._report
         reasons: dict[str, float] = {}
         for (_, reason), count in report.skipped.items():
@@ -174,7 +174,7 @@ class TrainLoader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The place after the last batch that was yielded; small, and plain enough for JSON."""
+        """The position after the last batch that was yielded: small, and serialisable as JSON."""
         return {
             "version": _STATE_VERSION,
             **self._identity(),
@@ -183,12 +183,12 @@ class TrainLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
-        """Continue from a state, before the first batch is asked for.
+        """Continue from a state. Call it before the first batch is requested.
 
         Args:
-            state: this rank's, from a run of the same world size, or those of all ranks, from a run of
-                any. With the same numbers of ranks and workers the very rows follow that would have
-                followed; otherwise the samples do, none repeated and none lost.
+            state: this rank's state, from a run of the same world size, or those of all ranks, from a run of
+                any size. With the same numbers of ranks and workers the same rows follow as without the
+                interruption; otherwise the same samples do, none repeated and none lost.
 
         Raises:
             ResumeError: the state belongs to another mix, seed or row length, or states are missing.
@@ -202,14 +202,14 @@ class TrainLoader:
         same_ranks = len(states) == 1 and states[0]["world_size"] == world_size and states[0]["rank"] == rank
         if not same_ranks and {one["rank"] for one in states} != set(range(states[0]["world_size"])):
             raise ResumeError(
-                f"this is rank {rank} of {world_size} and the state is of rank {states[0]['rank']} of "
-                f"{states[0]['world_size']}; give the states of all ranks to continue on another number"
+                f"this is rank {rank} of {world_size}, the state belongs to rank {states[0]['rank']} of "
+                f"{states[0]['world_size']}; give the states of all ranks to change the number of ranks"
             )
         if same_ranks and states[0]["num_workers"] == self._config.num_workers:
             self._loader.load_state_dict(states[0]["loader"])
         else:
             self._loader = self._start_workers(self._rows.continuing(_shards_of(states), one_rank=same_ranks))
-        # Totals live on: with each rank where it can, else on the first.
+        # Totals are kept: on each rank if the ranks match, else on the first.
         self._report = Report()
         if same_ranks or rank == 0:
             for one in states:
@@ -242,7 +242,7 @@ class TrainLoader:
             context.set_forkserver_preload([__name__])
         return StatefulDataLoader(
             rows,
-            batch_size=None,  # rows come batched: a report may come without one
+            batch_size=None,  # rows are batched, so a report may arrive without a batch
             num_workers=workers,
             worker_init_fn=_set_up_worker if workers else None,
             multiprocessing_context=context if workers else None,
@@ -250,7 +250,7 @@ class TrainLoader:
 
 
 class PackedRows(IterableDataset):
-    """The work of one shard: reads its samples and yields ``(batch or None, report)``."""
+    """One shard: reads its samples and yields ``(batch or None, report)``."""
 
     def __init__(
         self,
@@ -271,11 +271,11 @@ class PackedRows(IterableDataset):
         self._state: dict[str, Any] | None = None
 
     def continuing(self, old: list[ShardState], *, one_rank: bool) -> PackedRows:
-        """These rows, with the work of other shards continued.
+        """The same rows, continuing the work of other shards.
 
         Args:
-            old: shards of a whole earlier run, or with ``one_rank`` of this rank.
-            one_rank: whether the other ranks keep their own.
+            old: shards of a whole earlier run; with ``one_rank``, of this rank only.
+            one_rank: whether the other ranks keep their own shards.
         """
         workers = max(1, self.config.num_workers)
         ranks = [self.rank] if one_rank else range(self.world_size)
@@ -350,10 +350,10 @@ class PackedRows(IterableDataset):
         return [read(positions) for positions in shard.ready]
 
     def read(self, place: Place, report: Report) -> Document | None:
-        """One document, or None and a reason in the report. Nothing that a sample holds may end the run.
+        """One document, or None and a reason in the report. A bad sample never ends the run.
 
         Raises:
-            MachineError: the sample could not be read for a fault of this machine.
+            MachineError: a fault of this machine prevented reading the sample.
         """
         spec = self.mix.specs[place.source]
         report.position = max(report.position, place.position)
@@ -368,7 +368,7 @@ class PackedRows(IterableDataset):
             )
             if len(example) > self.config.seq_length:
                 raise SampleError(
-                    Reason.TOO_LONG, f"{len(example)} tokens, a row holds {self.config.seq_length}"
+                    Reason.TOO_LONG, f"{len(example)} tokens, but a row holds {self.config.seq_length}"
                 )
         except Exception as error:
             fault = machine_fault(error)
@@ -378,7 +378,7 @@ class PackedRows(IterableDataset):
                 ) from error
             if isinstance(error, SampleError):
                 self._skip(report, place, error.reason, str(error))
-            else:  # an unforeseen fault of one sample: counted and reported like the others
+            else:  # an unexpected fault of one sample: counted and reported like the others
                 logger.debug("sample %s of %s", place.row, spec.path, exc_info=True)
                 self._skip(report, place, Reason.INTERNAL.value, first_line(error))
             return None
@@ -411,7 +411,7 @@ class PackedRows(IterableDataset):
 
 @dataclass
 class Document:
-    """A tokenised sample, and where it stands in the mix's stream."""
+    """A tokenised sample, and its position in the mix's stream."""
 
     position: int
     example: Example
@@ -436,16 +436,16 @@ def _shards_of(states: Sequence[dict[str, Any]]) -> list[ShardState]:
 
 
 def _set_up_worker(_worker: int) -> None:
-    torch.set_num_threads(1)  # the cores belong to the workers one by one, and to the trainer
+    torch.set_num_threads(1)  # one core per worker; the other cores are for the other workers and the trainer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_leave_with_the_trainer, daemon=True).start()
 
 
 def _leave_with_the_trainer() -> None:
-    """End this worker when the trainer is gone.
+    """End this worker when the trainer has exited.
 
-    torch's own watchdog looks at the parent, which here is the fork server, and that waits for its
-    workers: after a trainer was killed, neither would end.
+    torch's own watchdog watches the parent process. Here that is the fork server, which waits for its
+    workers: after a trainer is killed, neither would end.
     """
     trainer = multiprocessing.parent_process()
     if trainer is not None:

@@ -1,14 +1,14 @@
 """The data mix: which samples, how often, in which order.
 
-A YAML file names data sets, each with its files, a ``ratio`` (above 1 repeats, below 1 takes a part) and a
-cap ``num`` per file (section 7 of the data specification). From it follows one endless stream of
-samples that depends on the seed alone: position ``p`` of the stream belongs to epoch ``p // len(mix)``,
+A YAML file names data sets, each with its files, a ``ratio`` (above 1 repeats, below 1 takes a subset) and a
+cap ``num`` per file (section 7 of the data specification). The mix defines one endless stream of
+samples that depends only on the seed: position ``p`` of the stream belongs to epoch ``p // len(mix)``,
 and within an epoch the order is a pseudo-random permutation. Permutations are computed, not stored, so
-a mix of a hundred million samples needs no memory, and any position can be asked for at once: that
-makes sharding and resuming arithmetic.
+a mix of a hundred million samples needs no memory, and any position is available directly: sharding
+and resuming become arithmetic.
 
-A file with ratio below 1 gives other rows in each epoch until all were seen; with ratio above 1 every row
-comes up equally often, give or take one.
+A file with ratio below 1 contributes different rows in each epoch until all have been seen. With ratio above 1
+the numbers of times that rows occur differ by at most one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SourceSpec:
 
     Attributes:
         dataset: name of its data set.
-        path: of the file.
+        path: path of the file.
         ratio: share of its rows used in an epoch; may exceed 1.
         num: at most this many samples in an epoch.
     """
@@ -59,18 +59,18 @@ class SourceSpec:
 
     @property
     def name(self) -> str:
-        """How counters and reports call it."""
+        """Its name in counters and reports."""
         return f"{self.dataset}/{self.path.stem}"
 
 
 @dataclass(frozen=True)
 class FileState:
-    """A file of the mix as this machine has it.
+    """A file of the mix, as found on this machine.
 
     Attributes:
-        name: of its source.
-        path: where it was looked for.
-        rows: samples in it; 0 where it is missing.
+        name: name of its source.
+        path: the resolved path.
+        rows: samples in it; 0 if it is missing.
         bytes: its size.
         used: samples in an epoch.
     """
@@ -84,7 +84,7 @@ class FileState:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stream position leads."""
+    """The file and row at a stream position."""
 
     position: int
     epoch: int
@@ -95,15 +95,15 @@ class Place:
 def read_mix(path: str | Path, data_root: str | Path | None = None) -> list[SourceSpec]:
     """Read a mix's YAML.
 
-    ``${NAME}`` in paths comes from the environment; relative paths are found as :mod:`vita_audio.chat.paths` says.
-    A key without a value counts as not given.
+    ``${NAME}`` in paths is expanded from the environment; relative paths are resolved by :mod:`vita_audio.chat.paths`.
+    A key without a value counts as missing.
 
     Args:
         path: the YAML file.
-        data_root: folder that relative paths start from. None: ``$ROOT_PATH``, else the YAML's own folder.
+        data_root: base folder of relative paths. None: ``$ROOT_PATH``, else the YAML file's folder.
 
     Raises:
-        MixError: the file cannot be read, or something in it is wrong.
+        MixError: the file cannot be read, or an entry is invalid.
     """
     path = Path(path)
     try:
@@ -123,7 +123,7 @@ _KNOWN_FIELDS = {"ratio", "num", "data_paths"}
 def _read_entry(file: Path, name: str, entry: Any, root: Path) -> list[SourceSpec]:
     where = f"{file}: data set {name!r}"
     if not isinstance(entry, Mapping):
-        raise MixError(f"{where} must hold 'data_paths' and may hold 'ratio' and 'num'")
+        raise MixError(f"{where} must have 'data_paths' and may have 'ratio' and 'num'")
     unknown = set(map(str, entry)) - _KNOWN_FIELDS
     if unknown:
         raise MixError(
@@ -137,7 +137,7 @@ def _read_entry(file: Path, name: str, entry: Any, root: Path) -> list[SourceSpe
     ratio = _number(where, "ratio", entry.get("ratio"), 1.0)
     num = _number(where, "num", entry.get("num"), math.inf)
     if num != math.inf and num and len(paths) > 1:
-        logger.info("%s: 'num' caps each of its %d files, not their sum", where, len(paths))
+        logger.info("%s: 'num' limits each of its %d files, not their sum", where, len(paths))
     return [SourceSpec(name, _expand(where, item, root, file), ratio, num) for item in paths]
 
 
@@ -167,18 +167,18 @@ class Mix:
 
     Args:
         specs: the files, from :func:`read_mix`.
-        seed: of all shuffling.
-        strict: refuse a mix of which a file is missing, instead of going on without it.
+        seed: seed of all shuffling.
+        strict: refuse a mix with a missing file instead of continuing without it.
         cache_dir: passed to :class:`Rows`.
 
     Attributes:
         specs: the files in use.
         used: samples of each file in one epoch.
-        files: every file that the mix asks for, also the missing ones.
-        missing: one line for each file that is not there or holds no samples.
+        files: every file that the mix names, including missing ones.
+        missing: one line for each file that is missing or holds no samples.
 
     Raises:
-        MixError: no file can be used; a file is there and cannot be read; or, with ``strict``, a file is missing.
+        MixError: no file can be used; a file exists but cannot be read; or, with ``strict``, a file is missing.
         MachineError: the disk or the Arrow cache failed.
     """
 
@@ -212,7 +212,7 @@ class Mix:
                 self.missing.append(f"{spec.dataset}: {spec.path}: holds no samples")
                 continue
             if used == 0:
-                logger.warning("%s: %s gives no samples at this ratio and num", spec.dataset, spec.path)
+                logger.warning("%s: %s contributes no samples at this ratio and num", spec.dataset, spec.path)
                 continue
             self.specs.append(spec)
             self.rows.append(opened[spec.path])
@@ -237,7 +237,7 @@ class Mix:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the stream changes: other files, sizes, ratios or seed."""
+        """A digest that changes with the stream: with its files, sizes, ratios or seed."""
         parts = [
             f"{spec.name}:{len(rows)}:{used}"
             for spec, rows, used in zip(self.specs, self.rows, self.used, strict=True)
@@ -245,18 +245,18 @@ class Mix:
         return hashlib.sha256("\n".join([str(self.seed), *parts]).encode()).hexdigest()[:16]
 
     def place(self, position: int) -> Place:
-        """Which row of which file stands at a position of the stream."""
+        """The file and row at a position of the stream."""
         epoch, index = divmod(position, len(self))
         entry = permuted(index, len(self), _key(self.seed, "epoch", epoch))
         source = bisect.bisect_right(self._ends, entry)
         within = entry - (self._ends[source - 1] if source else 0)
         rows = len(self.rows[source])
-        # Epochs take up the file's own permutation where the last one left off.
+        # Each epoch continues the file's own permutation where the last one stopped.
         draw = (epoch * self.used[source] + within) % rows
         return Place(position, epoch, source, permuted(draw, rows, _key(self.seed, "file", source)))
 
     def raw(self, place: Place) -> str | Mapping[str, Any]:
-        """The raw sample at a place.
+        """The raw sample at a position.
 
         Raises:
             SampleError: the row cannot be read.

@@ -1,14 +1,14 @@
-"""Whole documents into rows of a fixed length, in one pass, nearly without padding.
+"""Packs whole documents into rows of a fixed length, in one pass, with almost no padding.
 
 Best fit with a look-ahead: some rows are open at a time, and a document goes into the fullest open
-row that still has room for it. When none has room, one row is finished and a new one is opened. Short
-documents so fill the gaps that long ones leave. On the length lists of the data specification
-(section 6) this needs the smallest possible number of rows; one open row per source, the public
-choice, fills 98.0% and 93.4%. Packing costs O(open rows) comparisons per document.
+row that still has room for it. If none has room, one row is finished and a new one is opened. Short
+documents thus fill the gaps that long ones leave. On the length lists of the data specification
+(section 6) this needs the smallest possible number of rows; one open row per source, as in the
+public code, fills 98.0% and 93.4%. Packing costs O(open rows) comparisons per document.
 
-No document waits for long: a row that has stayed open while ``patience`` others were finished is
-the next to be finished, however full it is. Nothing is ever dropped: rows stay open across epochs,
-and :meth:`RowPacker.flush` hands out the rest.
+No document waits long: a row that has stayed open while ``patience`` others were finished is
+finished next, even if it is not full. Nothing is dropped: rows stay open across epochs,
+and :meth:`RowPacker.flush` returns the rest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class OpenRow(Generic[Document]):
     """A row that is being filled.
 
     Attributes:
-        documents: what it holds, in order of arrival.
+        documents: its documents, in order of arrival.
         length: tokens in it.
         age: rows finished since it was opened.
     """
@@ -43,20 +43,20 @@ class RowPacker(Generic[Document]):
 
     Args:
         capacity: tokens in a row.
-        open_rows: rows open at a time, the look-ahead. More rows fill better, and hold more memory.
+        open_rows: rows open at a time, the look-ahead. More rows pack better and use more memory.
         patience: finished rows after which an open row is finished even if another is fuller.
     """
 
     def __init__(self, capacity: int, open_rows: int = OPEN_ROWS, patience: int = PATIENCE) -> None:
         if capacity < 1 or open_rows < 1 or patience < 1:
-            raise ValueError(f"packing needs positive sizes, got {capacity=}, {open_rows=}, {patience=}")
+            raise ValueError(f"packing sizes must be positive, got {capacity=}, {open_rows=}, {patience=}")
         self.capacity = capacity
         self.max_open = open_rows
         self.patience = patience
         self.rows: list[OpenRow[Document]] = []
 
     def add(self, document: Document, length: int) -> list[Document] | None:
-        """Place a document; return the documents of a row that this finished, if any.
+        """Place a document. Returns the documents of the row that this finished, if any.
 
         Raises:
             ValueError: the document is longer than a row.
@@ -110,7 +110,7 @@ class RowPacker(Generic[Document]):
 def pack_lengths(
     lengths: Sequence[int], capacity: int, open_rows: int = OPEN_ROWS, patience: int = PATIENCE
 ) -> list[list[int]]:
-    """Pack documents known by their lengths.
+    """Pack documents, given only their lengths.
 
     Returns:
         For each row the indices of its documents; every index occurs once.

@@ -1,7 +1,7 @@
-"""What happened to each sample: counters, the error file, and the decision to stop.
+"""Bookkeeping of samples: counters, the error file, and the decision to stop.
 
-Workers count. The counts travel with the batches, so they describe what the trainer has received, and a
-resumed run continues them from its checkpoint.
+Workers count. The counts are attached to the batches, so they describe the data that the trainer has received,
+and a resumed run continues them from its checkpoint.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 ERROR_FILE = "data_errors.jsonl"
 _TOO_LONG = frozenset({Reason.TOO_LONG.value, Reason.AUDIO_TOO_LONG.value})
-"""A good mix may hold samples that are longer than a row. They are counted, and stop a run only where a file holds
-nothing else."""
+"""A good mix may contain samples that are longer than a row. They are counted, and stop a run only if a file
+contains nothing else."""
 _SAMPLES_BEFORE_JUDGEMENT = 500
 _BAD_ROWS_OF_A_USELESS_FILE = 64
-"""A file of which so many rows are bad and none was usable is taken to be useless."""
+"""A file with this many bad rows and no usable one counts as useless."""
 
 
 class TooManyBadSamples(RuntimeError):
@@ -35,16 +35,16 @@ class TooManyBadSamples(RuntimeError):
 
 @dataclass
 class Report:
-    """Counts since some moment.
+    """Counts over a period.
 
     Attributes:
         used: documents by source.
         skipped: samples by (source, reason).
-        speech: where codes came from (see :class:`vita_audio.data.speech.SpeechReader`).
+        speech: origin of the codes (see :class:`vita_audio.data.speech.SpeechReader`).
         errors: one object per skipped sample, for the error file.
-        useful_files: files that gave a document.
+        useful_files: files that yielded a document.
         position: the last stream position that was read.
-        fault: what failed on this machine, where that ended the work.
+        fault: the machine fault that ended the work, if any.
     """
 
     used: Counter[str] = field(default_factory=Counter)
@@ -69,11 +69,11 @@ class Report:
 
     @property
     def bad(self) -> int:
-        """Skipped samples that should not be in a mix: all but those that are too long."""
+        """Skipped samples that should not be in a mix: all except those that are too long."""
         return sum(count for (_, reason), count in self.skipped.items() if reason not in _TOO_LONG)
 
     def check(self, max_error_share: float, epoch_samples: int) -> None:
-        """Stop a run whose data is bad.
+        """Stop a run with too much bad data.
 
         Raises:
             TooManyBadSamples: the share of bad samples is above the limit.
@@ -88,7 +88,7 @@ class Report:
             )
 
     def summary(self) -> str:
-        """One line per source: used, and skipped by reason; the worst first."""
+        """One line per source, worst first: samples used, and samples skipped by reason."""
         lines = []
         by_source: dict[str, Counter[str]] = {source: Counter() for source in self.used}
         for (source, reason), count in self.skipped.items():
@@ -119,11 +119,11 @@ class Report:
 
 
 class FileJudge:
-    """Stops a run of which one file gives nothing at all, however small its part of the mix is.
+    """Stops a run if one file yields no document at all, even if its share of the mix is small.
 
     A file is useless when every row of it was refused, or 64 rows were bad, or 500 were bad or too long, and
-    none was usable. Rows are counted once, so that one bad row that comes up again condemns no file. The
-    count starts afresh when a run is resumed.
+    none was usable. Each row is counted once, so a bad row that recurs does not condemn its file. The
+    count restarts when a run is resumed.
 
     Args:
         rows: the number of rows of each file.
@@ -135,10 +135,10 @@ class FileJudge:
         self._refused: dict[str, dict[int, dict[str, Any]]] = {}
 
     def check(self, report: Report) -> None:
-        """Take in what was read since the last call.
+        """Add the samples read since the last call.
 
         Raises:
-            TooManyBadSamples: a file is useless. The message names it, the reasons and what to do.
+            TooManyBadSamples: a file is useless. The message names the file, the reasons and what to do.
         """
         self._useful |= report.useful_files
         for file in report.useful_files:
@@ -159,7 +159,7 @@ _WHAT_TO_DO = {
     Reason.TOO_LONG.value: "raise --model_max_length",
     Reason.AUDIO_TOO_LONG.value: "raise --model_max_length",
     Reason.NO_CODEC.value: "give a codec",
-    "audio_missing": "set --data_root to the folder that its audio paths start from",
+    "audio_missing": "set --data_root to the base folder of its audio paths",
 }
 
 
@@ -171,7 +171,7 @@ def _describe_useless_file(file: str, errors: list[dict[str, Any]]) -> str:
     advice = _WHAT_TO_DO.get(most, "repair it")
     return (
         f"{example['source']}: all {len(errors)} samples (100.0%) read so far of {file} are unusable ({listed}; "
-        f"row {example['row']}: {example['message']}); {advice}, or take the file out of the mix"
+        f"row {example['row']}: {example['message']}); {advice}, or remove the file from the mix"
     )
 
 
@@ -181,14 +181,14 @@ class ErrorFile:
     Lines are appended whole, under a lock, so ranks on one or many machines may share the file.
 
     Args:
-        folder: where it lies. None: errors are counted but not written.
+        folder: folder of the file. None: errors are counted but not written.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
         self.path = None if folder is None else Path(folder) / ERROR_FILE
 
     def write(self, errors: list[dict[str, Any]]) -> None:
-        """Append a line for each error. A file that cannot be written is reported in the log and stops no run."""
+        """Append a line for each error. If the file cannot be written, that is logged and the run continues."""
         if self.path is None or not errors:
             return
         lines = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)

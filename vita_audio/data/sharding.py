@@ -1,12 +1,12 @@
-"""Who reads which samples, and how far each has come.
+"""Which shard reads which samples, and its progress.
 
-The mix is one endless stream. A shard, that is one loader worker of one rank, reads every ``stride``-th
-position of it. Its state is where it stands and which samples it has taken but not yet handed out
+The mix is one endless stream. A shard, that is, one loader worker of one rank, reads every ``stride``-th
+position of it. Its state is its position and the samples that it has read but not yet delivered
 (those in open rows): a few hundred integers, no tokens.
 
-Because a shard is arithmetic, a run may continue on other numbers of ranks and workers: everything
-below the furthest shard's place that was not handed out becomes a backlog, dealt to the new shards, and
-from there on the stream is divided again. No sample is repeated, none is lost.
+Because shards are plain arithmetic, a run can continue with other numbers of ranks and workers. Every undelivered
+position before the furthest shard's becomes a backlog, which is dealt to the new shards; from there on the
+stream is divided again. No sample is repeated and none is lost.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 
 @dataclass
 class ShardState:
-    """One shard's place in the stream.
+    """One shard's progress in the stream.
 
     Attributes:
         offset: its first position.
-        stride: distance between its positions; all shards of a run have the same.
-        next: the position that it reads next, once the backlog is empty.
+        stride: distance between its positions; the same for all shards of a run.
+        next: the next position to read once the backlog is empty.
         backlog: positions to read before that.
         open: rows being filled: ``[age, positions]``.
-        ready: positions of finished rows that wait for their batch to be full.
+        ready: positions of finished rows whose batch is not yet full.
     """
 
     offset: int
@@ -40,7 +40,7 @@ class ShardState:
     def start(cls, rank: int, world_size: int, worker: int, workers: int) -> ShardState:
         """The state before the first sample.
 
-        A rank's positions do not depend on its number of workers, so a rank alone can change that number.
+        A rank's positions do not depend on its number of workers, so a single rank can change that number.
         """
         offset = worker * world_size + rank
         return cls(offset, world_size * workers, offset)
@@ -53,7 +53,7 @@ class ShardState:
         return position
 
     def pending(self) -> Iterator[int]:
-        """Positions taken or due, but not handed out."""
+        """Positions read or due, but not yet delivered."""
         yield from self.backlog
         for _, positions in self.open:
             yield from positions
@@ -91,7 +91,7 @@ def reshard(old: Sequence[ShardState], new: Sequence[ShardState]) -> list[ShardS
         new: the shards to continue on, at their start.
 
     Returns:
-        States of ``new`` that read, together, exactly what ``old`` had not handed out.
+        States of ``new`` that together read exactly the positions that ``old`` had not delivered.
     """
     frontier = max(shard.next for shard in old)
     backlog = sorted(

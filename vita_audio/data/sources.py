@@ -1,9 +1,9 @@
 """Data files as random-access rows of raw samples, memory-mapped through ``datasets``.
 
-JSON lines are kept as lines and parsed one by one when they are needed, so a broken line, or a column
-that changes its type, costs that sample and not the file. The first use of a file converts it into an
+JSON lines are kept as lines and parsed one by one when needed, so a broken line, or a column
+that changes its type, costs one sample and not the whole file. The first use of a file converts it into an
 Arrow file in the cache of ``datasets`` (HF_DATASETS_CACHE); later runs, other ranks and the workers map
-that. Parquet files keep their columns.
+that file. Parquet files keep their columns.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _SAMPLE_COLUMNS = ("messages", "conversations", "audios")
 
 
 class SourceError(ValueError):
-    """A data file that is there and cannot be used. The message names it and says why."""
+    """A data file that exists but cannot be used. The message names the file and the reason."""
 
 
 class MissingSource(SourceError):
-    """A data file that is not there, or holds nothing."""
+    """A data file that is missing or empty."""
 
 
 class Rows:
@@ -36,11 +36,11 @@ class Rows:
 
     Args:
         path: a ``.jsonl`` or ``.json`` file (lines or one array, plain or compressed), or a ``.parquet`` file.
-        cache_dir: where the Arrow copy goes; defaults to the cache of ``datasets``.
+        cache_dir: folder of the Arrow copy; defaults to the cache of ``datasets``.
 
     Raises:
         MissingSource: there is no such file, or it is a folder.
-        SourceError: the file is damaged or of a format that is not read.
+        SourceError: the file is damaged or its format is not supported.
         MachineError: the disk or the Arrow cache failed.
     """
 
@@ -52,7 +52,7 @@ class Rows:
             self._table = _open(self.path, cache_dir)
         except (SourceError, MachineError):
             raise
-        except Exception as error:  # any error of a reader: the file is named, and who is at fault
+        except Exception as error:  # any error of a reader: name the file and the side at fault
             raise _explain(self.path, cache_dir, error) from error
 
     def __len__(self) -> int:
@@ -76,10 +76,10 @@ def map_parquet(
     paths: Sequence[str | Path],
     cache_dir: str | None = None,
 ) -> datasets.Dataset:
-    """Parquet files of the same columns as one memory-mapped table.
+    """Parquet files with the same columns, as one memory-mapped table.
 
-    ``datasets`` takes paths for patterns and would read ``data1`` for ``data[1]``; given as resolved files they
-    are literal. Size and time are part of its cache's key, so that a file that changed is read again.
+    ``datasets`` treats paths as patterns and would read ``data1`` for ``data[1]``; resolved files are
+    taken literally. Size and time are part of its cache key, so a changed file is read again.
     """
     absolute = [os.path.abspath(path) for path in paths]
     stats = [os.stat(path) for path in absolute]
@@ -110,7 +110,7 @@ def _open(path: Path, cache_dir: str | None) -> datasets.Dataset:
         _lines,
         features=datasets.Features({_LINE: datasets.Value("large_string")}),
         cache_dir=cache_dir,
-        # Size and time are part of the cache's key: a file that changed is read again.
+        # Size and time are part of the cache key: a changed file is read again.
         gen_kwargs={"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns},
     )
     assert isinstance(table, datasets.Dataset)
@@ -131,11 +131,13 @@ def _explain(path: Path, cache_dir: str | None, error: Exception) -> Exception:
         return SourceError(str(error))
     fault = machine_fault(error)
     if fault is None and isinstance(error, OSError) and error.errno is not None:
-        fault = f"{error.filename}: {error.strerror}"  # the file itself was opened, so this is the cache
+        fault = (
+            f"{error.filename}: {error.strerror}"  # the file itself was opened, so the error is in the cache
+        )
     if fault is None:
         return SourceError(f"{path}: cannot be read: {first_line(error)}")
     cache = cache_dir or datasets.config.HF_DATASETS_CACHE
     return MachineError(
         f"{path}: cannot be opened, because of this machine: {fault}; its Arrow copy goes to {cache}: "
-        "make room there, or set HF_DATASETS_CACHE to a folder that can be written"
+        "free some space there, or set HF_DATASETS_CACHE to a writable folder"
     )

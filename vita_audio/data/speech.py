@@ -1,8 +1,8 @@
-"""Codes and features for the loader: from the cache where possible, from the codec where not.
+"""Codes and features for the loader: from a cache if possible, otherwise from the codec.
 
-For the codes of ``DIR/NAME.EXT`` it asks, in this order, the token cache, the file
-``DIR/NAME_CODEC.json`` that the public tools write, and the codec, which is opened on first need, in
-the worker that needs it. Stored codes are checked before they are used.
+The codes of ``DIR/NAME.EXT`` are looked up in the token cache and in the file
+``DIR/NAME_CODEC.json`` that the public tools write. If neither has them, the codec computes them; it is opened
+on first use, in the worker that needs it. Stored codes are checked before they are used.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from vita_audio.data.token_cache import TokenCache, audio_key, discrete_kind, id
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """A codec by name and folders: cheap to send to workers, opened where it is used.
+    """A codec described by its kind and folders: cheap to send to workers, opened where it is used.
 
     Attributes:
         kind: a registered kind, such as ``"glm4voice"`` or ``"sensevoice_glm4voice"``.
-        path: folder of the discrete codec's weights. None: all codes were made ahead.
+        path: folder of the discrete codec's weights. None: all codes are precomputed.
         frontend_path: folder of SenseVoice's ``am.mvn``, for continuous kinds.
         token_cache: folder of cached codes.
-        feature_cache: folder where features are kept. None: they are computed each time.
+        feature_cache: folder of cached features. None: they are computed each time.
         device: where the codec computes.
     """
 
@@ -48,7 +48,7 @@ class CodecSpec:
     device: str = "cpu"
 
     def codebook_size(self) -> int:
-        """Number of speech codes; opens the codec only where neither kind nor cache tells."""
+        """Number of speech codes; opens the codec only if neither kind nor cache determines it."""
         if discrete_kind(self.kind) == "glm4voice":
             return AUDIO_CODEBOOK_SIZE
         for _, identity in identities(self.token_cache) if self.token_cache else ():
@@ -57,7 +57,7 @@ class CodecSpec:
         return self.open_discrete().codebook_size
 
     def fingerprint(self) -> str | None:
-        """Of the codec that makes codes; None where its weights are not on this machine."""
+        """Fingerprint of the codec that makes codes; None if its weights are not on this machine."""
         if self.path is None or not Path(self.path).is_dir():
             return None
         return self.open_discrete().fingerprint
@@ -67,7 +67,7 @@ class CodecSpec:
         return get_audio_tokenizer(discrete_kind(self.kind), self.path, device=self.device)
 
     def open_frontend(self) -> Any:
-        """What makes features: a callable from audio to (frames, feature_dim)."""
+        """The feature front end: a callable from audio to (frames, feature_dim)."""
         from vita_audio.audio.sensevoice import Frontend
 
         if self.frontend_path is None:
@@ -76,10 +76,10 @@ class CodecSpec:
 
 
 Part = Literal["codes", "features"]
-"""What a codec makes of speech."""
+"""The two outputs that a codec computes from speech."""
 
 _HOW_TO_GIVE: dict[Part, str] = {
-    "codes": "give the codec's folder (audio_tokenizer_path), or codes made ahead (audio_token_cache)",
+    "codes": "give the codec's folder (audio_tokenizer_path) or precomputed codes (audio_token_cache)",
     "features": "give SenseVoice's folder (audio_model_name_or_path)",
 }
 
@@ -89,8 +89,8 @@ class SpeechReader:
 
     Args:
         codec: a spec, or an open codec.
-        cache: codes made ahead. None: there are none.
-        data_root: where the cache's relative paths start.
+        cache: precomputed codes. None: there are none.
+        data_root: base of the cache's relative paths.
         max_seconds: longer clips are refused before they are read.
 
     Attributes:
@@ -138,7 +138,7 @@ class SpeechReader:
         return codes
 
     def has_codes(self, audio: str) -> bool:
-        """Whether a file's codes were made ahead; nothing is counted."""
+        """Whether a file's codes are precomputed; counts nothing."""
         found = self._from_cache(audio) is not None or self._from_file(audio) is not None
         self.sources.clear()
         return found
@@ -172,11 +172,11 @@ class SpeechReader:
         return features
 
     def check_opens(self, part: Part, needed: str) -> None:
-        """Open what makes codes or features, and let it go.
+        """Open the codec or the front end as a check, and discard it.
 
         Args:
             part: which of the two.
-            needed: why, for the message.
+            needed: why it is needed, for the message.
 
         Raises:
             ValueError: it does not open.
@@ -193,16 +193,16 @@ class SpeechReader:
             raise ValueError(f"{error}; {needed}") from error
 
     def _open(self, part: Part) -> Any:
-        """What makes codes, or features.
+        """The codec, or the front end.
 
         Raises:
-            MachineError: it does not open. No sample is at fault, and none can be used.
+            MachineError: it does not open. No sample is at fault, but none can be used.
         """
         if not isinstance(self._codec, CodecSpec):
             return self._codec if part == "codes" else self._codec.features
         try:
             return self._codec.open_discrete() if part == "codes" else self._codec.open_frontend()
-        except Exception as error:  # any error of a codec's loader
+        except Exception as error:  # any error while a codec is loaded
             raise MachineError(
                 f"the {self.kind} codec cannot make {part}: {first_line(error)}; {_HOW_TO_GIVE[part]}"
             ) from error
@@ -214,7 +214,7 @@ class SpeechReader:
         try:
             stale = os.path.getsize(audio) != clip.size
         except OSError:
-            stale = False  # the codes suffice, the audio need not be here
+            stale = False  # the codes suffice; the audio may be missing
         if stale:
             self.sources["stale"] += 1
             return None
@@ -254,12 +254,12 @@ class SpeechReader:
 
 def _path(audio: AudioLike) -> str:
     if not isinstance(audio, str):
-        raise TypeError(f"training reads audio from files, this is of type {type(audio).__name__}")
+        raise TypeError(f"training reads audio from files, but got an object of type {type(audio).__name__}")
     return audio
 
 
 def coded_audios(sample: Sample, assistant_only: bool) -> Iterator[str]:
-    """The clips of a sample that become codes: the assistant's alone where users are heard as features."""
+    """The clips of a sample that become codes: only the assistant's if user speech enters as features."""
     audios = iter(sample.audios)
     for message in sample.messages:
         here = islice(audios, message.num_audios)
@@ -267,7 +267,7 @@ def coded_audios(sample: Sample, assistant_only: bool) -> Iterator[str]:
 
 
 def codec_fingerprint(codec: CodecSpec | Any) -> str | None:
-    """What tells a codec from others of its kind; None where its weights are not on this machine."""
+    """A value that distinguishes a codec from others of its kind; None if its weights are not on this machine."""
     if isinstance(codec, CodecSpec):
         return codec.fingerprint()
     fingerprint: str | None = getattr(codec, "fingerprint", None)

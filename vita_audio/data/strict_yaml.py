@@ -1,6 +1,6 @@
-"""YAML as people mean it: ``1e-1`` is a number, and a key that is given twice is an error.
+"""A stricter YAML reader: ``1e-1`` is a number, and a duplicate key is an error.
 
-PyYAML reads YAML 1.1, in which ``1e-1`` is text, and keeps the last of two equal keys in silence.
+PyYAML reads YAML 1.1, in which ``1e-1`` is text, and silently keeps the last of two equal keys.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def load_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: it is not YAML, or a mapping has a key twice.
     """
-    return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: no objects are made
+    return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: constructs no objects
 
 
 class _StrictLoader(yaml.SafeLoader):

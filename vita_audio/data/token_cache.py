@@ -1,19 +1,19 @@
-"""Speech codes made ahead of training: Parquet shards, looked up by path, keyed by codec and content.
+"""Speech codes precomputed for training: Parquet shards, looked up by path, keyed by codec and content.
 
 A cache folder holds one folder per codec, ``KIND-FINGERPRINT``, with ``codec.json`` and shards
 ``tokens-*.parquet`` of
 
 ====== ===============================================================
-path   relative to the data root where it lies below it, else absolute
+path   relative to the data root if the file is below it, else absolute
 content BLAKE2b-128 of the file's bytes
 size   of the file in bytes
 seconds of speech
 codes  list of int32
 ====== ===============================================================
 
-A shard is written under a temporary name and renamed, so it is whole or absent. Readers map the shards
-through ``datasets``, and find a path by binary search in a sorted, memory-mapped array of path
-hashes: 16 bytes a clip, shared by all workers of a machine.
+Shards are written atomically. Readers map the shards through ``datasets`` and find a path by binary
+search in a sorted, memory-mapped array of path hashes: 16 bytes per clip, shared by all workers of a
+machine.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ _FEATURES = datasets.Features(
 
 
 class TokenCacheError(ValueError):
-    """A cache that cannot be used. The message says which folder and what to do."""
+    """A cache that cannot be used. The message names the folder and what to do."""
 
 
 @dataclass(frozen=True)
 class CodecIdentity:
-    """The codec that made a cache's codes."""
+    """Identifies the codec that made a cache's codes."""
 
     kind: str
     fingerprint: str
@@ -69,7 +69,7 @@ class CodecIdentity:
 
 @dataclass(frozen=True)
 class CachedClip:
-    """The codes of one file, and what identifies the file."""
+    """The codes of one file, and the fields that identify it."""
 
     path: str
     content: str
@@ -79,7 +79,7 @@ class CachedClip:
 
 
 def audio_key(path: str | Path, data_root: str | Path) -> str:
-    """The name of a file in a cache: relative to the data root where possible, so that the data can move."""
+    """The name of a file in a cache: relative to the data root if possible, so the data can be moved."""
     absolute, root = os.path.abspath(path), os.path.abspath(data_root)
     return os.path.relpath(absolute, root) if absolute.startswith(root + os.sep) else absolute
 
@@ -94,12 +94,12 @@ def content_hash(path: str | Path) -> str:
 
 
 def discrete_kind(kind: str) -> str:
-    """The codec that makes the codes of a kind: itself, or what follows ``sensevoice_``."""
+    """The codec that makes the codes of a kind: the kind itself, or the part after ``sensevoice_``."""
     return kind.removeprefix("sensevoice_")
 
 
 def write_shard(folder: Path, name: str, clips: Sequence[CachedClip]) -> Path:
-    """Write ``tokens-NAME.parquet``, whole or not at all."""
+    """Write ``tokens-NAME.parquet`` atomically."""
     columns = {field: [getattr(clip, field) for clip in clips] for field in _FEATURES}
     path = folder / f"tokens-{name}.parquet"
     with whole_file(path) as temporary:
@@ -108,7 +108,7 @@ def write_shard(folder: Path, name: str, clips: Sequence[CachedClip]) -> Path:
 
 
 def write_identity(folder: Path, identity: CodecIdentity) -> None:
-    """Write ``codec.json``, which says which codec made a folder's codes."""
+    """Write ``codec.json``, which names the codec that made a folder's codes."""
     write_json(folder / CODEC_FILE, asdict(identity))
 
 
@@ -131,11 +131,11 @@ def identities(folder: str | Path) -> Iterator[tuple[Path, CodecIdentity]]:
 
 
 class TokenCache:
-    """Codes of one codec, by path. Picklable; workers share its memory maps.
+    """The codes of one codec, by path. Picklable; workers share its memory maps.
 
     Args:
         folder: a ``KIND-FINGERPRINT`` folder.
-        arrow_cache: where ``datasets`` keeps its Arrow copy of the shards; defaults to HF_DATASETS_CACHE.
+        arrow_cache: folder for the Arrow copy of the shards that ``datasets`` makes; defaults to HF_DATASETS_CACHE.
 
     Attributes:
         identity: the codec.
@@ -156,7 +156,7 @@ class TokenCache:
         except (OSError, datasets.exceptions.DatasetGenerationError) as error:
             problem = machine_fault(error) or first_line(error)
             raise TokenCacheError(
-                f"{folder}: cannot be opened, because of this machine: {problem}; make room, and make this "
+                f"{folder}: cannot be opened, because of this machine: {problem}; free some space, and make this "
                 "folder and HF_DATASETS_CACHE writable"
             ) from error
         self._index: np.ndarray | None = None
@@ -170,10 +170,10 @@ class TokenCache:
         Args:
             cache: the cache folder, or a ``KIND-FINGERPRINT`` folder.
             kind: of the codec; ``sensevoice_X`` uses the codes of ``X``.
-            fingerprint: needed where codes of several codecs of this kind lie in the cache.
+            fingerprint: needed if the cache holds codes of several codecs of this kind.
 
         Raises:
-            TokenCacheError: there is no such part, there are several, or it cannot be opened.
+            TokenCacheError: no part or several parts match, or the part cannot be opened.
         """
         wanted = discrete_kind(kind)
         found = [
@@ -197,14 +197,14 @@ class TokenCache:
 
     @property
     def fingerprint(self) -> str:
-        """The codec, and the names and sizes of the shards, in short."""
+        """A short description: the codec, the number of clips, and a digest of the shards."""
         return f"{self.identity.folder_name} of {len(self)} clips (shards {self._shards})"
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_index": None}  # the map is opened again, not copied
+        return {**self.__dict__, "_index": None}  # reopen the map instead of copying it
 
     def find_clip(self, key: str) -> CachedClip | None:
-        """The clip of a path key (see :func:`audio_key`); None: it is not in the cache."""
+        """The clip for a path key (see :func:`audio_key`); None if it is not in the cache."""
         if self._index is None:
             self._index = np.load(self._index_file, mmap_mode="r")
         wanted = path_hash(key)
@@ -220,7 +220,7 @@ class TokenCache:
 
 
 def cached_sizes(folder: Path) -> dict[str, int]:
-    """Every path key in a codec's folder, with the size that its file had."""
+    """Every path key in a codec's folder, with the file size at the time of encoding."""
     sizes: dict[str, int] = {}
     for shard in readable_shards(folder):
         columns = pyarrow.parquet.read_table(shard, columns=["path", "size"]).to_pydict()
@@ -229,7 +229,7 @@ def cached_sizes(folder: Path) -> dict[str, int]:
 
 
 def readable_shards(folder: Path) -> Iterator[Path]:
-    """The shards that can be opened. A damaged one is reported and left out: its clips are encoded on demand.
+    """The shards that can be opened. A damaged one is reported and skipped: its clips are encoded on demand.
 
     Raises:
         MachineError: the disk failed.
@@ -241,11 +241,11 @@ def readable_shards(folder: Path) -> Iterator[Path]:
         except Exception as error:
             if (fault := machine_fault(error)) is not None:
                 raise MachineError(f"{shard}: cannot be read: {fault}") from error
-            logger.warning("%s: damaged token shard left out: %s", shard, error)
+            logger.warning("%s: skipped a damaged token shard: %s", shard, error)
 
 
 def _build_index(folder: Path, shards: list[str], clips: datasets.Dataset) -> Path:
-    """Sorted path hashes with row numbers, shape (2, clips) uint64, as a file beside the shards."""
+    """Sorted path hashes with row numbers, shape (2, clips) uint64, in a file next to the shards."""
     target = folder / f"index-{_shards_key(shards)}.npy"
     if target.is_file():
         return target

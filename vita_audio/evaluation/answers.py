@@ -1,7 +1,7 @@
-"""Is the answer in the reply? The published rule, and a strict one.
+"""Checks whether a reply contains the answer, by the published rule and by a strict one.
 
-The published rule (section 8.2 of the data specification) looks for parts of words: "eight" is in "eighteen", and
-an answer of punctuation alone is in everything. The strict rule compares whole words, and numbers by value.
+The published rule (section 8.2 of the data specification) matches parts of words: "eight" is in "eighteen", and
+an answer of only punctuation is in every reply. The strict rule compares whole words, and numbers by value.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from vita_audio.evaluation.numerals import CHINESE_NUMERALS, with_digits
 
 
 def contains_answer(prediction: str, answer: str | Sequence[str], *, whole_words: bool = False) -> bool:
-    """Whether a free-form reply holds the answer, or one of several answers.
+    """Whether a free-form reply contains the answer, or one of several answers.
 
     The published rule: each space-separated part of the answer is a substring of the prediction; failing that,
     the answer's number words are tried as digits.
 
     Args:
-        prediction: what the model said.
+        prediction: the model's reply.
         answer: an answer, or alternatives of which one suffices.
-        whole_words: the strict rule instead: the answer's words stand in the prediction side by side, as
+        whole_words: use the strict rule: the answer's words occur consecutively in the prediction, as
             whole words, and numbers match in any spelling. Scripts without spaces between words, such as
             Chinese, are compared character by character. An answer without words never matches.
 
@@ -47,13 +47,13 @@ def contains_answer(prediction: str, answer: str | Sequence[str], *, whole_words
     if any(_has_all_parts(prediction, item) for item in cleaned):
         return True
     numbers = [_number(item) for item in cleaned]
-    if None in numbers:  # one that is no number disables the second try (section 8.2)
+    if None in numbers:  # a part that is not a number disables the second attempt (section 8.2)
         return False
     return any(_has_all_parts(prediction, str(number)) for number in numbers)
 
 
 def answer_words(text: str) -> list[str]:
-    """What the strict rule compares: lower-case words without punctuation, numbers as digits.
+    """The tokens of the strict rule: lower-case words without punctuation, numbers as digits.
 
     "One hundred and twenty", "120" and "一百二十" are all ``["120"]``; "北京" is two words.
     """
@@ -71,7 +71,7 @@ _UNSPACED = re.compile(
 
 def _words(text: str) -> Iterator[str]:
     """Numbers, words of letters with inner apostrophes, and single characters of scripts without spaces; but
-    Chinese numerals that stand side by side are one word."""
+    adjacent Chinese numerals form one word."""
     start = 0
     while start < len(text):
         number = _NUMBER.match(text, start)
@@ -108,7 +108,7 @@ def _word_end(text: str, start: int) -> int:
 
 
 def _is_letter(character: str) -> bool:
-    """Letters, and the marks that belong to them."""
+    """Whether a character is a letter or a mark that belongs to one."""
     return unicodedata.category(character)[0] in "LM" or character == "〇"
 
 
@@ -124,9 +124,9 @@ def _has_all_parts(prediction: str, answer: str) -> bool:
 
 
 def _number(text: str) -> int | float | None:
-    """Value of English number words; None where there are none or they make no sense."""
+    """Value of English number words; None if there are none or they form no number."""
     try:
         value: int | float = w2n.word_to_num(text)
-    except (ValueError, IndexError):  # IndexError: word2number's own answer to "thousand zero"
+    except (ValueError, IndexError):  # word2number raises IndexError for "thousand zero"
         return None
     return value

@@ -1,8 +1,8 @@
-"""What all benchmarks share: test items, replies in batches, hearing them.
+"""The common parts of all benchmarks: test items, batched replies, and their recognition.
 
-A test set is a file in the training data's format, read by the one sample reader; its last message, the
-assistant's, is the reference. Items are spread over the processes of a ``torchrun`` launch, answered in batches
-of similar length, and gathered again, so that every process scores the whole set.
+A test set is a file in the training data's format, read by the common sample reader; the final
+assistant message is the reference. Items are spread over the processes of a ``torchrun`` launch, answered in batches
+of similar length, and gathered again, so every process scores the whole set.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vita_audio.inference import GenerationOptions, Reply, Request, SpeechPipeli
 Entry = TypeVar("Entry")
 
 SPOKEN_REPLY_TOKENS = 1024
-"""Longest reply of all benchmarks that speak (section 5 of the data specification)."""
+"""Maximum length of a reply in all benchmarks with speech output (section 5 of the data specification)."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class BenchmarkItem:
 
     Attributes:
         id: names it in result files.
-        conversation: what is asked.
+        conversation: the question.
         answer: text of the reference reply.
         answers: accepted answers of a question; just ``answer`` unless the sample lists them.
-        reference_audio: the reference reply as speech, where the sample has one.
+        reference_audio: the reference reply as speech, if the sample has one.
     """
 
     id: str
@@ -58,8 +58,8 @@ class Utterance:
 
     Attributes:
         reference: expected text or answers.
-        text: what the model wrote.
-        heard: what the recogniser heard in its speech; None when there was no speech.
+        text: the model's text.
+        heard: the transcript of the model's speech; None if there was no speech.
         wav: file of the speech, relative to the result file.
     """
 
@@ -85,13 +85,13 @@ def read_test_set(
     """Read a test set in the training data's format.
 
     Args:
-        data_root: folder that relative audio paths start from; defaults to ``$ROOT_PATH``, else the file's own.
-        limit: at most so many items, 1 or more, evenly spread over the file.
+        data_root: base folder of relative audio paths; defaults to ``$ROOT_PATH``, else the file's folder.
+        limit: maximum number of items, 1 or more, evenly spread over the file.
         answer_lists: accept a list of answers as the content of the last message.
         check: raises ValueError for an item that cannot be scored.
 
     Raises:
-        ValueError: the file is missing or empty, or a line cannot be used; names file and line.
+        ValueError: the file is missing or empty, or a line cannot be used; the message names file and line.
     """
     path = Path(path)
     if not path.is_file():
@@ -120,7 +120,7 @@ def every_nth(entries: list[Entry], limit: int | None, path: Path) -> list[Entry
     if limit is None or limit >= len(entries):
         return entries
     if limit < 1:
-        raise ValueError(f"a limit of {limit} items leaves nothing of {path}; give 1 or more")
+        raise ValueError(f"a limit of {limit} items leaves none of {path}; give 1 or more")
     return [entries[index * len(entries) // limit] for index in range(limit)]
 
 
@@ -158,13 +158,13 @@ def _read_item(sample: Sample, number: int) -> BenchmarkItem:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where the items of a test set are answered.
+    """The setup in which the items of a test set are answered.
 
     Attributes:
         pipeline: the model.
-        folder: of the result files; WAV files lie in ``folder/wav/name``.
-        name: of the test set.
-        listener: hears the model's speech; None where no task needs it.
+        folder: folder of the result files; WAV files go to ``folder/wav/name``.
+        name: name of the test set.
+        listener: recognises the model's speech; None if no task needs it.
         options: how replies are generated.
         batch_size: replies generated together.
         system: system message for conversations that have none; None for none.
@@ -180,17 +180,17 @@ class Bench:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"a batch size of {self.batch_size} answers nothing; give 1 or more")
+            raise ValueError(f"batch size {self.batch_size}: give 1 or more")
 
     def replies(
         self, items: Sequence[BenchmarkItem], limit: Callable[[int], int] | None = None
     ) -> Iterator[tuple[BenchmarkItem, Reply]]:
         """Replies of this process's share of the items, as codes, batch by batch.
 
-        Prompts of similar length share a batch, which keeps padding small. Each item draws from its own seed.
+        Prompts of similar length share a batch, which keeps padding small. Each item has its own seed.
 
         Args:
-            limit: from a batch's longest prompt to the most tokens of its replies.
+            limit: maps a batch's longest prompt to the maximum length of its replies, in tokens.
         """
         mine = list(items[rank() :: world_size()])
         prompts = {
@@ -198,7 +198,7 @@ class Bench:
         }
         seeds = {item.id: self._seed(index) for index, item in enumerate(items)}
         mine.sort(key=lambda item: len(prompts[item.id]))
-        # One bar, in a terminal only: logs get the rows instead.
+        # One progress bar, only in a terminal: logs get the rows instead.
         progress = tqdm(
             total=len(mine), desc=self.name, unit="reply", leave=False, disable=None if is_first() else True
         )
@@ -220,7 +220,7 @@ class Bench:
     def spoken(
         self, items: Sequence[BenchmarkItem], reference: Callable[[BenchmarkItem], str | list[str]]
     ) -> list[Utterance]:
-        """Answer, write, recognise and gather."""
+        """Generate the replies, write and recognise their speech, and gather the results."""
         started: list[tuple[BenchmarkItem, Reply, Path | None, Future[str] | None]] = []
         for item, reply in self.replies(items):
             wav = self.wav(item.id) if reply.codes else None
@@ -240,11 +240,11 @@ class Bench:
 
     def hear(self, codes: Sequence[int], wav: Path) -> Future[str]:
         """Write speech to ``folder/wav`` and start recognising it."""
-        assert self.listener is not None, "a task that speaks is given a listener"
+        assert self.listener is not None, "a task with speech output needs a listener"
         return self.listener.hear(codes, self.folder / wav)
 
     def wav(self, identifier: str) -> Path:
-        """Where the speech of an item lies, relative to the folder."""
+        """Path of an item's speech, relative to the folder."""
         return Path("wav") / self.name / f"{file_name(identifier)}.wav"
 
     def _seed(self, index: int) -> int | None:
@@ -252,17 +252,17 @@ class Bench:
 
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:
-    """The conversation, opened by a system message unless it has one or ``system`` is None."""
+    """The conversation with ``system`` as its system message, unless it has one or ``system`` is None."""
     if not system or any(message.role == "system" for message in conversation.messages):
         return conversation
     return Conversation((Message("system", (system,)), *conversation.messages), conversation.audios)
 
 
 class Listener:
-    """Turns codes into WAV files and has them recognised, in parallel with the caller.
+    """Turns codes into WAV files and recognises them, in parallel with the caller.
 
-    The same codes are decoded and recognised once: codec and recognisers are deterministic, and stages that
-    share a frozen language model say the same.
+    Identical codes are decoded and recognised once: codec and recognisers are deterministic, and stages that
+    share a frozen language model give identical replies.
     """
 
     def __init__(self, codec: AudioTokenizer, pool: TranscriberPool):
@@ -289,16 +289,16 @@ class Listener:
 
 
 def gather(mine: list[Utterance]) -> list[Utterance]:
-    """Every process's utterances, in every process, in order of id."""
+    """The utterances of all processes, on every process, ordered by id."""
     shares = gather_objects(mine)
     return sorted((utterance for share in shares for utterance in share), key=lambda utterance: utterance.id)
 
 
 def file_name(identifier: str) -> str:
-    """A file's name, without its suffix, that no other id has on any file system.
+    """A file name, without suffix, that is unique to an id on every file system.
 
-    Short ids of lower-case letters, digits, "_" and "." are their own name. Others keep what is readable of
-    them, and a digest of the whole id makes them unique.
+    Short ids of lower-case letters, digits, "_" and "." are used unchanged. Others keep their readable
+    characters, and a digest of the whole id makes them unique.
     """
     if re.fullmatch(r"[a-z0-9][a-z0-9_.]{0,63}", identifier):
         return identifier

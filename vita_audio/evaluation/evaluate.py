@@ -1,8 +1,8 @@
-"""Checkpoints, modes and test sets in; scores out.
+"""Scores checkpoints, in several modes, on test sets.
 
-Every test set is scored for itself, in ``OUTPUT_DIR/STAGE-MODE/``: its utterances, their WAV files and its scores.
-What is already there and still holds (:mod:`~vita_audio.evaluation.results`) is not computed again, and a checkpoint
-is loaded only if one of its scores is missing.
+Every test set is scored separately, in ``OUTPUT_DIR/STAGE-MODE/``: its utterances, their WAV files and its scores.
+Valid earlier scores (:mod:`~vita_audio.evaluation.results`) are not computed again, and a checkpoint is loaded
+only if one of its scores is missing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 DECODINGS = ("greedy", "published")
 RECORDINGS = "recordings"
-"""Folder of what was heard in the test sets' own recordings."""
+"""Folder of the transcripts of the test sets' reference recordings."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class BenchmarkSet:
     """A test set and its task.
 
     Attributes:
-        name: of its result files, unlike that of every other set.
-        recogniser: hears the speech; None where the task does not speak.
+        name: name of its result files, unique among the sets.
+        recogniser: transcribes the speech; None if the task has no speech output.
     """
 
     name: str
@@ -64,18 +64,18 @@ class BenchmarkSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of its content, its task and its recogniser."""
+        """Fingerprint of its content, its task and its recogniser."""
         heard_by = None if self.recogniser is None else self.recogniser.fingerprint()
         return fingerprint_of(repr(self.task), items_fingerprint(self.path, self.items), heard_by)
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What readers of its scores must know."""
+        """Notes that readers of its scores need."""
         notes = []
         foreign = sum(not self.task.is_as_trained(item) for item in self.items)
         if foreign:
             notes.append(
-                f"{self.name}: {foreign} of {len(self.items)} prompts are not worded as in the training data "
+                f"{self.name}: {foreign} of {len(self.items)} prompts differ in wording from the training data "
                 "(docs/data.md), so these scores say little about the model"
             )
         if self.recogniser is not None:
@@ -88,7 +88,7 @@ class Checkpoint:
     """A model in the table.
 
     Attributes:
-        stage: its name there.
+        stage: its name in the table.
         modes: schedules to score, by name or as numbers.
     """
 
@@ -99,20 +99,20 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Settings:
-    """How everything is scored.
+    """Settings of an evaluation.
 
     Attributes:
-        decodings: of :data:`DECODINGS`: ``greedy`` takes the likeliest token and no repetition penalty, so that a
-            row can be repeated on any machine; ``published`` decodes as the published figures were made.
-        given: options for all tasks in place of the decodings; their mode does not count.
-        max_new_tokens: longest reply.
+        decodings: of :data:`DECODINGS`: ``greedy`` takes the most likely token without a repetition penalty, so a
+            row is reproducible on any machine; ``published`` uses the decoding of the published figures.
+        given: options for all tasks that override the decodings; their mode is ignored.
+        max_new_tokens: maximum length of a reply.
         batch_size: replies generated together.
-        seed: of drawn replies.
-        system_prompt: system message of questions that have none; ``auto``: the one that the checkpoint names.
+        seed: seed of sampled replies.
+        system_prompt: system message of questions that have none; ``auto``: the checkpoint's.
         speed_items: replies timed; 0 for none.
-        transcriber_processes: recognisers side by side; 0 recognises in this process.
-        recordings: hear the test sets' own recordings too.
-        single: result files lie in the output folder itself; for one checkpoint in one mode.
+        transcriber_processes: number of recogniser processes; 0 recognises in this process.
+        recordings: also recognise the test sets' reference recordings.
+        single: write result files directly into the output folder; for one checkpoint in one mode.
         codec: fingerprint of codec and runtime.
     """
 
@@ -139,10 +139,10 @@ class Settings:
                 raise ValueError(f"--{name} {getattr(self, name)}: give {least} or more")
         unknown = [name for name in self.decodings if name not in DECODINGS]
         if unknown:
-            raise ValueError(f"--decoding {unknown[0]}: known are {', '.join(DECODINGS)}")
+            raise ValueError(f"--decoding {unknown[0]}: use {', '.join(DECODINGS)}")
 
     def options(self, task: Task, mode: str, decoding: str) -> GenerationOptions:
-        """How replies to a task are generated."""
+        """Generation options for a task."""
         if self.given is not None:
             return replace(self.given, mode=mode)
         if decoding == "greedy":
@@ -152,7 +152,7 @@ class Settings:
 
 
 def check(checkpoints: Sequence[Checkpoint], sets: Sequence[BenchmarkSet], settings: Settings) -> None:
-    """Refuse before anything is loaded or written what could only fail later.
+    """Refuse settings that would fail later, before anything is loaded or written.
 
     Raises:
         ValueError: a recogniser cannot be opened, or two rows would share a folder.
@@ -179,10 +179,10 @@ def evaluate(
 ) -> list[Row]:
     """Score every checkpoint in every mode on every test set; write ``scores.json`` and ``scores.md``.
 
-    All processes of a launch call it. :func:`check` comes first.
+    All processes of a launch must call it. Call :func:`check` first.
 
     Raises:
-        ValueError: a recogniser cannot be opened, or a score has nothing to count.
+        ValueError: a recogniser cannot be opened, or there is nothing to score.
     """
     for one in sets:
         for note in one.notes:
@@ -192,7 +192,7 @@ def evaluate(
     with ExitStack() as stack:
         ears = _Ears(settings.transcriber_processes, stack)
         for checkpoint in checkpoints:
-            gc.collect()  # the old model leaves before the new one comes
+            gc.collect()  # free the old model before the next one is loaded
             scorer = _Scorer(checkpoint, sets, settings, output_dir, open_pipeline, ears)
             for mode in checkpoint.modes:
                 for decoding in settings.decodings if settings.given is None else ("given",):
@@ -203,7 +203,7 @@ def evaluate(
 
 
 class _Ears:
-    """A pool for each recogniser, opened at first use."""
+    """A pool for each recogniser, opened on first use."""
 
     def __init__(self, processes: int, stack: ExitStack) -> None:
         self._processes = processes
@@ -212,7 +212,7 @@ class _Ears:
         self._listeners: dict[TranscriberConfig, Listener] = {}
 
     def listener(self, recogniser: TranscriberConfig, pipeline: SpeechPipeline) -> Listener:
-        """The codec is the same for all checkpoints, so what was heard once stands for all of them."""
+        """The listener for a recogniser. All checkpoints share the codec, so its transcripts are reused for all."""
         if recogniser not in self._listeners:
             pool = self._stack.enter_context(TranscriberPool(recogniser, self._processes))
             self._listeners[recogniser] = Listener(pipeline.codec, pool)
@@ -221,7 +221,7 @@ class _Ears:
 
 @dataclass
 class _Scorer:
-    """One checkpoint's rows."""
+    """The rows of one checkpoint."""
 
     checkpoint: Checkpoint
     sets: Sequence[BenchmarkSet]
@@ -236,7 +236,7 @@ class _Scorer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the checkpoint, the codec, and what else decides every reply."""
+        """Fingerprint of the checkpoint, the codec and everything else that affects all replies."""
         settings = [self.settings.codec, self.settings.batch_size, self.settings.system_prompt]
         return fingerprint_of(checkpoint_fingerprint(self.checkpoint.folder), settings)
 
@@ -290,7 +290,7 @@ class _Scorer:
         )
 
     def _recordings(self, one: BenchmarkSet, task: SpeechSynthesis) -> dict[str, Any]:
-        """What is heard in the recordings of a test set; the model has no part in it."""
+        """Transcripts of a test set's reference recordings; independent of the model."""
         folder = self.output_dir / RECORDINGS
 
         def compute() -> Scores:
@@ -312,13 +312,13 @@ class _Scorer:
             self.fingerprint, timed.fingerprint, self.settings.speed_items, self.settings.max_new_tokens
         )
         folder = self._folder(mode, "greedy")
-        # No test set is named so: their names begin with a letter or a digit.
+        # No test set has this name: their names begin with a letter or a digit.
         scores = keep_scores(folder, "_speed", fingerprint, lambda: self._speeds.get(mode, {}))
         return {name: value for name, value in scores.items() if name != "fingerprint"}
 
     @cached_property
     def _speeds(self) -> dict[str, Scores]:
-        """Of all modes, measured by the process that writes the table."""
+        """Speed of all modes, measured by the process that writes the table."""
         timed = next(one for one in self.sets if one.task.speaks)
         if not is_first():
             return {}
@@ -363,7 +363,7 @@ class _Scorer:
 
 
 def folder_name(stage: str, mode: str, decoding: str) -> str:
-    """Of the result files of a row."""
+    """Folder of a row's result files."""
     return "-".join([stage, mode.replace(" ", "-"), *([decoding] if decoding != "greedy" else [])])
 
 

@@ -1,12 +1,12 @@
-"""Error rates: of words, of characters, and that of Seed-TTS.
+"""Error rates: word, character and Seed-TTS.
 
 The pair functions count exactly as the published benchmark scripts do (section 8 of the data
-specification), so that figures stand beside the paper's. What those scripts get wrong, they
-get wrong when they combine utterances: missing hypotheses vanish from the denominator.
-Here :func:`corpus_error_rate` counts a missing hypothesis as deletions, and reports the
-published figure (answered utterances only) beside it.
+specification), so figures are comparable to the paper's. Those scripts make an error when they
+combine utterances: missing hypotheses vanish from the denominator.
+Here :func:`corpus_error_rate` counts a missing hypothesis as deletions, and also reports the
+published figure (answered utterances only).
 
-Both sides are compared in Unicode's composed form (NFC): the same letter may be written as one character
+Both sides are compared in Unicode's composed form (NFC), since the same letter may be written as one character
 or as a letter and its accent.
 """
 
@@ -26,7 +26,7 @@ from vita_audio.evaluation.normalisers import nfc
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Edits that turn a reference into a hypothesis; add two to pool their utterances."""
+    """Edits that turn a reference into a hypothesis. Counts can be added to pool utterances."""
 
     substitutions: int = 0
     deletions: int = 0
@@ -56,12 +56,12 @@ def word_error_rate(
 ) -> ErrorCounts:
     """Word errors of one utterance.
 
-    Ideographs, kana, Hangul and other caseless letters count as one word each, so that the
-    same function serves Mandarin (section 8.1; ``--char=1``).
+    Ideographs, kana, Hangul and other caseless letters count as one word each, so the
+    same function works for Mandarin (section 8.1; ``--char=1``).
 
     Args:
         case_sensitive: compare letters as written (``--cs=1``).
-        split_ideographs: if False, words are what white space separates (``--char=0``).
+        split_ideographs: if False, words are separated by white space only (``--char=0``).
     """
     return align(
         word_tokens(reference, case_sensitive, split_ideographs),
@@ -70,7 +70,7 @@ def word_error_rate(
 
 
 def character_error_rate(reference: str, hypothesis: str, *, case_sensitive: bool = False) -> ErrorCounts:
-    """Character errors of one utterance; a word holding punctuation counts as one (section 8.1)."""
+    """Character errors of one utterance; a word with punctuation counts as one (section 8.1)."""
     return align(
         character_tokens(reference, case_sensitive),
         character_tokens(hypothesis, case_sensitive),
@@ -82,8 +82,8 @@ class CorpusErrors:
     """Errors over a test set.
 
     Attributes:
-        counts: every reference counts; one without hypothesis is all deletions.
-        answered: only utterances with a hypothesis, as the published scripts count.
+        counts: counts over all references; one without hypothesis is all deletions.
+        answered: counts over utterances with a hypothesis, as in the published scripts.
         missing: ids of the references without hypothesis.
     """
 
@@ -96,10 +96,10 @@ class CorpusErrors:
         """Errors per reference token.
 
         Raises:
-            ValueError: the references hold no words, so there is nothing to divide by.
+            ValueError: the references contain no words, so the rate is undefined.
         """
         if not self.counts.reference_tokens:
-            raise ValueError("the references hold no words; there is nothing to score against")
+            raise ValueError("the references contain no words; there is nothing to score against")
         return self.counts.rate
 
 
@@ -132,8 +132,8 @@ def corpus_error_rate(
 def read_transcripts(path: str | Path) -> dict[str, str]:
     """Read ``ID TEXT`` lines, the files of the published scripts.
 
-    An id is what stands before the first white space, whole. Lines end at LF or CR LF only, so
-    that other separators stay inside their utterance.
+    The id is everything before the first white space. Lines end only at LF or CR LF, so
+    other separators stay inside their utterance.
 
     Raises:
         ValueError: an id occurs twice.
@@ -157,14 +157,14 @@ def seed_tts_error_rate(reference: str, transcript: str, language: str) -> Error
 
     Args:
         reference: the text that was to be spoken.
-        transcript: what the recogniser heard.
+        transcript: the recogniser's output.
         language: ``"zh"`` (errors per character) or ``"en"`` (errors per word).
 
     Raises:
         ValueError: unknown language, or a reference without words.
     """
     if language not in ("zh", "en"):
-        raise ValueError(f"language is {language!r}; Seed-TTS has 'zh' and 'en'")
+        raise ValueError(f"language is {language!r}; Seed-TTS supports 'zh' and 'en'")
     if language == "zh":
         transcript = simplified_chinese(transcript)
     reference_tokens = seed_tts_tokens(reference, language)
@@ -174,7 +174,7 @@ def seed_tts_error_rate(reference: str, transcript: str, language: str) -> Error
 
 
 def seed_tts_tokens(text: str, language: str) -> list[str]:
-    """Tokens that Seed-TTS compares: punctuation deleted, not replaced by a space (section 8.3).
+    """Tokens that Seed-TTS compares: punctuation is deleted, not replaced by a space (section 8.3).
 
     Tabs and line breaks are spaces; the published scripts break on them (bug 20).
     """
@@ -185,19 +185,19 @@ def seed_tts_tokens(text: str, language: str) -> list[str]:
 
 def simplified_chinese(text: str) -> str:
     """Traditional to mainland simplified characters (zhconv ``zh-cn``)."""
-    import zhconv  # loads its tables on import; only Mandarin needs them
+    import zhconv  # zhconv loads its tables on import; only Mandarin needs them
 
     return zhconv.convert(text, "zh-cn")
 
 
 def word_tokens(text: str, case_sensitive: bool = False, split_ideographs: bool = True) -> list[str]:
-    """Words as the published script sees them (section 8.1)."""
+    """Words as the published script splits them (section 8.1)."""
     text = nfc(text)
     return _normalise_tokens(_split_words(text) if split_ideographs else text.split(), case_sensitive)
 
 
 def character_tokens(text: str, case_sensitive: bool = False) -> list[str]:
-    """Characters as the published script sees them: only fully alphanumeric words are split."""
+    """Characters as the published script splits them: only fully alphanumeric words are split."""
     return [
         character
         for token in word_tokens(text, case_sensitive)

@@ -1,4 +1,4 @@
-"""Text made comparable before words are counted."""
+"""Text normalisation before words are compared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def normaliser(name: str) -> Normaliser:
     """A normaliser by its name in :data:`NORMALISERS`.
 
     Raises:
-        ValueError: there is none of this name, or its package is not installed.
+        ValueError: there is no normaliser of this name, or its package is not installed.
     """
     if name not in NORMALISERS:
         raise ValueError(f"unknown text normaliser {name!r}; known: {', '.join(NORMALISERS)}")
@@ -27,7 +27,7 @@ def normaliser(name: str) -> Normaliser:
 
 
 def nfc(text: str) -> str:
-    """Letters and their accents as single characters, where Unicode has them."""
+    """Letters and their accents as single characters, if Unicode has them."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -53,7 +53,7 @@ def _text_normaliser() -> Any:
         raise ValueError(
             "the libritts normaliser needs WeTextProcessing; pip install -e '.[libritts]'"
         ) from error
-    logging.getLogger("wetext").setLevel(logging.WARNING)  # it announces where its grammar lies
+    logging.getLogger("wetext").setLevel(logging.WARNING)  # it logs the path of its grammar
     return package.Normalizer()
 
 

@@ -10,7 +10,7 @@ def with_digits(words: Iterable[str]) -> list[str]:
     """The same words with every number as digits: "twenty", "one" become "21"; "three", "five" stay two numbers.
 
     Args:
-        words: lower-case; Chinese numerals that stand side by side are one word.
+        words: lower-case; adjacent Chinese numerals form one word.
     """
     words = list(words)
     result: list[str] = []
@@ -48,23 +48,23 @@ CHINESE_NUMERALS = frozenset({**_CHINESE_DIGITS, **_CHINESE_SCALES, **_CHINESE_G
 
 
 def _read_digits(words: Sequence[str], start: int) -> tuple[str, int]:
-    """A number in digits, in one form: 3.50 is 3.5, 007 is 7."""
+    """A number in digits, in canonical form: 3.50 is 3.5, 007 is 7."""
     if not words[start][0].isdigit():
         return "", start
     try:
         value = Decimal(words[start])
-    except InvalidOperation:  # digits such as ² that are no decimal ones
+    except InvalidOperation:  # digits such as ² that are not decimal
         return "", start
     return _plain(value), start + 1
 
 
 def _read_english(words: Sequence[str], start: int) -> tuple[str, int]:
-    """The longest English number: groups of falling scale, "and" before the last, "point" and digits."""
+    """The longest English number: groups of decreasing scale, "and" before the last, "point" and digits."""
     place = start + (words[start] == "a" and _at(words, start + 1) in {"hundred", *_SCALES})
     total, found = 0, False
     for name, scale in reversed(_SCALES.items()):
         group, after = _read_group(words, place)
-        bare = after == place  # a scale without a number before it opens a number, it continues none
+        bare = after == place  # a scale without a number before it starts a number and does not continue one
         if _at(words, after) == name and not (bare and found):
             total += (1 if bare else group) * scale
             place, found = after + 1, True
@@ -85,7 +85,7 @@ _DIGIT_WORDS = frozenset(word for word, value in _UNITS.items() if value < 10)
 
 
 def _read_group(words: Sequence[str], start: int) -> tuple[int, int]:
-    """A number below a thousand, such as "two hundred and one", and where it ends."""
+    """A number below a thousand, such as "two hundred and one", and its end."""
     value, place = _read_below_hundred(words, start)
     if _at(words, place) != "hundred" or (place > start and value == 0):
         return value, place
@@ -136,7 +136,7 @@ _READERS: tuple[Callable[[Sequence[str], int], tuple[str, int]], ...] = (
 
 
 def _plain(value: Decimal) -> str:
-    """Without zeros at either end that change nothing."""
+    """Strip leading and trailing zeros that do not change the value."""
     text = format(value.normalize(), "f")
     return "0" if text == "-0" else text
 

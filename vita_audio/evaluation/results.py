@@ -1,8 +1,8 @@
-"""Scores on disk: kept while nothing behind them has changed.
+"""Scores on disk, reused while all of their inputs are unchanged.
 
-The scores of a test set lie beside its utterances, in ``NAME_scores.json``, with a fingerprint of everything that
-decides them: the content of the test set and its recordings, of checkpoint, codec, recogniser and grammar, and the
-settings. A path is no part of it, so files that were replaced are noticed and a folder may be moved.
+The scores of a test set are stored next to its utterances, in ``NAME_scores.json``, with a fingerprint of everything
+that affects them: the content of the test set and its recordings, of checkpoint, codec, recogniser and grammar, and
+the settings. Paths are not included, so replaced files are detected and folders may be moved.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _CHECKPOINT_FILES = (
     "merges.txt",
 )
 _COUNTING = 2
-"""Raised when the same replies would get other scores, so that those of before are not kept."""
+"""Increased when the same replies would get different scores, so older scores are not reused."""
 
 
 def keep_scores(
     folder: Path, name: str, fingerprint: str, compute: Callable[[], Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The scores in ``folder/NAME_scores.json`` if they have this fingerprint, else computed and written.
+    """The scores in ``folder/NAME_scores.json`` if they have this fingerprint; otherwise computes and writes them.
 
-    All processes must call it; the first one's file counts.
+    All processes must call it; the file that the first process reads decides.
 
     Raises:
         ValueError: the file is damaged.
@@ -52,7 +52,7 @@ def keep_scores(
 
 
 def read_scores(path: Path) -> dict[str, Any] | None:
-    """An earlier run's scores; None: there are none.
+    """An earlier run's scores; None if there are none.
 
     Raises:
         ValueError: the file is damaged.
@@ -62,27 +62,27 @@ def read_scores(path: Path) -> dict[str, Any] | None:
     try:
         scores = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{error}; delete it to score again") from error
+        raise ValueError(f"{error}; delete the file to score again") from error
     if not isinstance(scores, dict):
-        raise ValueError(f"{path}: holds no scores; delete it to score again")
+        raise ValueError(f"{path}: holds no scores; delete the file to score again")
     return scores
 
 
 def fingerprint_of(*facts: Any) -> str:
-    """A short name of facts that JSON knows, or that have a text."""
+    """A short digest of facts that can be written as JSON or as text."""
     text = json.dumps([_COUNTING, *facts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """Changes with weights, configuration and tokenizer."""
+    """A digest of weights, configuration and tokenizer."""
     return content_fingerprint(
         sorted({file for pattern in _CHECKPOINT_FILES for file in folder.glob(pattern)})
     )
 
 
 def folder_fingerprint(path: str | Path | None) -> str | None:
-    """Changes with the content of any file below a folder; None for no folder."""
+    """A digest of the content of all files below a folder; None for no folder."""
     if path is None or not Path(path).exists():
         return None
     files = [file for file in Path(path).rglob("*") if file.is_file() and not file.name.startswith(".")]
@@ -90,7 +90,7 @@ def folder_fingerprint(path: str | Path | None) -> str | None:
 
 
 def items_fingerprint(path: Path, items: Iterable[BenchmarkItem]) -> str:
-    """Changes with the bytes of a test set, the choice of its items and the sound of their recordings."""
+    """A digest of a test set's bytes, of the selected items and of their recordings."""
     digest = hashlib.sha256(path.read_bytes())
     for item in items:
         digest.update(json.dumps(item.id).encode())

@@ -1,8 +1,8 @@
-"""The score table: one row per checkpoint and mode, one narrow table per test set to read.
+"""The score table: one row per checkpoint and mode, shown as one narrow table per test set.
 
 ``scores.json`` holds the rows. A row names its test sets (``sets``) and holds their scores under the keys of their
-tasks, such as ``asr_wer``; where a task has several sets, the set's name stands before the key:
-``librispeech.asr_wer``. Nothing is pooled over sets. ``scores.md`` shows the same in 80 columns.
+tasks, such as ``asr_wer``; if a task has several sets, the set's name precedes the key:
+``librispeech.asr_wer``. Scores are not pooled over sets. ``scores.md`` shows the same in 80 columns.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class ScoreTable:
     """The scores of one test set, or the speeds.
 
     Attributes:
-        heading: of the task, such as ``ASR``; empty for speeds.
-        name: of the test set; empty for speeds and where rows do not say.
-        items: in the test set; None where rows do not say.
+        heading: name of the task, such as ``ASR``; empty for speeds.
+        name: name of the test set; empty for speeds and if rows do not state it.
+        items: number of items in the test set; None if rows do not state it.
     """
 
     heading: str
@@ -66,7 +66,7 @@ class ScoreTable:
 
 
 def set_keys(scores: Mapping[str, Any], name: str, alone: bool) -> Row:
-    """Scores of a test set under the keys that they have in a row.
+    """Scores of a test set under their keys in a row.
 
     Args:
         alone: whether the task has no other test set.
@@ -75,7 +75,7 @@ def set_keys(scores: Mapping[str, Any], name: str, alone: bool) -> Row:
 
 
 def tables(rows: Sequence[Row]) -> list[ScoreTable]:
-    """One for each test set that any row has scores of, and one for speeds."""
+    """A table for each test set that any row has scores for, and one for speeds."""
     found = [
         ScoreTable(TASKS[task].title, name, items, _columns(TASKS[task], name, alone))
         for task, name, items, alone in _sets(rows)
@@ -89,7 +89,7 @@ def tables(rows: Sequence[Row]) -> list[ScoreTable]:
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
-    """All columns that any row has a value for, with titles that stand by themselves."""
+    """All columns that any row has a value for, with self-contained titles."""
     shown = [*_row_names(rows)]
     for table in tables(rows):
         several = sum(other.heading == table.heading for other in tables(rows)) > 1
@@ -99,7 +99,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The tables as Markdown that also reads well as text, and what their columns mean."""
+    """The tables, as Markdown that is also readable as plain text, and a legend of their columns."""
     parts = ["\n".join(_lines(table, rows)) for table in tables(rows)]
     notes = _notes(rows)
     if notes:
@@ -112,14 +112,14 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def write_table(folder: Path, rows: Sequence[Row]) -> Path:
-    """Write ``scores.json`` and ``scores.md``; the path of the latter."""
+    """Write ``scores.json`` and ``scores.md``. Returns the path of the latter."""
     write_json(folder / "scores.json", list(rows))
     write_text(folder / "scores.md", markdown(rows))
     return folder / "scores.md"
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
-    """What readers must know, each thing once with the test sets that it is true of."""
+    """Notes for readers, each once, with the test sets that it applies to."""
     sets: dict[str, list[str]] = {}
     for name, _, note in (note.partition(": ") for row in rows for note in row.get("notes", ())):
         if name not in sets.setdefault(note, []):

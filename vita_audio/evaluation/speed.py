@@ -1,4 +1,4 @@
-"""How fast a model answers: one reply at a time, mode beside mode."""
+"""Speed of replies, one at a time, for all modes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def measure_speed(
     *,
     max_new_tokens: int = SPOKEN_REPLY_TOKENS,
 ) -> dict[str, Scores]:
-    """Speed of one reply at a time, every mode in turn on each item, so that modes can be compared.
+    """Speed of single replies. Each item is run in every mode in turn, which makes the modes comparable.
 
-    The first item warms up and does not count, unless it is the only one.
+    The first item is a warm-up and does not count, unless it is the only one.
 
     Returns:
         For each mode, the figures of :func:`speed_scores`.
@@ -47,13 +47,13 @@ def speed_scores(timings: Sequence[Timings], sounds: Sequence[float | None]) -> 
     """Medians over replies.
 
     Args:
-        timings: of replies without decoding.
+        timings: timings of replies without decoding.
         sounds: seconds from each question to its first decoded samples; None for none.
 
     Returns:
         ``tokens_per_second`` of generation; ``first_chunk_seconds`` from the finished prompt to the last code of
-        the first audio chunk; ``first_sound_seconds`` from the question to the first decoded samples, prompt and
-        decoder included.
+        the first audio chunk; ``first_sound_seconds`` from the question to the first decoded samples, including
+        prompt and decoder.
     """
     chunks = [timing.first_chunk - timing.prompt for timing in timings if timing.first_chunk is not None]
     heard = [seconds for seconds in sounds if seconds is not None]

@@ -1,10 +1,10 @@
-"""Independent recognisers: what does the speech that the model produced actually say?
+"""Independent recognisers that transcribe the model's speech.
 
-* ``pocketsphinx``: small, on the CPU, its acoustic model inside its pip package. Over open speech
-  it is weak; bound to a grammar (a JSGF file) it is a fair judge of a small world.
-* ``whisper``: Whisper-large-v3 (or any folder of that architecture) through transformers, the judge
-  of the published speech-QA and English TTS figures.
-* ``paraformer``: Paraformer-zh through FunASR, the judge of the published Mandarin TTS figures.
+* ``pocketsphinx``: small, runs on the CPU, with its acoustic model in its pip package. It is weak on open
+  speech, but reliable on a small domain when restricted to a grammar (a JSGF file).
+* ``whisper``: Whisper-large-v3 (or any folder of that architecture) through transformers; used for the
+  published speech-QA and English TTS figures.
+* ``paraformer``: Paraformer-zh through FunASR; used for the published Mandarin TTS figures.
 
 All share ``transcribe(waveform, rate) -> str``; :class:`TranscriberPool` runs one of them over
 WAV files in several processes.
@@ -39,20 +39,20 @@ class Transcriber(ABC):
 
     @abstractmethod
     def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
-        """Words spoken in a waveform of shape (samples,); the same input gives the same words."""
+        """Words spoken in a waveform of shape (samples,); deterministic."""
 
 
 @dataclass(frozen=True)
 class TranscriberConfig:
-    """Which recogniser to open, and how. Small and picklable, so that processes can open their own.
+    """Which recogniser to open, and how. Small and picklable, so each process can open its own.
 
     Attributes:
         name: ``pocketsphinx``, ``whisper`` or ``paraformer``.
         path: weights of the neural recognisers: a folder, or a name on the hub that is in the local cache;
             defaults to the published ones.
-        grammar: JSGF file that bounds what pocketsphinx can hear; without it, its own language model does.
+        grammar: JSGF file that restricts pocketsphinx; None: its own language model.
         language: spoken language, such as ``en`` or ``zh``; whisper only.
-        device: where the neural recognisers compute.
+        device: device of the neural recognisers.
     """
 
     name: str = "pocketsphinx"
@@ -62,13 +62,13 @@ class TranscriberConfig:
     device: str = "cpu"
 
     def check(self) -> None:
-        """Find out in a moment, without network, whether :meth:`open` can work.
+        """Check quickly, and without network, whether :meth:`open` can work.
 
         Raises:
-            ValueError: unknown name, weights or a file that are missing, or a package that is not installed.
+            ValueError: the name is unknown, weights or a file are missing, or a package is not installed.
         """
         if self.name == "pocketsphinx":
-            self.open()  # a third of a second
+            self.open()  # takes a third of a second
         elif self.name == "whisper":
             _find_weights(self.path or WHISPER)
         elif self.name == "paraformer":
@@ -93,7 +93,7 @@ class TranscriberConfig:
         return ParaformerTranscriber(self.path or PARAFORMER, self.device)
 
     def fingerprint(self) -> str:
-        """Changes when what is heard may change: with the recogniser, its weights or its grammar."""
+        """A digest of everything that can change a transcript: the recogniser, its weights and its grammar."""
         if self.name == "pocketsphinx":
             content = [version("pocketsphinx"), _SETTINGS]
             if self.grammar is not None:
@@ -106,11 +106,11 @@ class TranscriberConfig:
         return repr([self.name, self.language, content_fingerprint(files) if files else str(path)])
 
     def describe(self) -> str:
-        """For people who read scores."""
+        """A description for readers of scores."""
         if self.name == "pocketsphinx":
             if self.grammar is None:
                 return "pocketsphinx without a grammar, which mishears much of open speech"
-            return f"pocketsphinx, bound to {Path(self.grammar).name}"
+            return f"pocketsphinx, restricted to {Path(self.grammar).name}"
         return f"{self.name}, {self.path or (WHISPER if self.name == 'whisper' else PARAFORMER)}"
 
 
@@ -120,14 +120,14 @@ PARAFORMER = "paraformer-zh"
 
 
 def _find_weights(model: str) -> Path:
-    """The folder of a model given as folder, or as a name on the hub that was fetched before."""
+    """The folder of a model that is given as a folder or as the hub name of a cached model."""
     if (Path(model) / "config.json").is_file():
         return Path(model)
-    # A name on the hub has two parts; others the hub library refuses to look up.
+    # A hub name has two parts; the hub library refuses to look up anything else.
     cached = try_to_load_from_cache(model, "config.json") if model.count("/") == 1 else None
     if not isinstance(cached, str):
         raise ValueError(
-            f"{model}: no folder with Whisper's config.json, and not in the local cache; fetch it with "
+            f"{model}: not a folder with Whisper's config.json, and not in the local cache; download it with "
             f"'hf download {WHISPER}' or give --transcriber_path a folder"
         )
     return Path(cached).parent
@@ -136,14 +136,14 @@ def _find_weights(model: str) -> Path:
 class PocketSphinxTranscriber(Transcriber):
     """CMU Sphinx with its US English acoustic model.
 
-    Its noise models take short pauses for breaths and its words fit digital silence: as it comes,
-    it hears some 20% words too many in clean synthetic digits. So every clip gets one loudness, a
-    rim of silence and a floor of faint fixed noise, and under a grammar pauses may be silence
-    only; that brings the 20% to about 2%.
+    Its noise models mistake short pauses for breaths, and its words match digital silence: unmodified,
+    it inserts about 20% extra words in clean synthetic digits. Every clip is therefore normalised in loudness,
+    padded with silence and mixed with faint fixed noise, and with a grammar, pauses may only be
+    silence. This reduces the 20% to about 2%.
 
-    Its acoustic model asks for noise removal, whose estimate of the noise lives in the feature extraction and
-    goes from clip to clip. That part is made again for every clip (about a millisecond), so that what is heard
-    does not depend on what came before.
+    Its acoustic model uses noise removal, whose noise estimate is part of the feature extraction and
+    persists across clips. That part is rebuilt for every clip (about a millisecond), so a transcript
+    does not depend on earlier clips.
 
     Args:
         grammar: JSGF file with one public rule; every word must be in CMU's dictionary.
@@ -171,7 +171,7 @@ class PocketSphinxTranscriber(Transcriber):
             self._decoder.activate_search("grammar")
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(
-                f"{grammar}: no JSGF grammar with one public rule over words of CMU's dictionary"
+                f"{grammar}: not a JSGF grammar with one public rule over words of CMU's dictionary"
             ) from error
 
     def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
@@ -195,11 +195,11 @@ _LOUDNESS = 0.12  # root mean square
 _NOISE_LEVEL = 10 ** (-50 / 20)  # -50 dB
 _RIM_SAMPLES = RECOGNISER_RATE // 10
 _SETTINGS = "every clip afresh"
-"""Changes with what this file does to a clip, so that scores of before are not kept."""
+"""Changed whenever this file processes clips differently, so older scores are not reused."""
 
 
 class WhisperTranscriber(Transcriber):
-    """Whisper through transformers' speech-recognition pipeline; beyond 30 s in its own long form.
+    """Whisper through transformers' speech-recognition pipeline; clips over 30 s use its long-form mode.
 
     Args:
         model: folder or hub name.
@@ -226,7 +226,7 @@ class WhisperTranscriber(Transcriber):
         waveform, rate = load_audio((waveform, rate), RECOGNISER_RATE)
         result: Any = self._pipeline(
             {"raw": waveform.numpy(), "sampling_rate": rate},
-            return_timestamps=len(waveform) > _WHISPER_WINDOW_SECONDS * rate,  # what its long form needs
+            return_timestamps=len(waveform) > _WHISPER_WINDOW_SECONDS * rate,  # needed for long-form mode
             generate_kwargs=self._arguments,
         )
         return str(result["text"]).strip()
@@ -236,7 +236,7 @@ _WHISPER_WINDOW_SECONDS = 30
 
 
 class ParaformerTranscriber(Transcriber):
-    """Paraformer through FunASR, which its users install themselves.
+    """Paraformer through FunASR, which users install themselves.
 
     Args:
         model: folder or hub name.
@@ -258,11 +258,11 @@ class ParaformerTranscriber(Transcriber):
 class TranscriberPool:
     """One recogniser in each of several processes; a context manager.
 
-    Work is submitted as it arises, so that recognition runs beside generation and decoding.
+    Clips are submitted as they become available, so recognition runs in parallel with generation and decoding.
 
     Args:
         config: the recogniser.
-        processes: 0 recognises in this process, at once (for recognisers on a GPU).
+        processes: number of processes; 0 recognises in this process, synchronously (for recognisers on a GPU).
     """
 
     def __init__(self, config: TranscriberConfig, processes: int = 2):
@@ -299,14 +299,14 @@ class TranscriberPool:
 
 
 def _start_workers(config: TranscriberConfig, processes: int) -> ProcessPoolExecutor:
-    # The fork server imports once for all workers, and knows neither CUDA nor this process's threads.
+    # The fork server imports once for all workers, and has neither CUDA nor this process's threads.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return ProcessPoolExecutor(processes, mp_context=context, initializer=_open_in_worker, initargs=(config,))
 
 
 _worker_transcriber: Transcriber | ValueError
-"""A worker's recogniser, or why it has none."""
+"""A worker's recogniser, or the error that prevented it from opening."""
 
 
 def _open_in_worker(config: TranscriberConfig) -> None:
@@ -314,7 +314,7 @@ def _open_in_worker(config: TranscriberConfig) -> None:
     torch.set_num_threads(1)
     try:
         _worker_transcriber = config.open()
-    except ValueError as error:  # raised at the first clip: an initialiser's own error reaches no one
+    except ValueError as error:  # raised at the first clip: an initialiser's own error is lost
         _worker_transcriber = error
 
 

@@ -78,5 +78,5 @@ def _register_processor(transformers_processors: ModuleType) -> None:
         transformers_processors.AutoProcessor.register(config_class, processor, exist_ok=True)
 
 
-# transformers' processors import its modeling code, which not everybody needs (see vita_audio/models/__init__.py).
+# transformers' processors import its modeling code, which not every user needs (see vita_audio/models/__init__.py).
 when_imported("transformers.models.auto.processing_auto", _register_processor)

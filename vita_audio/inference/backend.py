@@ -1,9 +1,9 @@
-"""How a reply is made: a request goes in, and its text and sound come out as soon as they exist.
+"""Generates replies: takes requests and streams text and sound as soon as they are available.
 
-:meth:`Backend.stream_many` is the only way. One reply is a stream, a batch is many streams, and a whole reply is the
-sum of its stream (:func:`collect`). The model emits one row of ids in which text and speech codes alternate;
-:class:`~vita_audio.chat.reply.ReplyParser` sorts them. In Boost and Turbo the first chunk of speech comes out of
-the prefill round.
+:meth:`Backend.stream_many` is the only interface. One reply is a stream, a batch is many streams, and a whole reply
+is its collected stream (:func:`collect`). The model emits one row of ids in which text and speech codes alternate;
+:class:`~vita_audio.chat.reply.ReplyParser` separates them. In Boost and Turbo the prefill round produces the first
+chunk of speech.
 
 :class:`ReferenceBackend` runs the decoding loop of ``model.generate``.
 """
@@ -33,12 +33,12 @@ Sound = Literal["streamed", "whole", "none"]
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt that awaits its reply.
+    """A prompt to be answered.
 
     Attributes:
         prompt: token ids, and features with their positions for continuous input.
         options: how the reply is generated.
-        sound: decode speech in step with generation, in one piece at the end, or not at all.
+        sound: decode speech during generation, in one piece at the end, or not at all.
         asked: ``time.perf_counter()`` when the question was asked; None: when the stream starts.
     """
 
@@ -50,7 +50,7 @@ class Request:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Text that follows what came before; ``seconds`` since the question was asked."""
+    """The next piece of text; ``seconds`` since the question was asked."""
 
     text: str
     seconds: float
@@ -58,13 +58,13 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class AudioChunk:
-    """Speech that follows what came before.
+    """The next piece of speech.
 
     Attributes:
-        samples: (samples,) float32; empty while the decoder holds its first codes back, and always
-            when speech is not decoded in step with generation.
+        samples: (samples,) float32; empty while the decoder holds back its first codes, and always
+            empty if speech is not decoded during generation.
         codes: the codes this chunk was decoded from.
-        seconds: since the question was asked, decoding included.
+        seconds: since the question was asked, including decoding.
     """
 
     samples: Tensor
@@ -74,7 +74,7 @@ class AudioChunk:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds since the question was asked; None for what never came.
+    """Seconds since the question was asked; None for events that did not happen.
 
     Attributes:
         prompt: the prompt was ready, its audio encoded.
@@ -83,7 +83,7 @@ class Timings:
         first_sound: the first samples left the decoder.
         generated: the last token left the model.
         total: the reply was complete.
-        new_tokens: tokens generated, markers and the stop token included.
+        new_tokens: tokens generated, including markers and the stop token.
     """
 
     prompt: float
@@ -96,22 +96,22 @@ class Timings:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of generation: from the finished prompt to the last token."""
+        """Speed of generation, from the finished prompt to the last token."""
         return self.new_tokens / max(self.generated - self.prompt, 1e-9)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model answered; the last event of a stream.
+    """The model's answer; the last event of a stream.
 
     Attributes:
         text: without special tokens.
         codes: the speech, in ``[0, codebook_size)``.
-        waveform: (samples,) float32; None where there are no codes or decoding was not asked for.
-        sample_rate: of ``waveform``, in Hz.
+        waveform: (samples,) float32; None if there are no codes or decoding was not requested.
+        sample_rate: sample rate of ``waveform``, in Hz.
         token_ids: as generated, without the token that ended the reply.
-        timings: when what came out.
-        options: how the reply was generated, with every choice that was left open made.
+        timings: the time of each step.
+        options: how the reply was generated, fully resolved.
         system: the system message of the prompt; None if it had none.
     """
 
@@ -129,16 +129,16 @@ Event = TextDelta | AudioChunk | Reply
 
 
 class Backend(ABC):
-    """Makes replies."""
+    """Generates replies."""
 
     @abstractmethod
     def stream_many(self, requests: Sequence[Request]) -> Generator[tuple[int, Event], None, None]:
-        """Events of several replies as they exist, each with the index of its request.
+        """Events of several replies as they occur, each with the index of its request.
 
         The last event of each reply is a :class:`Reply`. Closing the iterator ends generation at once.
 
         Raises:
-            ValueError: the options of a request cannot be served.
+            ValueError: the options of a request are not supported.
         """
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
@@ -149,7 +149,7 @@ class Backend(ABC):
 
 
 def collect(events: Iterator[tuple[int, Event]], count: int) -> list[Reply]:
-    """The whole replies of a stream of ``count`` requests, in the order of the requests."""
+    """The complete replies of a stream of ``count`` requests, in the order of the requests."""
     replies = {index: event for index, event in events if isinstance(event, Reply)}
     return [replies[index] for index in range(count)]
 
@@ -170,7 +170,7 @@ class ReferenceBackend(Backend):
         self._tokens = ChatTokens.of(tokenizer)
 
     def stream_many(self, requests: Sequence[Request]) -> Generator[tuple[int, Event], None, None]:
-        """See :meth:`Backend.stream_many`. All requests of a call share their options, but for the seed."""
+        """See :meth:`Backend.stream_many`. All requests of a call share their options, except the seed."""
         options = self._shared_options(requests)
         rows = [
             _Row(request, replace(options, seed=request.options.seed), self._tokenizer, self._codec)
@@ -194,7 +194,7 @@ class ReferenceBackend(Backend):
                     yield index, event
 
     def tokens(self, request: Request) -> Generator[int, None, None]:
-        """Ids of one reply as they are made, the one that ends it included. Closing ends generation at once."""
+        """Ids of one reply as they are generated, including the stop token. Closing ends generation at once."""
         options = self._shared_options([request])
         with closing(self._steps([request], options)) as steps:
             for (token,) in steps:
@@ -241,7 +241,7 @@ class ReferenceBackend(Backend):
 
 
 class _Row:
-    """One reply while it is generated."""
+    """One reply during generation."""
 
     def __init__(
         self,
@@ -262,7 +262,7 @@ class _Row:
         self._record = _Record()
 
     def push(self, token: int, now: float, ends: bool) -> Iterator[Event]:
-        """Take one token, made at ``now``; the events that it completes."""
+        """Add one token, generated at ``now``. Returns the events that it completes."""
         seconds = now - self._asked
         self._record.times.append(seconds)
         if ends:
@@ -275,7 +275,7 @@ class _Row:
             yield self._speech(piece, seconds)
 
     def end(self) -> Iterator[Event]:
-        """The events that are still due, the reply last."""
+        """The remaining events, ending with the reply."""
         self.ended = True
         record = self._record
         seconds = time.perf_counter() - self._asked
@@ -299,7 +299,7 @@ class _Row:
         return AudioChunk(samples, codes, self._hear(samples))
 
     def _hear(self, samples: Tensor) -> float:
-        """Note decoded samples; seconds since the question was asked."""
+        """Record decoded samples. Returns the seconds since the question was asked."""
         seconds = time.perf_counter() - self._asked
         self._record.samples.append(samples)
         if len(samples) and self._record.first_sound is None:
@@ -335,7 +335,7 @@ class _Row:
 
 @dataclass
 class _Record:
-    """What one reply has produced so far; times in seconds since the question was asked."""
+    """The parts of one reply so far; times in seconds since the question was asked."""
 
     ids: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -349,7 +349,7 @@ class _Record:
 def collate_prompts(prompts: Sequence[Example], pad_id: int, device: torch.device) -> dict[str, Any]:
     """Left-padded batch: ``inputs`` (token ids) and ``attention_mask``, (rows, time); with continuous
     input also ``audios``, a list of (frames, features), and ``audio_indices``, a list of
-    (2, 1, places): batch row and time of each place that the audio fills."""
+    (2, 1, places): batch row and time of each position that the audio fills."""
     length = max(len(prompt.input_ids) for prompt in prompts)
     input_ids = torch.full((len(prompts), length), pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)

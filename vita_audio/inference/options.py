@@ -1,4 +1,4 @@
-"""How a reply is generated, and where the choices that a caller leaves open come from."""
+"""Options of generation, and the source of those that a caller leaves open."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
 
 AUTO_SYSTEM = "auto"
-"""In the place of a system message: the one that the model was trained with."""
+"""Used in place of a system message: the message that the model was trained with."""
 
 _NEUTRAL: dict[str, Any] = {
     "do_sample": False,
@@ -31,17 +31,17 @@ _NEUTRAL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How a reply is generated. None: as the checkpoint's generation_config.json says.
+    """How a reply is generated. None: the value in the checkpoint's generation_config.json.
 
     Attributes:
         mode: name of a schedule (``vanilla``, ``balance``, ``boost``, ``turbo``) or the schedule
             ``[M1, m1, M2, m2, ...]`` itself: tokens by the backbone, then by the heads, in turn. A
-            checkpoint that names none gets ``boost``, or ``vanilla`` if it has no heads.
-        max_new_tokens: longest reply, text and audio tokens together.
-        do_sample: draw tokens instead of taking the likeliest.
+            checkpoint without one uses ``boost``, or ``vanilla`` if it has no heads.
+        max_new_tokens: maximum length of the reply, text and audio tokens together.
+        do_sample: draw tokens instead of taking the most likely one.
         temperature, top_k, top_p: shape of the distribution drawn from; ``top_k=0`` keeps all tokens.
-        repetition_penalty: above 1 discourages tokens already said.
-        seed: of the draws, each reply with its own generator; without it torch's global generator draws.
+        repetition_penalty: above 1 discourages tokens already generated.
+        seed: seed of the draws; each reply gets its own generator. None: torch's global generator.
     """
 
     mode: str | Sequence[int] | Schedule | None = None
@@ -55,7 +55,7 @@ class GenerationOptions:
 
     @classmethod
     def greedy(cls, mode: str | Sequence[int] | Schedule | None = None, **changes: Any) -> GenerationOptions:
-        """The likeliest token at every step and no repetition penalty, regardless of the checkpoint."""
+        """The most likely token at every step and no repetition penalty, regardless of the checkpoint."""
         return replace(cls(mode=mode, **_NEUTRAL), **changes)
 
     @property
@@ -63,21 +63,21 @@ class GenerationOptions:
         """The schedule that ``mode`` names.
 
         Raises:
-            ValueError: there is no such schedule, or the mode is left to the checkpoint.
+            ValueError: there is no such schedule, or ``mode`` is None.
         """
         if self.mode is None:
             raise ValueError("the mode is left to the checkpoint; resolve the options first")
         return Schedule.parse(self.mode)
 
     def resolved(self, config: GenerationConfig, num_heads: int) -> GenerationOptions:
-        """The same options with every choice made: the caller's, else the checkpoint's, else the neutral one.
+        """The same options with every field set: from the caller, else the checkpoint, else the neutral value.
 
         Args:
-            config: the checkpoint's.
-            num_heads: heads that the model has.
+            config: the checkpoint's generation config.
+            num_heads: number of the model's heads.
 
         Raises:
-            ValueError: the mode is no schedule.
+            ValueError: the mode is not a schedule.
         """
         mode = self.mode
         if mode is None:
@@ -89,8 +89,8 @@ class GenerationOptions:
         return replace(self, **choices)
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of ``model.generate`` for resolved options. Every choice is stated, so that no
-        default of the checkpoint slips in."""
+        """Keyword arguments of ``model.generate`` for resolved options. Every option is passed explicitly, so no
+        default of the checkpoint applies."""
         arguments: dict[str, Any] = {
             "mtp_inference_mode": self.schedule.numbers,
             "max_new_tokens": self.max_new_tokens,
@@ -108,7 +108,7 @@ class GenerationOptions:
 
 
 CHECKPOINT_OPTIONS = GenerationOptions()
-"""Every choice as the checkpoint's generation_config.json says."""
+"""Every option from the checkpoint's generation_config.json."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,10 @@ class CodecOptions:
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """Where and how a model computes. None: the best that this machine has.
+    """Device, precision and attention of a model. None: the best that this machine supports.
 
     Attributes:
-        device: ``cpu``, ``cuda`` or ``cuda:N``; without it this process's GPU, or the CPU.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; defaults to this process's GPU, else the CPU.
         dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto`` is the checkpoint's own.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2`` or ``flex_attention``.
     """
@@ -146,8 +146,8 @@ class RuntimeOptions:
 def default_system(config: PreTrainedConfig) -> str | None:
     """The system message that a model was trained with; None for none.
 
-    A checkpoint may name it (``system_prompt`` in config.json, empty for none). The others are the published
-    ones: none in the GLM-4-Voice family, the Omni message in the SenseVoice family.
+    A checkpoint may name it (``system_prompt`` in config.json, empty for none). Otherwise it is the published
+    one: none for the GLM-4-Voice family, the Omni message for the SenseVoice family.
     """
     named: str | None = getattr(config, "system_prompt", None)
     if named is not None:
@@ -156,7 +156,7 @@ def default_system(config: PreTrainedConfig) -> str | None:
 
 
 def system_message(choice: str | None, config: PreTrainedConfig) -> str | None:
-    """The system message that a caller's choice means for a model.
+    """The system message for a caller's choice and a model.
 
     Args:
         choice: ``"auto"`` (see :func:`default_system`), a name (``"luke"``, ``"omni"``, ``"none"``), the

@@ -1,4 +1,4 @@
-"""A model that listens and talks: checkpoint, tokenizer and codec behind one object.
+"""The speech pipeline: checkpoint, tokenizer and codec in one object.
 
     pipeline = SpeechPipeline.from_pretrained("output/stage4", "mel_vq", "output/codec")
     reply = pipeline.speech_to_speech("question.wav")
@@ -7,8 +7,8 @@
     for event in pipeline.stream(prompts.synthesis("good morning")):
         ...                                   # TextDelta, AudioChunk, and at the end the Reply
 
-Only the reply's own codes reach the decoder: neither the question nor a voice prompt is heard
-again in the answer (bug 5 of the data specification).
+Only the reply's own codes are decoded: the answer repeats neither the question nor a voice prompt
+(bug 5 of the data specification).
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class SpeechPipeline:
     Args:
         model: any causal LM of the family, on its device.
         tokenizer: the text tokenizer saved with it, audio tokens included.
-        codec: turns speech into what the model reads, and codes into sound.
+        codec: turns speech into the model's input, and codes into sound.
 
     Raises:
-        ValueError: model, tokenizer and codec do not belong together.
+        ValueError: model, tokenizer and codec do not match.
     """
 
     def __init__(self, model: Qwen2MTPForCausalLM, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer):
@@ -81,7 +81,7 @@ class SpeechPipeline:
 
         Args:
             model_dir: folder of a ``qwen2_mtp`` or ``qwen2_mtp_sensevoice`` checkpoint, or a name that
-                :func:`~vita_audio.models.open.open_model` takes.
+                :func:`~vita_audio.models.open.open_model` accepts.
             audio_tokenizer_type, audio_tokenizer_path, flow_path, frontend_path: see
                 :class:`~vita_audio.inference.options.CodecOptions`.
             device, dtype, attn_implementation: see :class:`~vita_audio.inference.options.RuntimeOptions`.
@@ -96,11 +96,11 @@ class SpeechPipeline:
         codec: CodecOptions | None = None,
         runtime: RuntimeOptions | None = None,
     ) -> SpeechPipeline:
-        """Load a checkpoint, its tokenizer and a codec. What can be checked without weights is checked first.
+        """Load a checkpoint, its tokenizer and a codec. Checks that need no weights run first.
 
         Raises:
-            ValueError: a folder or file is missing or of another kind, the three do not belong together, or
-                this machine lacks the device or the attention that was asked for.
+            ValueError: a folder or file is missing or of another kind, the three do not match, or
+                this machine lacks the requested device or attention.
         """
         codec, runtime = codec or CodecOptions(), runtime or RuntimeOptions()
         device = models.check_device(runtime.device or default_device())
@@ -143,7 +143,7 @@ class SpeechPipeline:
         return self.reply(conversation, options)
 
     def transcribe(self, audio: AudioLike, options: GenerationOptions = CHECKPOINT_OPTIONS) -> Reply:
-        """Write speech down (ASR)."""
+        """Transcribe speech (ASR)."""
         return self.reply(prompts.transcription(audio), options)
 
     def synthesize(
@@ -153,7 +153,7 @@ class SpeechPipeline:
         return self.reply(prompts.synthesis(text, voice), options)
 
     def system_message(self, choice: str | None = AUTO_SYSTEM) -> str | None:
-        """The system message that a choice means for this model, by default the trained one."""
+        """The system message for a choice, by default the one that the model was trained with."""
         return system_message(choice, self.model.config)
 
     def prompt(self, conversation: Conversation) -> Example:
@@ -166,14 +166,14 @@ class SpeechPipeline:
         options: GenerationOptions = CHECKPOINT_OPTIONS,
         sound: Sound = "streamed",
     ) -> Request:
-        """A conversation made ready for the backend; its clock starts now."""
+        """A conversation prepared for the backend; its clock starts now."""
         asked = time.perf_counter()
         return Request(self.prompt(conversation), options, sound, asked)
 
     def stream(
         self, conversation: Conversation, options: GenerationOptions = CHECKPOINT_OPTIONS
     ) -> Generator[Event, None, None]:
-        """Answer one conversation while it is generated: text and sound as they exist, then the reply.
+        """Answer one conversation as a stream: text and sound as they are generated, then the reply.
 
         Closing the iterator ends generation at once.
         """
@@ -219,7 +219,7 @@ def read_checkpoint_config(model_dir: str | PathLike[str]) -> PreTrainedConfig:
     """The configuration of a checkpoint.
 
     Raises:
-        CheckpointError: it cannot be used. Where there is no such folder the message says how to get a small one.
+        CheckpointError: it cannot be used. If the folder does not exist, the message explains how to get a small one.
     """
     try:
         return models.open_config(model_dir)
@@ -232,12 +232,12 @@ def read_checkpoint_config(model_dir: str | PathLike[str]) -> PreTrainedConfig:
 
 
 def default_device() -> str:
-    """This process's GPU, or the CPU."""
+    """This process's GPU, else the CPU."""
     return f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
 
 
 def check_attention(name: str | None, device: torch.device) -> None:
-    """Refuse FlashAttention where it cannot run.
+    """Refuse FlashAttention on a machine where it cannot run.
 
     Raises:
         ValueError: the package or a GPU is missing.
@@ -251,21 +251,21 @@ def check_attention(name: str | None, device: torch.device) -> None:
 
 
 def check_family(config: PreTrainedConfig, kind: str) -> None:
-    """Refuse a codec whose input the model cannot read, by its name alone.
+    """Refuse a codec whose output the model cannot read, judging by its name only.
 
     Raises:
-        ValueError: a plain language model, or codes where the model reads features or the reverse.
+        ValueError: a plain language model, or codes for a model that reads features, or the reverse.
     """
     if not isinstance(config, Qwen2MTPConfig):
         raise ValueError(
-            f"the checkpoint is a plain {config.model_type}; give one that training has saved (qwen2_mtp)"
+            f"the checkpoint is a plain {config.model_type}; give one saved by training (qwen2_mtp)"
         )
     if is_continuous_kind(kind) != config.continuous_input:
         raise ValueError(_other_family(f"a {config.model_type} model", kind, config.continuous_input))
 
 
 def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
-    """Refuse a model, a tokenizer and a codec that do not belong together.
+    """Refuse a model, a tokenizer and a codec that do not match.
 
     Raises:
         ValueError: more tokens than the model embeds; see also :func:`check_family` and :func:`check_codec`.
@@ -280,7 +280,7 @@ def check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, code
 
 
 def check_codec(tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer) -> None:
-    """Refuse a tokenizer and a codec that do not belong together.
+    """Refuse a tokenizer and a codec that do not match.
 
     Raises:
         ValueError: speech tokens of another codec, or of the other family.

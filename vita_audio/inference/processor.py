@@ -1,4 +1,4 @@
-"""The model's inputs and outputs as transformers' users know them.
+"""A transformers processor for the model's inputs and outputs.
 
     processor = AutoProcessor.from_pretrained(
         "output/stage4", audio_tokenizer_type="mel_vq", audio_tokenizer_path="output/codec"
@@ -10,7 +10,7 @@
     generated = model.generate(**inputs, max_new_tokens=512)
     text, waveform, rate = processor.decode_speech(generated[0, inputs["input_ids"].shape[1] :])
 
-Prompts are rendered where everybody's are (:mod:`vita_audio.chat`), so that they equal those of
+Prompts are rendered by :mod:`vita_audio.chat`, so they equal those of
 :class:`~vita_audio.inference.SpeechPipeline`. Text is never read as control tokens.
 """
 
@@ -43,7 +43,7 @@ _ALWAYS: dict[str, tuple[Any, ...]] = {
     "padding_side": ("left",),
     "truncation": (False, None),
     "max_length": (None,),
-    "add_special_tokens": (True, False),  # the markers of turns are part of the chat, whatever is said here
+    "add_special_tokens": (True, False),  # turn markers are part of the chat regardless of this option
     "return_attention_mask": (True,),
     "sanitize_control_tokens": (True, False),  # always
     "chat_template": (None,),
@@ -55,7 +55,7 @@ _ALWAYS: dict[str, tuple[Any, ...]] = {
     "images": (None, []),
     "videos": (None, []),
 }
-"""Arguments of transformers' processors that leave no choice here, and the values that mean what is done."""
+"""Arguments of transformers' processors that are fixed here, and the accepted values."""
 _GROUPS = ("text_kwargs", "audio_kwargs", "common_kwargs")
 
 
@@ -64,17 +64,17 @@ class VitaAudioProcessor(ProcessorMixin):
 
     Args:
         tokenizer: the text tokenizer saved with the model.
-        audio_tokenizer_type: codec kind, see ``vita_audio.audio.available_kinds()``. Where only folders are given,
-            GLM-4-Voice's, behind SenseVoice features if the tokenizer is that of the Plus family.
+        audio_tokenizer_type: codec kind, see ``vita_audio.audio.available_kinds()``. If only folders are given,
+            GLM-4-Voice, with SenseVoice features if the tokenizer belongs to the Plus family.
         audio_tokenizer_path, flow_path, frontend_path: see ``get_audio_tokenizer``. With neither a kind nor a
-            folder the processor handles text alone.
-        device: where the codec computes; defaults to CUDA where there is one. Inputs are returned on the CPU.
+            folder the processor handles only text.
+        device: device of the codec; defaults to CUDA if available. Inputs are returned on the CPU.
 
     Attributes:
-        codec: the speech codec; None for text alone.
+        codec: the speech codec; None for text only.
 
     Raises:
-        ValueError: a folder is missing or holds something else, or tokenizer and codec do not belong together.
+        ValueError: a folder is missing or holds something else, or tokenizer and codec do not match.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class VitaAudioProcessor(ProcessorMixin):
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """Parts with files of their own. ProcessorMixin would take every argument with ``tokenizer`` in its name."""
+        """Parts that have their own files. ProcessorMixin would pick every argument with ``tokenizer`` in its name."""
         return ["tokenizer"]
 
     @classmethod
@@ -129,8 +129,8 @@ class VitaAudioProcessor(ProcessorMixin):
 
         Args:
             pretrained_model_name_or_path: folder or hub name.
-            audio_tokenizer_type, audio_tokenizer_path, flow_path, frontend_path: see the class; those not given are
-                as saved in processor_config.json.
+            audio_tokenizer_type, audio_tokenizer_path, flow_path, frontend_path: see the class; defaults are those
+                saved in processor_config.json.
             device: see the class.
             hub: as in transformers, such as ``revision`` and ``token``.
 
@@ -150,8 +150,8 @@ class VitaAudioProcessor(ProcessorMixin):
                 continue
             if name.endswith("_path") and not (isinstance(kept, str) and Path(kept).is_dir()):
                 raise ValueError(
-                    f"{pretrained_model_name_or_path}: processor_config.json says {name}={kept!r}, which is no folder "
-                    f"of this machine; give {name}=…"
+                    f"{pretrained_model_name_or_path}: processor_config.json has {name}={kept!r}, not a folder "
+                    f"on this machine; give {name}=…"
                 )
             values[name] = kept
         if Path(pretrained_model_name_or_path).is_dir():
@@ -161,15 +161,15 @@ class VitaAudioProcessor(ProcessorMixin):
         return cls(tokenizer, **values, device=device)
 
     def to_dict(self) -> dict[str, Any]:
-        """What processor_config.json keeps: the codec's kind and its folders' absolute paths."""
+        """The content of processor_config.json: the codec's kind and its folders' absolute paths."""
         return {"processor_class": type(self).__name__, **self._saved}
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of what a call returns; the last two for the Plus family."""
+        """Names of a call's outputs; the last two are for the Plus family."""
         return ["input_ids", "attention_mask", "audios", "audio_indices"]
 
-    def apply_chat_template(  # type: ignore[override]  # the base class lists arguments that have no meaning here
+    def apply_chat_template(  # type: ignore[override]  # the base class lists arguments that do not apply here
         self,
         conversation: Messages | Sequence[Messages],
         *,
@@ -180,20 +180,20 @@ class VitaAudioProcessor(ProcessorMixin):
         processor_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> BatchFeature | Tensor | str | list[str]:
-        """Render one conversation, or a batch of them, as they stand: no system message is added.
+        """Render one conversation, or a batch of them, unchanged: no system message is added.
 
         Args:
             conversation: messages of ``{"role", "content"}``, where content is a string or a list of
                 ``{"type": "text", "text": …}`` and ``{"type": "audio", "audio" | "path" | "url": …}``; or a
                 :class:`~vita_audio.chat.Conversation`, as ``vita_audio.inference.prompts`` makes them. Audios are
-                files of this machine or any :data:`~vita_audio.audio.AudioLike`.
+                local files or any :data:`~vita_audio.audio.AudioLike`.
             add_generation_prompt: whether to open the assistant's turn at the end.
             tokenize: whether to return token ids instead of ChatML text; the text has an ``<|audio|>`` for each audio
-                and is what :meth:`__call__` takes.
-            return_dict: of the token ids: whether to return everything that ``generate`` needs.
+                and can be passed to :meth:`__call__`.
+            return_dict: with ``tokenize``: whether to return everything that ``generate`` needs.
             sampling_rate: of audios that are bare arrays, in Hz.
-            processor_kwargs: ``sampling_rate`` and the like, as other processors take them.
-            options: other arguments of transformers' processors, at the values that mean what is done here.
+            processor_kwargs: ``sampling_rate`` and similar, as for other processors.
+            options: other arguments of transformers' processors, only at the values that this processor implements.
 
         Returns:
             Text, one for each conversation of a batch; ids of shape (rows, time); or the inputs of
@@ -226,18 +226,18 @@ class VitaAudioProcessor(ProcessorMixin):
         """Inputs of ``model.generate`` for one text or a batch of texts.
 
         Args:
-            text: what a user says, or a conversation as :meth:`apply_chat_template` writes it; each ``<|audio|>`` in
-                it stands for an audio.
+            text: a user message, or a conversation written by :meth:`apply_chat_template`; each ``<|audio|>`` in
+                it represents an audio.
             audio: an audio, a list of them in the order of the tags over all texts, or one list for each text.
             sampling_rate: of audios that are bare arrays, in Hz.
             options: see :meth:`apply_chat_template`.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, (rows, time), padded on the left; in the Plus family where there is
-            speech also ``audios`` and ``audio_indices``, see :func:`~vita_audio.inference.backend.collate_prompts`.
+            ``input_ids`` and ``attention_mask``, (rows, time), padded on the left; for speech in the Plus family
+            also ``audios`` and ``audio_indices``, see :func:`~vita_audio.inference.backend.collate_prompts`.
 
         Raises:
-            ValueError: see :meth:`apply_chat_template`; or there is not one audio for each tag.
+            ValueError: see :meth:`apply_chat_template`; or the numbers of audios and tags differ.
         """
         sampling_rate = _check_options(options, sampling_rate)
         texts = [text] if isinstance(text, str) else list(text)
@@ -258,9 +258,9 @@ class VitaAudioProcessor(ProcessorMixin):
 
         Args:
             token_ids: generated ids.
-            skip_special_tokens: leave out special tokens and speech codes, so that the text of a reply remains;
-                otherwise everything is written as the tokenizer does.
-            options: of the tokenizer.
+            skip_special_tokens: omit special tokens and speech codes, which leaves the text of a reply;
+                otherwise decode everything as the tokenizer does.
+            options: options of the tokenizer.
         """
         if not skip_special_tokens:
             return self.tokenizer.decode(token_ids, **options)
@@ -277,10 +277,10 @@ class VitaAudioProcessor(ProcessorMixin):
         """Text and speech codes of one reply.
 
         Args:
-            token_ids: (time,), what was generated, without the prompt.
+            token_ids: (time,), the generated ids, without the prompt.
 
         Raises:
-            ValueError: the ids are those of a batch, or hold the prompt too, whose speech is not the reply's.
+            ValueError: the ids are a batch, or include the prompt, whose speech is not part of the reply.
         """
         ids = _to_list(token_ids)
         if ids and isinstance(ids[0], list):
@@ -294,13 +294,13 @@ class VitaAudioProcessor(ProcessorMixin):
         return split_reply(ids, self.tokenizer)
 
     def decode_speech(self, token_ids: TokenIds) -> tuple[str, Tensor | None, int]:
-        """What one reply says, as text and as sound.
+        """The text and sound of one reply.
 
         Args:
             token_ids: see :meth:`split`.
 
         Returns:
-            Text; samples of shape (samples,), None where the reply has no speech; their rate in Hz.
+            Text; samples of shape (samples,), None if the reply has no speech; their rate in Hz.
 
         Raises:
             ValueError: see :meth:`split`; or the processor has no codec, or one that only encodes.
@@ -310,7 +310,7 @@ class VitaAudioProcessor(ProcessorMixin):
         return text, codec.decode(codes) if codes else None, codec.sample_rate
 
     def _inputs(self, conversations: Sequence[tuple[Conversation, bool]]) -> BatchFeature:
-        """The batch of conversations, each with whether the assistant's turn is opened."""
+        """The conversations of the batch, each with a flag for an open assistant turn."""
         if any(conversation.audios for conversation, _ in conversations):
             self._needed_codec()
         prompts = [
@@ -329,7 +329,7 @@ class VitaAudioProcessor(ProcessorMixin):
 
 
 def _check_options(options: Mapping[str, Any], sampling_rate: int | None) -> int | None:
-    """Refuse options that mean something else than what is done; the sampling rate they state."""
+    """Refuse options with unsupported values. Returns the sampling rate they state."""
     for name, value in options.items():
         if name in _GROUPS:
             sampling_rate = _check_options(value, sampling_rate)
@@ -339,7 +339,9 @@ def _check_options(options: Mapping[str, Any], sampling_rate: int | None) -> int
             raise TypeError(f"{name}: this processor has no such argument")
         elif not any(value is one or value == one for one in _ALWAYS[name]):
             choices = " or ".join(repr(one) for one in _ALWAYS[name])
-            raise ValueError(f"{name}={value!r}: this processor always does as with {choices}; leave it out")
+            raise ValueError(
+                f"{name}={value!r}: this processor always behaves as with {choices}; omit the argument"
+            )
     return sampling_rate
 
 
@@ -354,7 +356,7 @@ def _listed(conversation: Any) -> tuple[list[Messages], bool]:
 
 
 def _deal(audio: Any, tags: Sequence[int]) -> list[list[Any]]:
-    """The audios of each text, which has that many tags; what is left over goes to the last one."""
+    """The audios of each text, one per tag; extra audios go to the last text."""
     audios = [] if audio is None else audio if isinstance(audio, list) else [audio]
     if audios and all(isinstance(one, list) for one in audios):
         if len(audios) != len(tags):

@@ -3,8 +3,8 @@
     model = S2SInference("VITA-Audio-Boost", "models/THUDM/glm-4-voice-tokenizer", "glm4voice", "models/…-decoder")
     output, speech = model.run_infer(audio_path="question.wav")
 
-Signatures and results are the original's; the work is done by :class:`~vita_audio.inference.pipeline.SpeechPipeline`,
-which new code should take. Unlike the original, only the reply's own codes are decoded to speech.
+Signatures and results match the original; it wraps :class:`~vita_audio.inference.pipeline.SpeechPipeline`,
+which new code should use. Unlike the original, only the reply's own codes are decoded to speech.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vita_audio.inference.pipeline import SpeechPipeline
 from vita_audio.tokenizer import find_frontend
 
 SPEECH_RATE = 22_050
-"""Hz, of the speech that :meth:`S2SInference.run_infer` returns."""
+"""Sample rate in Hz of the speech that :meth:`S2SInference.run_infer` returns."""
 
 
 class S2SInference:
@@ -41,7 +41,7 @@ class S2SInference:
         flow_path: folder of the decoder's weights, for codecs that keep them apart.
 
     Attributes:
-        pipeline: what does the work.
+        pipeline: the wrapped pipeline.
 
     Raises:
         ValueError: see :meth:`SpeechPipeline.open`.
@@ -77,17 +77,17 @@ class S2SInference:
     ) -> tuple[str, Tensor | None]:
         """Answer a question.
 
-        ``stream_stride``, ``sample_rate``, ``request_id`` and ``use_past`` are accepted and have no effect; audio
-        brings its own rate.
+        ``stream_stride``, ``sample_rate``, ``request_id`` and ``use_past`` are accepted and have no effect; the
+        sample rate is the audio's own.
 
         Args:
             audio_path: the spoken question.
-            prompt_audio_path: speech whose voice the answer takes; replaces the system message.
-            max_returned_tokens: longest reply.
-            audio_feats: not served.
+            prompt_audio_path: speech in the voice to answer with; replaces the system message.
+            max_returned_tokens: maximum length of the reply.
+            audio_feats: not supported.
             message: a typed question, or an instruction before the spoken one.
             mode: ``"luke"`` for the Luke system message, None for the model's default.
-            do_sample: draw tokens; how, the checkpoint's generation_config.json says.
+            do_sample: draw tokens as the checkpoint's generation_config.json specifies.
             mtp_inference_mode: schedule; None for the checkpoint's.
 
         Returns:
@@ -95,7 +95,7 @@ class S2SInference:
             22,050 Hz, or None if the reply holds none.
 
         Raises:
-            ValueError: there is no question, or an argument cannot be served.
+            ValueError: there is no question, or an argument is not supported.
         """
         request = self._request(
             audio_path, prompt_audio_path, max_returned_tokens, audio_feats, message, mode, do_sample,
@@ -125,9 +125,9 @@ class S2SInference:
         do_sample: bool = False,
         mtp_inference_mode: Sequence[int] | str | None = None,
     ) -> Generator[str, None, None]:
-        """The reply's text as it is decoded, special tokens included; arguments as in :meth:`run_infer`.
+        """The reply's text as it is decoded, including special tokens; arguments as in :meth:`run_infer`.
 
-        A caller decodes speech when ``<|end_of_audio|>`` comes by. Closing the iterator ends generation.
+        A caller decodes speech when it sees ``<|end_of_audio|>``. Closing the iterator ends generation.
         """
         request = self._request(
             audio_path, prompt_audio_path, max_returned_tokens, audio_feats, message, mode, do_sample,
@@ -138,7 +138,7 @@ class S2SInference:
             for token in tokens:
                 held.append(token)
                 piece = self._decode(held)
-                if not piece.endswith("\ufffd"):  # else in the middle of a character of several bytes
+                if not piece.endswith("\ufffd"):  # otherwise the text ends inside a multi-byte character
                     yield piece
                     held.clear()
         if held:
@@ -156,11 +156,13 @@ class S2SInference:
         schedule: Sequence[int] | str | None,
     ) -> Request:
         if audio_feats is not None:
-            raise ValueError("audio_feats: not served; give audio_path, a path or a waveform with its rate")
+            raise ValueError(
+                "audio_feats: not supported; give audio_path, a path or a waveform with its rate"
+            )
         if audio is None and not message:
             raise ValueError("nothing to answer: give audio_path, message or both")
         if mode is not None and mode not in SYSTEM_PROMPTS:
-            raise ValueError(f"mode {mode!r}: known are {', '.join(SYSTEM_PROMPTS)} and None")
+            raise ValueError(f"mode {mode!r}: use {', '.join(SYSTEM_PROMPTS)} or None")
         system = self.pipeline.system_message(AUTO_SYSTEM if mode is None else mode)
         if audio is not None:
             conversation = prompts.speech_to_speech(audio, message, system, voice)

@@ -1,7 +1,7 @@
 """The language model family. Importing it registers the model types with transformers.
 
-Configurations and schedules are imported at once. All else waits until it is asked for, since transformers' modeling
-code takes seconds and 130 MB that a client of a server, a data job or ``--help`` has no use for.
+Configurations and schedules are imported eagerly. Everything else is imported on first use: transformers' modeling
+code takes seconds and 130 MB, which a client of a server, a data job or ``--help`` does not need.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Which position may see which, for every attention back end.
+"""Attention masks for every attention back end: which position sees which.
 
 A row holds several documents; their position ids restart at 0, and attention stays inside each.
 The masks are made once per forward and shared by the backbone and all heads.
 
-For packed rows, ``sdpa`` in transformers makes a dense (time, time) mask: 2,048 tokens in documents of
-80 then cost 25 times the attention they need. ``packed_sdpa``, registered here and put in its place
-when a model is built, batches the documents of similar length and runs the plain causal kernel
-on each batch. Rows without packing, and generation, go through transformers' own ``sdpa``.
+For packed rows, ``sdpa`` in transformers builds a dense (time, time) mask: 2,048 tokens in documents of
+80 then cost 25 times the attention they need. ``packed_sdpa``, which is registered here and replaces it
+when a model is built, batches documents of similar length and runs the plain causal kernel
+on each batch. Rows without packing, and generation, use transformers' own ``sdpa``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def attention_masks(
     cache: Cache | None,
     position_ids: Tensor,
 ) -> dict[str, object]:
-    """One mask per layer type in the configuration, in the form the chosen back end takes.
+    """One mask per layer type in the configuration, in the form that the chosen back end expects.
 
     Args:
         inputs_embeds: (batch, time, d), read for shape, dtype and device only.
@@ -66,12 +66,12 @@ def document_ids(position_ids: Tensor) -> Tensor:
 
 
 def document_breaks(position_ids: Tensor) -> Tensor:
-    """Where the next position is not the following one. (batch, time) -> (batch, time - 1) bool."""
+    """Where the next position id is not the current one plus 1. (batch, time) -> (batch, time - 1) bool."""
     return position_ids[:, 1:] != position_ids[:, :-1] + 1
 
 
 def is_packed(position_ids: Tensor | None, attention_mask: object | None) -> bool:
-    """Whether some row holds several documents. An attention mask says padding, not packing."""
+    """Whether some row holds several documents. An attention mask means padding, not packing."""
     return position_ids is not None and attention_mask is None and bool(document_breaks(position_ids).any())
 
 
@@ -81,8 +81,8 @@ class PackedDocuments:
 
     Attributes:
         groups: for each batch the flat positions (documents, longest) in row-major (batch, time) order;
-            behind the end of a document its first position is repeated.
-        restore: (batch * time,) where each flat position stands in the groups laid end to end.
+            documents are padded by repeating their first position.
+        restore: (batch * time,) index of each flat position in the concatenated groups.
     """
 
     groups: list[Tensor]
@@ -123,7 +123,7 @@ def packed_sdpa_attention(
     attention_mask: PackedDocuments | Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in transformers' interface: (batch, heads, time, d) in, (batch, time, heads, d) out."""
+    """Attention with transformers' interface: (batch, heads, time, d) in, (batch, time, heads, d) out."""
     if not isinstance(attention_mask, PackedDocuments):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     batch, _, time, _ = query.shape

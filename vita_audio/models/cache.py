@@ -1,7 +1,7 @@
-"""What generation remembers: keys and values of the backbone, and what each head has seen.
+"""The caches of generation: keys and values of the backbone, and the state of each head.
 
 Backbone and heads must hold the same positions. :class:`MCTPCache` applies transformers' cache operations (crop,
-reorder, repeat, select, reset) to both, and refuses to go on from positions that its heads have missed.
+reorder, repeat, select, reset) to both, and refuses to continue from positions that its heads have missed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["CACHE", "HeadCache", "MCTPCache", "cache_length"]
 
 
 class HeadCache(DynamicCache):
-    """What one head has seen: its keys and values, and the hidden states waiting for it.
+    """The state of one head: its keys and values, and the hidden states queued for it.
 
-    In the model, the index of the head's layer is its place in the whole stack; here it is the only layer.
+    In the model, a head's layer is indexed by its place in the whole stack; here it is the only layer.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class HeadCache(DynamicCache):
 
     @property
     def length(self) -> int:
-        """Positions seen and positions waiting."""
+        """The number of positions seen and queued."""
         return self.get_seq_length() + sum(part.shape[1] for part in self.waiting)
 
     def update(
@@ -44,12 +44,12 @@ class HeadCache(DynamicCache):
         self.waiting.append(hidden)
 
     def take(self) -> Tensor:
-        """All hidden states waiting, (batch, new, d); the queue is empty afterwards."""
+        """All queued hidden states, (batch, new, d); empties the queue."""
         waiting, self.waiting = self.waiting, []
         return waiting[0] if len(waiting) == 1 else torch.cat(waiting, dim=1)
 
     def crop_to(self, seen: int, known: int) -> None:
-        """Keep at most ``seen`` positions seen, and of those waiting the ones before position ``known``."""
+        """Keep at most ``seen`` positions, and of the queued states those before position ``known``."""
         if (surplus := self.get_seq_length() - seen) > 0:
             self.crop(-surplus)
             self.waiting = []  # they follow positions that are gone
@@ -73,9 +73,9 @@ class HeadCache(DynamicCache):
 
 
 class FirstHeadCache(HeadCache):
-    """Head 0's cache in a conversation. It keeps what the backbone has given, so that a crop can give it again.
+    """Head 0's cache in a conversation. It keeps the backbone's hidden states, so a crop can queue them again.
 
-    One state per position: 12% on top of the backbone's keys and values at 7B.
+    One state per position costs 12% on top of the backbone's keys and values at 7B.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class FirstHeadCache(HeadCache):
         self.given.append(hidden)
 
     def crop_to(self, seen: int, known: int) -> None:
-        """See :class:`HeadCache`; positions between ``seen`` and ``known`` wait again."""
+        """See :class:`HeadCache`; positions between ``seen`` and ``known`` are queued again."""
         super().crop_to(seen, known)
         given = torch.cat(self.given, dim=1)[:, :known] if self.given else None
         self.given = [] if given is None else [given]
@@ -113,8 +113,8 @@ class FirstHeadCache(HeadCache):
 class MCTPCache(DynamicCache):
     """Keys and values of the backbone, and a :class:`HeadCache` per head.
 
-    Pass one as ``past_key_values`` (or ``cache``) to ``generate``, or to the model's ``forward``, to keep it for the
-    next turn, whose prompt is then the whole conversation so far; only its unseen end is computed.
+    Pass one as ``past_key_values`` (or ``cache``) to ``generate``, or to the model's ``forward``, to reuse it in the
+    next turn. The prompt of that turn is the whole conversation so far; only its unseen end is computed.
     """
 
     def __init__(self, config: Qwen2MTPConfig) -> None:
@@ -126,7 +126,7 @@ class MCTPCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append a backbone layer's keys and values, (batch, heads, new, d_head) each; returns all it holds.
+        """Append a backbone layer's keys and values, (batch, heads, new, d_head) each; returns everything cached.
 
         Raises:
             ValueError: the heads have missed an earlier pass.
@@ -136,14 +136,14 @@ class MCTPCache(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def check(self) -> None:
-        """Whether the heads know of every position that the backbone holds.
+        """Check that the heads have seen every position that the backbone holds.
 
         Raises:
-            ValueError: they do not.
+            ValueError: they have not.
         """
         if self.heads and self.heads[0].length != self.get_seq_length():
             raise ValueError(
-                f"MCTPCache: the backbone holds {self.get_seq_length()} positions, its heads know of "
+                f"MCTPCache: the backbone holds {self.get_seq_length()} positions, its heads have seen "
                 f"{self.heads[0].length}; fill it with generate() or the whole model's forward, not the backbone's"
             )
 
@@ -151,7 +151,7 @@ class MCTPCache(DynamicCache):
         """Forget the last ``-tokens_to_remove`` positions, in the backbone and in the heads."""
         super().crop(tokens_to_remove)
         length = self.get_seq_length()
-        # At position t head k has read token t + k + 1: what the heads saw of the last K positions is open again.
+        # At position t head k has read token t + k + 1, so the heads' last K positions must be computed again.
         seen, known = max(length - len(self.heads), 0), length
         for head in self.heads:
             head.crop_to(seen, known)

@@ -1,8 +1,8 @@
 """Private and moving names of transformers and DeepSpeed, in one place.
 
-Both libraries change such names between minor releases. Each is used here once, under a name of ours and with
-a sentence about what we need it for. ``tests/models/test_compat.py`` holds a contract for each: after an upgrade, a
-failing contract says what broke and which function here to change. Tested with transformers 5.17 to 5.24.
+Both libraries change such names between minor releases. Each is used once, here, under our own name and with
+a sentence that explains why it is needed. ``tests/models/test_compat.py`` holds a contract for each: after an upgrade,
+a failing contract shows what broke and which function here to change. Tested with transformers 5.17 to 5.24.
 
 Nothing here imports a trainer or DeepSpeed at the top, so inference stays light.
 """
@@ -37,7 +37,7 @@ def cache_argument(cache: Cache | None) -> dict[str, Any]:
 
 
 def attention_implementation(config: PreTrainedConfig) -> str:
-    """Name of the attention back end a model was built with; the public attribute is write-only."""
+    """Name of the attention back end that a model was built with; the public attribute is write-only."""
     return config._attn_implementation
 
 
@@ -91,7 +91,8 @@ def keep_initialized_mark(old: nn.Module, new: nn.Module) -> None:
 class GenerationHooks:
     """Public names for the private methods of GenerationMixin that ``generate()`` calls and a model may change.
 
-    A base of a model class, before its transformers class. Each hook gets what transformers would have called.
+    A base of a model class, listed before its transformers class. Each hook receives the method that transformers
+    would have called.
     """
 
     def read_generation_config(
@@ -118,7 +119,7 @@ class GenerationHooks:
         return expand(expand_size=expand_size, **kwargs)
 
     def _next(self, name: str) -> Callable[..., Any]:
-        """The method that this class stands before."""
+        """The method that this class overrides."""
         method: Callable[..., Any] = getattr(super(), name)
         return method
 
@@ -155,9 +156,9 @@ class GenerationHooks:
 
 
 def detach_from_model_config(generation_config: GenerationConfig) -> None:
-    """Let a generation config be read back with fields of ours.
+    """Keep our fields when a generation config is read back.
 
-    transformers loads no unknown field of a config that says it was derived from the model's.
+    transformers ignores unknown fields of a config that is marked as derived from the model's.
     """
     generation_config._from_model_config = False
 

@@ -1,8 +1,8 @@
 """Configuration of Qwen2 with cross-modal token prediction heads.
 
 The released files count the heads among the decoder layers: ``num_hidden_layers`` is backbone
-plus heads (28 + 10 = 38 at 7B). The field keeps that meaning here, so that every released
-config.json loads unchanged; code asks for ``num_backbone_layers``.
+plus heads (28 + 10 = 38 at 7B). The field keeps that meaning here, so every released
+config.json loads unchanged; code reads ``num_backbone_layers``.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ class Qwen2MTPConfig(Qwen2Config):
     """Qwen2 with ``num_nextn_predict_layers`` heads (0: a plain Qwen2 under this class).
 
     Attributes:
-        num_nextn_predict_layers: number of heads K. The last K of ``num_hidden_layers`` are theirs.
+        num_nextn_predict_layers: number of heads K. The last K of ``num_hidden_layers`` belong to them.
         mtp_loss_weight: weight of the mean of the head losses in the training loss.
         mtp_detach_backbone: in joint training, keep the heads' gradients out of the backbone and
             the token embeddings. The GLM-4-Voice variant lets them through, the SenseVoice variant
             and the paper's text do not.
-        system_prompt: system message of conversations that bring none, as in training; "" for none. None, as in
-            the released files: the family's published one.
+        system_prompt: system message of conversations that have none, as in training; "" for no message. None, as in
+            the released files: the family's published message.
 
     Raises:
-        ValueError: K is negative or leaves no backbone layer.
+        ValueError: K is negative, or no backbone layer is left.
     """
 
     model_type = "qwen2_mtp"
@@ -63,16 +63,16 @@ class Qwen2MTPConfig(Qwen2Config):
         return False
 
     # transformers sizes a cache by ``num_hidden_layers``. The heads' layers run outside the backbone and keep their
-    # keys elsewhere (:class:`~vita_audio.models.cache.HeadCache`), which is what it calls layers that share others'
-    # keys: in this property until 5.22, and from 5.23 on in the next.
+    # keys elsewhere (:class:`~vita_audio.models.cache.HeadCache`). transformers describes such layers as sharing
+    # the keys of others: in this property until 5.22, in the next one from 5.23 on.
     @property
     def num_kv_shared_layers(self) -> int:
-        """Layers at the end that a backbone's cache has no room for: the heads'."""
+        """The number of final layers that a backbone's cache leaves out: the heads'."""
         return self.num_nextn_predict_layers
 
     @property
     def kv_sharing_modes(self) -> list[str | None]:
-        """For each layer "reuse" if a backbone's cache has no room for it, else None."""
+        """For each layer "reuse" if a backbone's cache leaves it out, else None."""
         return [None] * self.num_backbone_layers + ["reuse"] * self.num_nextn_predict_layers
 
 
@@ -81,7 +81,7 @@ class Qwen2MTPSenseVoiceConfig(Qwen2MTPConfig):
     """The Plus family: Qwen2 with heads, SenseVoice encoder and adapter.
 
     Attributes:
-        audio_encoder: sizes of the encoder under FunASR's names; those left out are SenseVoiceSmall's.
+        audio_encoder: sizes of the encoder under FunASR's names; defaults to SenseVoiceSmall's.
         mtp_detach_backbone: see :class:`Qwen2MTPConfig`; this family detaches.
 
     Raises:

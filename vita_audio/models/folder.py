@@ -1,8 +1,8 @@
-"""What lies in a model folder, judged before anything is loaded.
+"""Checks of a model folder before anything is loaded.
 
-transformers opens many folders that cannot be what their owner means: of two sets of weights it takes one, a LoRA
-adapter makes it look for another model, and a torn file shows after minutes. Here each such folder is refused
-in one line that says what is there and what to do. Only headers are read, except where two tensors must be compared.
+transformers opens many folders that are not what the user intended: of two sets of weights it picks one, a LoRA
+adapter makes it look for another model, and a truncated file fails after minutes. Here each such folder is refused
+in one line that says what was found and what to do. Only headers are read, except where two tensors are compared.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _COMPARED_BYTES = 2**24
 
 
 class CheckpointError(ValueError):
-    """A folder cannot serve as a model; the message names the file and what to do."""
+    """A folder cannot be used as a model; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: bytes ``start`` to ``end`` of a file."""
+    """Location of a tensor: bytes ``start`` to ``end`` of a file."""
 
     file: Path
     dtype: str
@@ -75,19 +75,19 @@ def read_object(file: Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: the file is not JSON, or not an object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); fetch the file again") from error
+        raise CheckpointError(f"{file}: not valid JSON ({error}); download the file again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: not a JSON object; fetch the file again")
+        raise CheckpointError(f"{file}: not a JSON object; download the file again")
     return content
 
 
 def check_weights(folder: Path, config: PreTrainedConfig) -> None:
-    """Refuse weights that are missing, torn, ambiguous, or not those of the configuration's LM head.
+    """Refuse weights that are missing, truncated, ambiguous, or inconsistent with the configuration's LM head.
 
     Raises:
         CheckpointError: see above.
@@ -102,7 +102,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model.
 
     Raises:
-        CheckpointError: there are none, some are missing, or others lie beside them.
+        CheckpointError: there are none, some are missing, or there are others next to them.
     """
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
@@ -112,7 +112,7 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(read_object(index)["weight_map"].values()))
         except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not an index of weight files; copy it again") from error
+            raise CheckpointError(f"{index}: not a valid index of weight files; copy it again") from error
     missing = [name for name in names if not (folder / name).is_file()]
     shards = sorted(file.name for file in folder.glob("model-*-of-*.safetensors"))
     if missing:
@@ -137,20 +137,20 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _refuse_other_formats(folder: Path, shards: Sequence[str]) -> None:
-    """Refuse a folder without safetensors of a name we know, by what it holds instead."""
+    """Refuse a folder without safetensors under a known name, and report what it holds instead."""
     if shards:
         raise CheckpointError(
-            f"{folder}: {len(shards)} weight files without {INDEX}; copy that file from where they came"
+            f"{folder}: {len(shards)} weight files without {INDEX}; copy that file from their source"
         )
     if any(folder.glob("*.bin")):
         raise CheckpointError(
-            f"{folder}: weights as {min(folder.glob('*.bin')).name}, which are not read here; convert them with "
+            f"{folder}: weights in {min(folder.glob('*.bin')).name}, a format that is not supported; convert them with "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder), which writes safetensors"
         )
     if (folder / "zero_to_fp32.py").is_file() or any(folder.glob("global_step*")):
         raise CheckpointError(
-            f"{folder}: a DeepSpeed checkpoint without {WEIGHTS}; in it, "
-            "python zero_to_fp32.py --safe_serialization . . makes the weights"
+            f"{folder}: a DeepSpeed checkpoint without {WEIGHTS}; in that folder, run "
+            "python zero_to_fp32.py --safe_serialization . . to create it"
         )
     others = sorted(
         file.name
@@ -159,7 +159,7 @@ def _refuse_other_formats(folder: Path, shards: Sequence[str]) -> None:
     )
     if others:
         raise CheckpointError(
-            f"{folder}: no {WEIGHTS}, but {others[0]}, which is not read here; fetch the model in transformers' format"
+            f"{folder}: no {WEIGHTS}, but {others[0]}, which is not supported; use the model in transformers' format"
         )
 
 
@@ -172,10 +172,10 @@ def _adapter_message(file: Path) -> str:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, which must be as long as its header says; a torn download is not.
+    """The tensors of a safetensors file, whose length must match its header; a truncated download's does not.
 
     Raises:
-        CheckpointError: it is shorter, or no such file.
+        CheckpointError: the file is shorter, or not a safetensors file.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -199,12 +199,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file}: not a safetensors file; copy it again") from error
     end = max((tensor.end for tensor in tensors.values()), default=8 + header_size)
     if size < end:
-        raise CheckpointError(f"{file}: {size} bytes of {end}, cut short; copy it again")
+        raise CheckpointError(f"{file}: truncated, {size} of {end} bytes; copy it again")
     return tensors
 
 
 def check_head(folder: Path, tensors: dict[str, StoredTensor], tied: bool) -> None:
-    """The LM head must be where config.json says: its own tensor, or the embedding.
+    """Check that the LM head is stored as config.json says: as its own tensor, or as the embedding.
 
     Raises:
         CheckpointError: it is not.
@@ -238,10 +238,10 @@ def same_content(first: StoredTensor, second: StoredTensor) -> bool:
 
 
 def check_vocabulary(folder: Path, vocab_size: int) -> None:
-    """The tokenizer stored in the folder, if any, must fit its embedding matrix.
+    """Check that the tokenizer stored in the folder, if any, fits the embedding matrix.
 
     Raises:
-        CheckpointError: it has more tokens, or is not readable.
+        CheckpointError: the tokenizer has more tokens, or cannot be read.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -253,7 +253,7 @@ def check_vocabulary(folder: Path, vocab_size: int) -> None:
         ids.extend(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
         needed = max(ids, default=-1) + 1
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: not a tokenizer; fetch the file again") from error
+        raise CheckpointError(f"{file}: not a valid tokenizer; download the file again") from error
     if needed > vocab_size:
         raise CheckpointError(
             f"{folder / 'config.json'}: vocab_size {vocab_size} is smaller than the {needed} tokens of "
@@ -262,9 +262,9 @@ def check_vocabulary(folder: Path, vocab_size: int) -> None:
 
 
 def useless_sampling_fields(folder: Path) -> tuple[Path, list[str]]:
-    """Fields that say how to sample although the same file asks for greedy search, and that file.
+    """Sampling fields in a file that asks for greedy search, and the name of that file.
 
-    It is generation_config.json, or config.json in older folders. The fields change nothing, but transformers does
+    It is generation_config.json, or config.json in older folders. The fields have no effect, but transformers does
     not save a generation config that has them.
 
     Raises:
@@ -289,7 +289,7 @@ def useless_sampling_fields(folder: Path) -> tuple[Path, list[str]]:
 
 
 def one_line(error: Exception) -> str:
-    """The first sentence of a message that says something, without line breaks."""
+    """The first informative sentence of a message, without line breaks."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     # Validation messages of transformers and huggingface_hub open with a title that ends in a colon.
     telling = [line for line in lines if not line.endswith(":")] or lines or [type(error).__name__]

@@ -1,12 +1,13 @@
-"""Generation in rounds: one backbone pass over what it has not seen, then the heads.
+"""Generation in rounds: one backbone pass over the unseen tokens, then the heads.
 
-A :class:`~vita_audio.models.schedule.Schedule` says who makes each token (paper section 3.4; SPEC "Generation").
+A :class:`~vita_audio.models.schedule.Schedule` determines the source of each token (paper section 3.4; SPEC
+"Generation").
 Every token passes the logits processors, the streamer and the stopping criteria one by one, whether it comes
 from the backbone or from a head. :func:`decode_in_rounds` is the loop, written as a generator: ``generate()`` runs
-it to its end, :meth:`MTPGenerationMixin.iterate` hands out each token when it exists.
+it to its end, :meth:`MTPGenerationMixin.iterate` yields each token as it is made.
 
 Caches belong to the caller: :class:`~vita_audio.models.cache.MCTPCache` holds the backbone's keys and values
-and what each head has seen, so that a conversation can go on from it. The module itself keeps nothing.
+and the state of each head, so a conversation can continue from it. The module itself keeps no state.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class MTPGenerationMixin(GenerationHooks, GenerationMixin):
 
     config: Qwen2MTPConfig
     generation_config: Any
-    """transformers' GenerationConfig, with our ``mtp_inference_mode``."""
+    """transformers' GenerationConfig with the added field ``mtp_inference_mode``."""
 
     embedding_inputs: tuple[str, ...] = ()
     """Names of inputs, besides the token ids, that :meth:`embed_inputs` takes. Used in the prefill only."""
@@ -64,11 +65,11 @@ class MTPGenerationMixin(GenerationHooks, GenerationMixin):
             inputs: (batch, time) prompt ids, padded on the left.
             mtp_inference_mode: [M1, m1, M2, m2, …]: M1 tokens from the backbone, then m1 from the
                 heads, and so on; the last pair repeats. A name (vanilla, balance, boost, turbo) is
-                accepted. Default: that of the generation config, else the backbone alone.
+                accepted. Defaults to the generation config's, else the backbone alone.
 
         Raises:
             ValueError: the schedule is malformed, or asks for heads in a mode (beam search, assisted
-                decoding) that must be able to take tokens back, or with a prefill in chunks.
+                decoding) that must be able to discard tokens, or with a prefill in chunks.
         """
         if mtp_inference_mode is not None:
             kwargs["mtp_inference_mode"] = mtp_inference_mode
@@ -78,10 +79,10 @@ class MTPGenerationMixin(GenerationHooks, GenerationMixin):
     def iterate(
         self, inputs: Tensor, *, generators: Sequence[torch.Generator | None] | None = None, **arguments: Any
     ) -> Generator[Tensor, None, Any]:
-        """``generate()``, one token at a time: yields the new token ids, (batch,), when they exist.
+        """``generate()``, one token at a time: yields the new token ids, (batch,), as they are made.
 
-        Closing the iterator ends generation at once. A row that has ended goes on with ``pad_token_id`` until
-        all have.
+        Closing the iterator ends generation at once. A finished row is padded with ``pad_token_id`` until
+        all rows have finished.
 
         Args:
             inputs: (batch, time) prompt ids, padded on the left.
@@ -98,7 +99,7 @@ class MTPGenerationMixin(GenerationHooks, GenerationMixin):
         return self.generate(inputs, custom_generate=start, **arguments)
 
     def set_default_mode(self, mode: Schedule | Sequence[int] | str) -> None:
-        """The schedule of ``generate()`` where none is given; saved with the model.
+        """Set the default schedule of ``generate()``; it is saved with the model.
 
         Raises:
             ValueError: the schedule is malformed.
@@ -126,7 +127,7 @@ class MTPGenerationMixin(GenerationHooks, GenerationMixin):
             )
         if generation_config.prefill_chunk_size is not None:
             raise ValueError(
-                f"prefill_chunk_size={generation_config.prefill_chunk_size}: heads read the prompt whole; leave it out "
+                f"prefill_chunk_size={generation_config.prefill_chunk_size}: heads need a single prefill; omit it "
                 "or pass mtp_inference_mode=[8192, 0]"
             )
 
@@ -144,7 +145,7 @@ class MTPGenerationMixin(GenerationHooks, GenerationMixin):
     ) -> dict[str, Any]:
         """As in transformers; further inputs are passed on when the prompt itself is embedded.
 
-        transformers reads from this signature that prompts may come as ``inputs_embeds``.
+        From this signature transformers infers that prompts may be given as ``inputs_embeds``.
         """
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs = {key: value for key, value in kwargs.items() if key not in self.embedding_inputs}
@@ -154,7 +155,7 @@ class MTPGenerationMixin(GenerationHooks, GenerationMixin):
         )
 
     def decode(self, decode: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Greedy search and sampling. Where heads have no part, transformers' own loop does it."""
+        """Greedy search and sampling. If the schedule uses no heads, transformers' own loop runs."""
         keeps_heads = isinstance(kwargs.get(CACHE), MCTPCache)
         if not self._uses_heads(kwargs["generation_config"]) and not keeps_heads:
             return decode(input_ids, *args, **kwargs)
@@ -164,11 +165,11 @@ class MTPGenerationMixin(GenerationHooks, GenerationMixin):
 class Rounds:
     """Runs single steps of a schedule over growing rows, with or without caches.
 
-    The rows (token ids, mask) are passed to every step; caches and positions live here.
+    The rows (token ids, mask) are passed to every step; this object holds caches and positions.
 
     Args:
-        position_ids: (batch, time) of the prompt; what is generated counts on from there.
-        prompt_embeds: (batch, time, d), the prompt's backbone inputs where they are not plain embeddings.
+        position_ids: (batch, time) of the prompt; generated tokens continue from its last position.
+        prompt_embeds: (batch, time, d), the prompt's backbone inputs if they are not plain embeddings.
     """
 
     def __init__(
@@ -187,13 +188,13 @@ class Rounds:
         self.head_caches = head_caches
         self.position_ids = position_ids
         self.prompt_embeds = prompt_embeds
-        # What the heads of a round share, and the positions (seen, new) that it is for.
+        # The values that the heads of a round share, and the positions (seen, new) they belong to.
         self.shared_for: tuple[int, int] | None = None
         self.masks: dict[str, object] = {}
         self.rotary: tuple[Tensor, ...] = ()
 
     def positions(self, start: int, stop: int) -> Tensor:
-        """Position ids (batch, stop - start) of places in the row, also of places not yet filled."""
+        """Position ids (batch, stop - start) of columns of the row, including columns not yet filled."""
         known = self.position_ids.shape[1]
         if stop > known:  # up to twice as far, to grow rarely
             ahead = torch.arange(1, 2 * stop - known, device=self.position_ids.device)
@@ -203,7 +204,7 @@ class Rounds:
     def backbone(
         self, input_ids: Tensor, attention_mask: Tensor | None, **outputs: bool
     ) -> tuple[Tensor, BaseModelOutputWithPast]:
-        """Run all tokens not yet seen: the last one's hidden state (batch, d), and the backbone's whole output."""
+        """Run the unseen tokens. Returns the last hidden state (batch, d) and the backbone's whole output."""
         cached = self.backbone_cache is not None
         seen = cache_length(self.backbone_cache)
         embeds = self.embed(input_ids, seen)
@@ -236,7 +237,7 @@ class Rounds:
         hidden = cache.take()
         seen, new = cache.get_seq_length(), hidden.shape[1]
         if self.shared_for != (seen, new):
-            # Mostly the heads of a round catch up on the same positions, each reading one token further on.
+            # The heads of a round usually catch up on the same positions, each reading one token further ahead.
             self.shared_for = seen, new
             self.share(seen, hidden, attention_mask, cache)
         first = seen + index + 1
@@ -254,7 +255,7 @@ class Rounds:
         return output[:, -1]
 
     def share(self, seen: int, hidden: Tensor, attention_mask: Tensor | None, cache: HeadCache) -> None:
-        """Masks, and rotary embeddings of the places that any head reads, for ``hidden`` (batch, new, d).
+        """Masks, and rotary embeddings of every position that a head reads, for ``hidden`` (batch, new, d).
 
         Rotary embeddings that change with the largest position (dynamic, longrope) change up to K places early.
         """
@@ -279,14 +280,14 @@ def decode_in_rounds(
     generators: Sequence[torch.Generator | None] | None = None,
     **model_kwargs: Any,
 ) -> Generator[Tensor, None, GenerateDecoderOnlyOutput | Tensor]:
-    """The decoding loop: as transformers' ``_sample``, but the schedule says who makes each token.
+    """The decoding loop: transformers' ``_sample``, except that the schedule determines who makes each token.
 
     Args:
-        input_ids: (batch, time), left-padded; the whole sequence also when a cache holds part of it.
+        input_ids: (batch, time), left-padded; the whole sequence even if a cache holds part of it.
         generators: the source of each row's draws; None: torch's global generator.
 
     Yields:
-        (batch,) token ids, made by one step.
+        (batch,) token ids from one step.
 
     Returns:
         (batch, time + new) token ids, or GenerateDecoderOnlyOutput.
@@ -321,7 +322,7 @@ def decode_in_rounds(
             made = {
                 "scores": scores,
                 "logits": logits,
-                # Heads have no layers to show: their steps add empty entries.
+                # Heads report no layers: their steps add empty entries.
                 "attentions": () if outputs is None else outputs.attentions,
                 "hidden_states": () if outputs is None else outputs.hidden_states,
             }
@@ -340,7 +341,7 @@ def decode_in_rounds(
             unfinished = unfinished & ~stopping_criteria(input_ids, record.get("scores"))
             if not unfinished.any():
                 final_length = input_ids.shape[1]
-        # With ZeRO-3, a rank that is done runs on until all are: the others gather its part of the weights.
+        # With ZeRO-3, a finished rank keeps running until all are finished: the others need its part of the weights.
         if not has_unfinished_sequences(model, final_length is not None, synced_gpus, input_ids.device):
             break
 
@@ -354,7 +355,7 @@ def decode_in_rounds(
 
 
 def draw(scores: Tensor, generators: Sequence[torch.Generator | None] | None) -> Tensor:
-    """One token of each row, (batch,), drawn from scores (batch, vocabulary), each row with its own generator."""
+    """Draw one token per row, (batch,), from scores (batch, vocabulary), each row with its own generator."""
     probs = scores.softmax(dim=-1)
     if generators is None:
         return torch.multinomial(probs, num_samples=1).squeeze(1)
@@ -363,7 +364,7 @@ def draw(scores: Tensor, generators: Sequence[torch.Generator | None] | None) ->
 
 
 def last_value(steps: Generator[Tensor, None, Result]) -> Result:
-    """Run a generator to its end; what it returns."""
+    """Run a generator to its end and return its return value."""
     while True:
         try:
             next(steps)
@@ -378,8 +379,8 @@ def prepare_rounds(model: Any, input_ids: Tensor, num_heads: int, model_kwargs: 
         num_heads: heads that the schedule uses.
 
     Raises:
-        ValueError: the prompt came as embeddings without its token ids, or the given cache does not know
-            what the heads have seen.
+        ValueError: the prompt was given as embeddings without its token ids, or the given cache lacks the
+            state of the heads.
     """
     cache = model_kwargs.get(CACHE) if model_kwargs.get("use_cache", True) else None
     if isinstance(cache, MCTPCache):
@@ -387,14 +388,14 @@ def prepare_rounds(model: Any, input_ids: Tensor, num_heads: int, model_kwargs: 
     else:
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
-                f"{CACHE}: a {type(cache).__name__} knows nothing of the heads; pass an "
+                f"{CACHE}: a {type(cache).__name__} lacks the state of the heads; pass an "
                 "MCTPCache(model.config) that an earlier generate() call filled, or mtp_inference_mode=[8192, 0]"
             )
         head_caches = [HeadCache() for _ in range(num_heads)]
     prompt_embeds = model_kwargs.get("inputs_embeds")
     if prompt_embeds is not None and prompt_embeds.shape[1] != input_ids.shape[1]:
         raise ValueError(
-            "inputs_embeds: pass input_ids of the same length too, the heads read plain token embeddings"
+            "inputs_embeds: also pass input_ids of the same length; the heads read plain token embeddings"
         )
     extra = {
         name: model_kwargs[name] for name in model.embedding_inputs if model_kwargs.get(name) is not None

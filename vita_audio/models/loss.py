@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vita_audio.constants import IGNORE_INDEX
 
-# Logits alive at once: 64 MB in float32 on a CPU (larger products gain little); a GPU wants more.
+# Size of a chunk of logits: 64 MB in float32 on a CPU (larger products gain little); a GPU needs more.
 CHUNK_LOGITS_CPU = 2**24
 CHUNK_LOGITS_GPU = 2**27
 
@@ -29,7 +29,7 @@ CHUNK_LOGITS_GPU = 2**27
 class LanguageModelHead(nn.Linear):
     """The LM head, which also turns hidden states into losses without returning their logits.
 
-    The loss is part of this module's ``forward`` so that ZeRO-3 gathers the weight for it like for
+    The loss is part of this module's ``forward`` so that ZeRO-3 gathers the weight for it as for
     any other call.
     """
 
@@ -49,7 +49,7 @@ class LanguageModelHead(nn.Linear):
         """
         if targets is None:
             return super().forward(hidden)
-        # Under no_grad an autograd function still sees requires_grad, and would compute a gradient for nothing.
+        # Under no_grad an autograd function still sees requires_grad and would compute an unused gradient.
         weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
         return LinearCrossEntropy.apply(hidden, weight, targets, scales)
 
@@ -148,7 +148,7 @@ def liger_losses(
 
 @lru_cache(maxsize=1)
 def liger_forward() -> Callable[..., tuple[Any, ...]] | None:
-    """Liger's forward function; None without Liger, or with one too old to scale each row."""
+    """Liger's forward function; None without Liger, or with a version too old to scale each row."""
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
     except ImportError:
@@ -158,10 +158,10 @@ def liger_forward() -> Callable[..., tuple[Any, ...]] | None:
 
 
 def shifted_targets(labels: Tensor, documents: Tensor, shift: int) -> Tensor:
-    """What position t must predict ``shift`` tokens ahead, never across the end of its document.
+    """The label of each position for a prediction ``shift`` tokens ahead, never across a document boundary.
 
     Args:
-        labels: (batch, time), not shifted, IGNORE_INDEX where there is no supervision.
+        labels: (batch, time), not shifted, IGNORE_INDEX at unsupervised positions.
         documents: (batch, time), an id that differs between neighbouring documents.
 
     Returns:

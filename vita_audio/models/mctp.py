@@ -1,8 +1,8 @@
-"""Cross-modal token prediction heads: one head, and the cascade that training runs.
+"""Cross-modal token prediction heads: a single head, and the cascade used in training.
 
 A head reads the hidden state of position t and the embedding of a token further ahead, and
 predicts the one after it (paper section 3.2; SPEC "Notation"). It is the MTP module of
-DeepSeek-V3 with one difference: the state handed on is taken after the shared final norm.
+DeepSeek-V3 with one difference: the state passed on is taken after the shared final norm.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class MCTPHead:
-    """Head k: a view on modules that the model owns (``modeling.py`` has their released names).
+    """Head k: a view of modules that the model owns (``modeling.py`` has their released names).
 
-    For position t it takes h^k_t and token t+k+1, and gives h^{k+1}_t, from which the shared LM
+    For position t it takes h^k_t and token t+k+1 and returns h^{k+1}_t, from which the shared LM
     head predicts token t+k+2.
     """
 
@@ -44,7 +44,7 @@ class MCTPHead:
         Args:
             token_embeds: (batch, time, d), embeddings of tokens t+k+1, never the spliced audio.
             hidden: (batch, time, d), h^k_t; for head 0 the backbone's normed output.
-            ahead: how many places further on in ``token_embeds`` the tokens t+k+1 are.
+            ahead: offset of the tokens t+k+1 in ``token_embeds``.
             checkpoint: runs a function so that its activations are recomputed in the backward pass.
             attention: mask, cache and rotary embeddings (of positions t+k+1) for the decoder layer,
                 which does its own checkpointing.
@@ -61,9 +61,9 @@ class MCTPHead:
         return norm(self.layer(fuse(token_embeds, hidden, ahead), **attention))
 
     def fuse(self, token_embeds: Tensor, hidden: Tensor, ahead: int = 0) -> Tensor:
-        """x^k_t = W_k [norm(embedding) ; norm(hidden)], embedding first. Takes and gives (batch, time, d)."""
+        """x^k_t = W_k [norm(embedding) ; norm(hidden)], embedding first. Takes and returns (batch, time, d)."""
         if ahead:
-            # Here, inside the checkpoint, so that no head keeps a shifted copy of the embeddings.
+            # Shifted inside the checkpoint, so no head keeps a shifted copy of the embeddings.
             token_embeds = token_embeds.roll(-ahead, dims=1)
         return self.proj(torch.cat([self.embed_norm(token_embeds), self.hidden_norm(hidden)], dim=-1))
 
@@ -76,7 +76,7 @@ def run_cascade(
     rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     **attention: Any,
 ) -> Iterator[Tensor]:
-    """Run every head over whole rows, as training does; yields h^1, h^2, … each (batch, time, d).
+    """Run every head over whole rows, as in training; yields h^1, h^2, … each (batch, time, d).
 
     Rows keep their length. Inputs that reach past the end of a document (t > n-k-2) are computed
     from the wrong token, but they are the last of their document: no valid position attends to them,

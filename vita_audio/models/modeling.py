@@ -2,7 +2,7 @@
 
 Every module has its released name, so checkpoints need no key mapping: the layers of
 the heads follow the backbone's in ``model.layers`` (head k at ``model.layers.{L+k}``), and
-``mtp_projs.k``, ``mtp_embed_norms.k`` and ``mtp_hidden_norms.k`` stand beside ``lm_head``.
+``mtp_projs.k``, ``mtp_embed_norms.k`` and ``mtp_hidden_norms.k`` are siblings of ``lm_head``.
 Everything is checked against tests/goldens/mctp (SPEC.md there).
 """
 
@@ -51,7 +51,7 @@ class MTPOutput(CausalLMOutputWithPast):
 
 
 class Qwen2MTPModel(Qwen2Model):
-    """Token embedding, all decoder layers, final norm; its forward is the backbone's."""
+    """Token embedding, all decoder layers and final norm; ``forward`` runs the backbone only."""
 
     config: Qwen2MTPConfig
     config_class = Qwen2MTPConfig
@@ -80,7 +80,7 @@ class Qwen2MTPModel(Qwen2Model):
         the older name of ``cache``.
 
         Raises:
-            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, or no positions in them.
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds`` was given, or it holds no positions.
         """
         cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
@@ -89,8 +89,8 @@ class Qwen2MTPModel(Qwen2Model):
             inputs_embeds = self.embed_tokens(input_ids)
         if inputs_embeds.shape[1] == 0:
             raise ValueError(
-                f"no new positions: the cache holds {cache_length(cache)} already; pass a longer prompt, or go back "
-                "with cache.crop(-n)"
+                f"no new positions: the cache already holds {cache_length(cache)}; pass a longer prompt, or "
+                "shorten the cache with cache.crop(-n)"
             )
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -133,12 +133,12 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
     config: Qwen2MTPConfig
     config_class = Qwen2MTPConfig
     accepts_loss_kwargs = True
-    """The Trainer passes num_items_in_batch, and the loss is already divided by it."""
+    """Tells the Trainer to pass num_items_in_batch; the loss is already divided by it."""
 
     model_class: type[Qwen2MTPModel] = Qwen2MTPModel
 
     def __init__(self, config: Qwen2MTPConfig) -> None:
-        # Not Qwen2ForCausalLM's, which would build a second backbone and head only to drop them.
+        # Not Qwen2ForCausalLM's __init__, which would build a second backbone and head only to drop them.
         PreTrainedModel.__init__(self, config)
         num_heads, d = config.num_nextn_predict_layers, config.hidden_size
         self.model = self.model_class(config)
@@ -164,19 +164,19 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> MTPOutput:
-        """Backbone logits, or with labels the training loss over the backbone and all heads.
+        """Backbone logits, or, with labels, the training loss over the backbone and all heads.
 
         Args:
             input_ids: (batch, time).
-            attention_mask: (batch, past + time) of 0 and 1 for padded rows. Leave out for packed rows.
-            position_ids: (batch, time). Where they restart, a new document begins: attention and
-                predictions stay inside it.
+            attention_mask: (batch, past + time) of 0 and 1 for padded rows. Omit it for packed rows.
+            position_ids: (batch, time). A restart marks a new document: attention and
+                predictions stay inside each document.
             cache: keys and values of earlier positions; ``past_key_values`` is its older name. An
                 :class:`MCTPCache` also takes the hidden states that its heads will need in ``generate``.
             inputs_embeds: (batch, time, d), the backbone's input. Heads always read the plain
                 embeddings of ``input_ids``, which labels and K > 0 therefore require.
-            labels: (batch, time), not shifted, -100 where there is no supervision.
-            logits_to_keep: last positions whose logits are wanted (0: all), or their indices.
+            labels: (batch, time), not shifted, -100 at unsupervised positions.
+            logits_to_keep: number of last positions whose logits are returned (0: all), or their indices.
             num_items_in_batch: divide each loss by this instead of by its own supervised positions.
 
         Returns:
@@ -196,7 +196,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         masks = (
             attention_mask
             if isinstance(attention_mask, dict)
-            # A cache that does not exist yet changes no mask, and packing is only seen without one.
+            # A cache that does not exist yet changes no mask, and packing is only detected without a cache.
             else attention_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
         )
 
@@ -254,7 +254,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
             The loss; the main loss or None; the head losses (K,), the last two detached.
 
         Raises:
-            ValueError: labels came shifted, or no token ids.
+            ValueError: the labels were already shifted, or no token ids were given.
         """
         if kwargs.pop("shift_labels", None) is not None:
             raise ValueError("shift_labels: pass labels only; each head shifts them by its own distance")
@@ -271,7 +271,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         )
         supervised = targets != IGNORE_INDEX
         counts = supervised.sum(dim=1)
-        # One transfer to the host for the whole step: all indices, then where each term's end.
+        # One transfer to the host for the whole step: all indices, then the end of each term's indices.
         term_of_row, position_of_row = supervised.nonzero(as_tuple=True)
         positions = position_of_row.split(counts.tolist())
         rows = torch.cat([state.flatten(0, 1)[index] for state, index in zip(states, positions, strict=True)])
@@ -296,17 +296,17 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         """Hidden states h^1 … h^K over whole rows, each (batch, time, d).
 
         Raises:
-            ValueError: no token ids, or head layers of several attention types.
+            ValueError: no token ids were given, or the head layers have several attention types.
         """
         if input_ids is None:
             raise ValueError(
-                "labels with inputs_embeds: pass input_ids too, the heads read plain token embeddings"
+                "labels with inputs_embeds: also pass input_ids; the heads read plain token embeddings"
             )
         token_embeds = self.get_input_embeddings()(input_ids)
         checkpoint = checkpointing_function(self.model) if self.training else None
         if self.config.mtp_detach_backbone or self.has_frozen_backbone:
             token_embeds, hidden = token_embeds.detach(), hidden.detach()
-            # A reentrant checkpoint gives its parameters no gradient unless one of its inputs takes one.
+            # A reentrant checkpoint gives its parameters no gradient unless one of its inputs requires one.
             hidden.requires_grad_(checkpoint is not None)
         first = self.config.num_backbone_layers
         layer_types = [self.config.layer_type(first + k) for k in range(self.config.num_nextn_predict_layers)]
@@ -327,7 +327,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
 
     @property
     def heads(self) -> list[MCTPHead]:
-        """The K heads, as views on this model's modules."""
+        """The K heads, as views of this model's modules."""
         first = self.config.num_backbone_layers
         return [
             MCTPHead(
@@ -343,11 +343,11 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
 
     @property
     def has_frozen_backbone(self) -> bool:
-        """Whether only heads train: the LM head takes no gradient, and there are heads."""
+        """Whether only heads train: the LM head is frozen, and there are heads."""
         return self.config.num_nextn_predict_layers > 0 and not self.lm_head.weight.requires_grad
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Install an LM head as one that computes losses; resizing the vocabulary makes a plain Linear."""
+        """Set an LM head that computes losses; resizing the vocabulary would make it a plain Linear."""
         head = LanguageModelHead(
             new_embeddings.in_features, new_embeddings.out_features, bias=False, device="meta"
         )

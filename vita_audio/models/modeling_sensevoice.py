@@ -1,7 +1,7 @@
 """The Plus family: Qwen2 with MCTP heads that hears continuous SenseVoice features.
 
 User speech enters as frames of the SenseVoice frontend. The encoder and a small adapter turn them
-into rows that take the place of the ``<|context_of_audio|>`` embeddings; everything behind that is
+into rows that replace the ``<|context_of_audio|>`` embeddings; everything after that is
 :class:`~vita_audio.models.modeling.Qwen2MTPForCausalLM`. The heads read plain token embeddings, so
 audio reaches them through the backbone's hidden states alone.
 
@@ -26,7 +26,7 @@ from vita_audio.models.modeling import MTPOutput, Qwen2MTPForCausalLM, Qwen2MTPM
 
 
 class Qwen2MTPSenseVoiceModel(Qwen2MTPModel):
-    """The backbone with its ear: encoder and adapter beside the decoder layers."""
+    """The backbone with audio input: an encoder and an adapter next to the decoder layers."""
 
     config: Qwen2MTPSenseVoiceConfig
     config_class = Qwen2MTPSenseVoiceConfig
@@ -38,7 +38,7 @@ class Qwen2MTPSenseVoiceModel(Qwen2MTPModel):
         self.post_init()
 
     def encode_audio(self, audios: Sequence[Tensor]) -> Tensor:
-        """What the backbone reads in place of speech.
+        """The embeddings that the backbone reads for speech.
 
         Args:
             audios: clips of shape (frames, 560) each.
@@ -51,12 +51,12 @@ class Qwen2MTPSenseVoiceModel(Qwen2MTPModel):
         equal = min(lengths) == max(lengths)
         encoded, _ = self.audio_model(features, None if equal else lengths)
         rows = [item[: length + NUM_QUERY_FRAMES] for item, length in zip(encoded, lengths, strict=True)]
-        # The adapter treats each row alone, so padding is cut off before it, not after.
+        # The adapter treats each row separately, so padding is cut before it, not after.
         return self.audio_projection(torch.cat(rows))
 
 
 class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
-    """Qwen2MTPForCausalLM whose prompts and training rows may hold audio."""
+    """Qwen2MTPForCausalLM whose prompts and training rows may contain audio."""
 
     config: Qwen2MTPSenseVoiceConfig
     config_class = Qwen2MTPSenseVoiceConfig
@@ -84,7 +84,7 @@ class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
                 tokens, (2, 1, frames + 4) or (2, frames + 4).
 
         Raises:
-            ValueError: clips and indices do not belong together.
+            ValueError: clips and indices do not match.
         """
         if inputs_embeds is None:
             kwargs |= {"audios": audios, "audio_indices": audio_indices}
@@ -106,11 +106,11 @@ class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
         audios: Sequence[Tensor] | None = None,
         audio_indices: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """Token embeddings with speech written over its context tokens, (batch, time) -> (batch, time, d).
+        """Token embeddings with speech in place of its context tokens, (batch, time) -> (batch, time, d).
 
         Without audio, a frame of ones passes through encoder and adapter and adds zero (SPEC 5.4):
         their parameters stay in every rank's graph, so ranks with and without audio run the same
-        collectives and none waits for another.
+        collectives and do not deadlock.
         """
         embeds = super().embed_inputs(input_ids)
         if audios:
@@ -125,7 +125,7 @@ class Qwen2MTPSenseVoiceForCausalLM(Qwen2MTPForCausalLM):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As the base class does; clips whose tokens a given cache already holds are left out."""
+        """See the base class; clips whose tokens a given cache already holds are dropped."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -165,7 +165,9 @@ def gather_indices(audios: Sequence[Tensor], audio_indices: Sequence[Tensor] | N
     """
     indices = audio_indices or []
     if len(indices) != len(audios):
-        raise ValueError(f"{len(audios)} audios came with {len(indices)} audio_indices; give one for each")
+        raise ValueError(
+            f"{len(audios)} audios were given with {len(indices)} audio_indices; give one for each"
+        )
     for number, (audio, places) in enumerate(zip(audios, indices, strict=True)):
         if places.shape[-1] != len(audio) + NUM_QUERY_FRAMES:
             raise ValueError(

@@ -1,10 +1,10 @@
-"""The one door from a folder to a model: for training, which grows heads, and for inference.
+"""Opens a model folder, for training, which grows heads, and for inference.
 
     model = load_with_heads("Qwen2.5-7B-Instruct", num_heads=10, dtype=torch.bfloat16)   # training
     model = open_model("output/stage4", device="cuda")                                   # inference
     tokenizer = open_tokenizer("output/stage4")
 
-Both kinds of opening make the same checks (:mod:`~vita_audio.models.folder`) and need no network. A model in the
+Both functions make the same checks (:mod:`~vita_audio.models.folder`) and need no network. A model in the
 local Hugging Face cache is opened by its name, ``owner/name``; only ``hf://owner/name`` downloads it.
 """
 
@@ -54,13 +54,13 @@ def open_model(
     attn_implementation: str | None = None,
     device: str | torch.device | None = None,
 ) -> Qwen2MTPForCausalLM:
-    """A model as its folder holds it, in evaluation mode. A plain Qwen2 opens as a model without heads.
+    """A model as stored in its folder, in evaluation mode. A plain Qwen2 opens as a model without heads.
 
     Args:
         path: folder, name in the local Hugging Face cache, or ``hf://owner/name[@revision]`` to download.
         dtype: "auto" is the checkpoint's own.
         attn_implementation: attention back end; None leaves the choice to transformers.
-        device: where the model shall be; None leaves it on the CPU.
+        device: device to move the model to; None leaves it on the CPU.
 
     Raises:
         CheckpointError: see :func:`load_with_heads`.
@@ -77,7 +77,7 @@ def open_model(
 
 
 def open_config(path: str | PathLike[str]) -> PreTrainedConfig:
-    """The configuration of a folder that :func:`open_model` would take; weights are not looked at.
+    """The configuration of a folder that :func:`open_model` accepts; weights are not checked.
 
     Raises:
         CheckpointError: no such folder, or not a model of this family.
@@ -110,20 +110,20 @@ def load_with_heads(
 ) -> Qwen2MTPForCausalLM:
     """A model with ``num_heads`` heads, from a plain Qwen2 folder or one with at most that many heads.
 
-    Heads of the folder are kept. A missing head k > 0 copies the decoder layer, projection and norms
+    Existing heads are kept. A missing head k > 0 copies the decoder layer, projection and norms
     of the head before it; a missing head 0 copies the backbone's last layer and starts with a fresh
-    projection and norms of one (SPEC "Initialisation and growth"). What was grown is logged.
+    projection and norms of ones (SPEC "Initialisation and growth"). The growth is logged.
 
     Args:
         directory: as ``path`` in :func:`open_model`; config.json and safetensors, whole or in shards.
         num_heads: heads of the model; 0 gives the plain language model under this class.
-        sensevoice: build the variant that reads SenseVoice features. A folder of that variant always gives it.
-        audio_model_path: SenseVoiceSmall's folder, for a model folder without the encoder.
+        sensevoice: build the variant that reads SenseVoice features. Always on for a folder of that variant.
+        audio_model_path: folder of SenseVoiceSmall, for a model folder without the encoder.
         from_pretrained_kwargs: dtype, attn_implementation, device_map, …
 
     Raises:
-        CheckpointError: no such folder, wrong architecture, weights that are missing, torn, ambiguous or of
-            other shapes, more heads than ``num_heads``, a tokenizer with more tokens than the vocabulary, or a
+        CheckpointError: no such folder, wrong architecture, weights that are missing, truncated, ambiguous or
+            of other shapes, more heads than ``num_heads``, a tokenizer with more tokens than the vocabulary, or a
             generation config that could not be saved.
     """
     folder = locate(directory)
@@ -140,7 +140,7 @@ def load_with_heads(
 
 
 def locate(path: str | PathLike[str]) -> Path:
-    """The local folder that a path or name means. Only ``hf://`` reaches the network.
+    """The local folder of a path or name. Only ``hf://`` uses the network.
 
     Raises:
         CheckpointError: there is none.
@@ -163,7 +163,7 @@ def locate(path: str | PathLike[str]) -> Path:
         except (OSError, ValueError):
             raise CheckpointError(
                 f"{name}: no such folder in {Path.cwd()}, and no such model in the Hugging Face cache; "
-                f"give a folder, or {HUB_PREFIX}{name} to download one of that name"
+                f"give a folder, or {HUB_PREFIX}{name} to download the model of that name"
             ) from None
     where = "" if folder.is_absolute() else f" in {Path.cwd()}"
     raise CheckpointError(f"{name}: no such folder{where}")
@@ -173,7 +173,7 @@ def check_device(name: str | torch.device) -> torch.device:
     """The device of that name.
 
     Raises:
-        ValueError: this machine, or this build of PyTorch, has none.
+        ValueError: this machine, or this build of PyTorch, has no such device.
     """
     try:
         device = torch.device(name)
@@ -191,7 +191,7 @@ def _open(
     audio_model_path: str | PathLike[str] | None = None,
     **from_pretrained_kwargs: Any,
 ) -> Qwen2MTPForCausalLM:
-    """Check a folder, load it, and start what it lacks."""
+    """Check a folder, load it, and initialize the missing parts."""
     check_weights(folder, config)
     check_vocabulary(folder, config.vocab_size)
     generation_file, useless = useless_sampling_fields(folder)
@@ -236,7 +236,7 @@ def _with_heads(
     values["num_nextn_predict_layers"] = num_heads
     # One entry a layer: let the configuration fill it in for the new number of layers.
     values.pop("layer_types", None)
-    # Training switched it off in the folders that it saved; forward does so itself where there are labels.
+    # Training disabled it in the folders it saved; forward disables it itself when labels are given.
     values.pop("use_cache", None)
     if config.model_type != model_class.config_class.model_type:
         values.pop("mtp_detach_backbone", None)  # each family has its own default
@@ -248,8 +248,8 @@ def _with_heads(
 def _from_pretrained(
     folder: Path, model_class: type[Qwen2MTPForCausalLM], config: PreTrainedConfig, **kwargs: Any
 ) -> tuple[Qwen2MTPForCausalLM, dict[str, Any]]:
-    """The model, and transformers' report of what the folder lacks."""
-    # transformers would list every tensor of the new heads as missing; we say it in one line instead.
+    """The model, and transformers' report of the missing tensors."""
+    # transformers would list every tensor of the new heads as missing; we log one line instead.
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -257,7 +257,7 @@ def _from_pretrained(
             folder,
             config=config,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused in our own words by refuse_other_tensors
+            ignore_mismatched_sizes=True,  # refuse_other_tensors refuses these with its own message
             **kwargs,
         )
         model, report = loaded
@@ -274,14 +274,14 @@ def _from_pretrained(
 def start_audio_parts(
     model: Qwen2MTPForCausalLM, missing: set[str], audio_model_path: str | PathLike[str] | None
 ) -> list[str]:
-    """Start what a folder without audio lacks: the encoder from its own weights, the adapter fresh.
+    """Initialize the audio part that a folder lacks: the encoder from its own weights, the adapter randomly.
 
     Args:
         missing: names of all parameters that the folder lacks.
         audio_model_path: SenseVoiceSmall's folder; used only if the whole encoder is missing.
 
     Returns:
-        Prefixes of the parameters that now have their start.
+        Prefixes of the parameters that were initialized.
 
     Raises:
         CheckpointError: the encoder is missing and no path is given.
@@ -306,10 +306,10 @@ def start_audio_parts(
 def refuse_other_tensors(
     model: Qwen2MTPForCausalLM, folder: Path, report: Mapping[str, Any], grown: range, started: list[str]
 ) -> None:
-    """Refuse gaps, shapes and extra tensors; only grown heads and freshly started parts may lack something.
+    """Refuse missing, misshapen and extra tensors; only grown heads and initialized parts may be missing.
 
     Raises:
-        CheckpointError: the weights are not those of config.json.
+        CheckpointError: the weights do not match config.json.
     """
     heads = tuple(prefix for k in grown for prefix in head_prefixes(model.config, k))
     expected = (*heads, *started)
@@ -327,13 +327,13 @@ def refuse_other_tensors(
             f"{folder}: {name} has shape {tuple(stored)} where config.json asks for {tuple(wanted)}; "
             "use the config.json that belongs to these weights"
         )
-    # A head that is to be grown must not be in the file: growing would overwrite it.
+    # A head that is about to be grown must not be in the file: growing would overwrite it.
     unclaimed = {name for name, _ in model.named_parameters() if name.startswith(heads)} if heads else set()
     extra = sorted(
         (unclaimed - set(report["missing_keys"])) | (set(report.get("unexpected_keys", ())) - tied)
     )
     if extra:
         raise CheckpointError(
-            f"{folder}: {len(extra)} tensors have no place in a model of config.json, the first is {extra[0]}; use "
+            f"{folder}: {len(extra)} tensors do not belong to the model of config.json, the first is {extra[0]}; use "
             "the config.json that belongs to these weights"
         )

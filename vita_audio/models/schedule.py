@@ -20,7 +20,7 @@ SCHEDULES: dict[str, tuple[int, ...]] = {
 """The paper's schedules, from the slowest to the fastest."""
 
 BACKBONE = -1
-"""In a sequence of steps: the token comes from the backbone, not from a head 0, 1, …"""
+"""Marks a step whose token comes from the backbone, not from a head 0, 1, …"""
 
 _NUMBERS = re.compile(r"[\[(]?\s*(\d+(?:(?:\s*,\s*|\s+|-)\d+)*)\s*[\])]?")
 
@@ -30,7 +30,7 @@ class Schedule:
     """Pairs of (tokens from the backbone, tokens from the heads).
 
     Attributes:
-        pairs: one or more; the backbone makes 1 or more tokens of each, the heads 0 or more.
+        pairs: one or more; each has at least 1 token from the backbone and 0 or more from the heads.
     """
 
     pairs: tuple[tuple[int, int], ...]
@@ -48,14 +48,14 @@ class Schedule:
         whole = all(isinstance(count, int) and not isinstance(count, bool) for count in numbers)
         if not numbers or len(numbers) % 2 or not whole or min(numbers[0::2]) < 1 or min(numbers[1::2]) < 0:
             raise ValueError(
-                f"mtp_inference_mode={numbers}: give pairs M, m of whole numbers, M >= 1 tokens from the backbone "
-                "and then m >= 0 from the heads, for example [1, 10, 4, 10]"
+                f"mtp_inference_mode={numbers}: give pairs M, m of whole numbers: M >= 1 tokens from the backbone, "
+                "then m >= 0 from the heads, for example [1, 10, 4, 10]"
             )
         return cls(tuple(zip(numbers[0::2], numbers[1::2], strict=True)))
 
     @property
     def numbers(self) -> list[int]:
-        """[M1, m1, M2, m2, …], as ``generate()`` and generation_config.json have it."""
+        """[M1, m1, M2, m2, …], the format of ``generate()`` and generation_config.json."""
         return [count for pair in self.pairs for count in pair]
 
     @property
@@ -67,18 +67,18 @@ class Schedule:
 
     @property
     def longest_head_run(self) -> int:
-        """The most tokens that heads make between two tokens of the backbone; 0 if heads stay idle."""
+        """The largest number of head tokens between two backbone tokens; 0 if the heads are idle."""
         return max(head_tokens for _, head_tokens in self.pairs)
 
     def rounds(self) -> Iterator[tuple[int, int]]:
-        """The pairs in the order they run, without end."""
+        """The pairs in the order they run, endlessly."""
         return chain(self.pairs, cycle(self.pairs[-1:]))
 
     def steps(self, num_heads: int) -> Iterator[int]:
-        """Who makes each token, without end: BACKBONE or the index of a head.
+        """The source of each token, endlessly: BACKBONE or the index of a head.
 
         A run of head tokens that is longer than the number of heads takes one token from the backbone
-        and goes on with head 0.
+        and continues with head 0.
         """
         for backbone_tokens, head_tokens in self.rounds():
             yield from [BACKBONE] * backbone_tokens
@@ -88,10 +88,10 @@ class Schedule:
 
 
 def schedules_for(num_heads: int, names: Sequence[str]) -> list[str]:
-    """Those of the named schedules that a model with so many heads can show.
+    """The named schedules that a model with ``num_heads`` heads can run as intended.
 
-    A schedule whose runs are longer than the number of heads would repeat what a shorter one shows, so
-    it is left out. A model with few heads is shown with one schedule that uses all of them, ``"1 HEADS"``.
+    A schedule whose runs are longer than the number of heads would repeat the result of a shorter one, so
+    it is left out. A model with few heads gets one schedule that uses all of them, ``"1 HEADS"``.
     """
     runs = {name: Schedule.parse(name).longest_head_run for name in names}
     fitting = [name for name in names if runs[name] <= num_heads]
@@ -106,6 +106,6 @@ def _numbers(text: str) -> list[int]:
         return [int(number) for number in re.findall(r"\d+", match[1])]
     if text.lower() not in SCHEDULES:
         raise ValueError(
-            f"mtp_inference_mode={text!r}: the known names are {', '.join(SCHEDULES)}; or numbers such as 1 10 4 10"
+            f"mtp_inference_mode={text!r}: use one of {', '.join(SCHEDULES)}, or numbers such as 1 10 4 10"
         )
     return list(SCHEDULES[text.lower()])

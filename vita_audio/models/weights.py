@@ -1,6 +1,6 @@
-"""Parameters by name: which belong to a head, how heads grow, what freezes, how the vocabulary grows.
+"""Parameters by name: which belong to a head, how heads grow, which are frozen, how the vocabulary grows.
 
-Released names are the module names, so a prefix says where a parameter belongs. This file works on any model with
+Released names are the module names, so a prefix identifies the owner of a parameter. This file works on any model with
 that layout and imports no modeling file.
 """
 
@@ -91,7 +91,7 @@ def copy_parameters(source: nn.Module, target: nn.Module) -> None:
 
 
 def resize_vocabulary(model: PreTrainedModel, num_tokens: int) -> int:
-    """Make room for ``num_tokens`` tokens, padding the rows to a multiple of 8. Never shrinks.
+    """Enlarge the vocabulary to ``num_tokens`` tokens, padded to a multiple of 8 rows. Never shrinks it.
 
     Returns:
         Rows of the embedding matrix.

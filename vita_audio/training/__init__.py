@@ -1,4 +1,4 @@
-"""What each stage trains, with which options, in which loop."""
+"""Training of a stage: options, trainable parameters and the training loop."""
 
 from vita_audio.training.arguments import ArgumentError, DataArguments, ModelArguments, StageArguments
 from vita_audio.training.checkpoints import last_complete_checkpoint

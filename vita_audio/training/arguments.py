@@ -1,9 +1,9 @@
-"""Every option of a training run on one screen, each with its check beside it.
+"""Every option of a training run, each with its check.
 
 Three groups, parsed together by :mod:`vita_audio.training.command_line`: what the model is, what it reads,
 and how it is trained. Options of transformers' own ``TrainingArguments`` (learning rate, steps, DeepSpeed
-config, …) keep their names and meanings; :mod:`vita_audio.training.served` says which are refused. Names that the
-published scripts use for the same thing are aliases.
+config, …) keep their names and meanings; :mod:`vita_audio.training.served` lists those that are refused. The
+published scripts' names for the same options are aliases.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class ArgumentError(ValueError):
-    """An option that cannot be served; the message says which and what to do."""
+    """An invalid or unsupported option; the message names it and what to do."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class ModelArguments:
     config_name: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or JSON file of a config: its number of heads is taken and the rest must fit the model "
+            "help": "Folder or JSON file of a config: its number of heads is used and the rest must fit the model "
             "(configs/models/)."
         },
     )
@@ -74,29 +74,29 @@ class ModelArguments:
     attn_implementation: str = field(
         default="auto",
         metadata={
-            "help": "flash_attention_2, sdpa, flex_attention or eager; auto takes FlashAttention-2 "
-            "if it is there and the model is in half precision."
+            "help": "flash_attention_2, sdpa, flex_attention or eager; auto uses FlashAttention-2 "
+            "if it is installed and the model is in half precision."
         },
     )
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Weights' type: bfloat16, float16 or float32; auto follows --bf16.",
+            "help": "Type of the weights: bfloat16, float16 or float32; auto follows --bf16.",
             "aliases": ["--torch_dtype"],
         },
     )
     mtp_loss_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the heads' mean loss (default: the checkpoint's own)."}
+        default=None, metadata={"help": "Weight of the heads' mean loss (default: the checkpoint's)."}
     )
     language_model_freeze: bool = field(
-        default=False, metadata={"help": "Train the MCTP heads alone (stages 2 and 3)."}
+        default=False, metadata={"help": "Train only the MCTP heads (stages 2 and 3)."}
     )
     audio_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "SenseVoiceSmall's folder (am.mvn and weights), for sensevoice kinds."},
     )
     audio_model_freeze: bool = field(
-        default=True, metadata={"help": "Keep the SenseVoice encoder as it is (all published stages)."}
+        default=True, metadata={"help": "Freeze the SenseVoice encoder (all published stages)."}
     )
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ class ModelArguments:
             )
 
     def _count_heads(self) -> None:
-        """Settle ``num_nextn_predict_layers`` between the flag, ``--config_name`` and the model's folder."""
+        """Resolve ``num_nextn_predict_layers`` from the flag, ``--config_name`` and the model's folder."""
         heads = self.num_nextn_predict_layers
         if heads < -1:
             raise ArgumentError(f"--num_nextn_predict_layers {heads}: give the number of heads, 0 or more")
@@ -149,22 +149,24 @@ class DataArguments:
         default=None, metadata={"help": "Folder of the discrete codec's weights."}
     )
     audio_token_cache: str | None = field(
-        default=None, metadata={"help": "Folder of token shards that tools/tokenize_audio.py wrote."}
+        default=None, metadata={"help": "Folder of token shards written by tools/tokenize_audio.py."}
     )
     audio_feature_cache: str | None = field(
         default=None,
-        metadata={"help": "Folder to keep SenseVoice features in, for later epochs and stages."},
+        metadata={"help": "Folder in which to cache SenseVoice features for later epochs and stages."},
     )
     data_root: str | None = field(
         default=None,
         metadata={
-            "help": "Relative paths in mix and samples start here (default: $ROOT_PATH, else the mix's folder)."
+            "help": "Base folder of relative paths in mix and samples (default: $ROOT_PATH, else the mix's folder)."
         },
     )
     model_max_length: int = field(default=8192, metadata={"help": "Tokens in a packed row."})
     text_audio_interval_ratio: list[int] = field(
         default_factory=lambda: list(DEFAULT_TEXT_AUDIO_RATIO),
-        metadata={"help": "Text and audio run lengths, in turn: 1 10 4 10 (Boost), 1 4 3 8 4 10 (Balance)."},
+        metadata={
+            "help": "Alternating text and audio run lengths: 1 10 4 10 (Boost), 1 4 3 8 4 10 (Balance)."
+        },
     )
     max_error_share: float = field(
         default=0.05, metadata={"help": "Stop when more than this share of samples is unusable."}
@@ -176,7 +178,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.audio_tokenizer_type not in available_kinds():
             raise ArgumentError(
-                f"--audio_tokenizer_type {self.audio_tokenizer_type}: known are {', '.join(available_kinds())}"
+                f"--audio_tokenizer_type {self.audio_tokenizer_type}: use {', '.join(available_kinds())}"
             )
         if not Path(self.dataset_name).is_file():
             raise ArgumentError(f"--dataset_name {self.dataset_name}: no such file; give the mix's YAML")
@@ -190,8 +192,8 @@ class DataArguments:
             raise ArgumentError(f"--text_audio_interval_ratio: {error}") from error
         if len(self.text_audio_interval_ratio) % 2:
             raise ArgumentError(
-                f"--text_audio_interval_ratio {self.text_audio_interval_ratio}: give pairs 'text audio', since the "
-                "model's schedule is made of them too"
+                f"--text_audio_interval_ratio {self.text_audio_interval_ratio}: give pairs 'text audio'; the "
+                "model's schedule uses the same pairs"
             )
 
     @property
@@ -201,49 +203,49 @@ class DataArguments:
 
 @dataclass
 class StageArguments(TrainingArguments):
-    """transformers' own options, with the defaults of this recipe, and those of the stages."""
+    """transformers' own options, with this recipe's defaults, and the options of the stages."""
 
-    if TYPE_CHECKING:  # never None: transformers' own __post_init__ sees to that
+    if TYPE_CHECKING:  # never None: transformers' own __post_init__ ensures it
         output_dir: str = ""
 
-    do_train: bool = field(default=True, metadata={"help": "Always true: this tool trains."})
+    do_train: bool = field(default=True, metadata={"help": "Always true: this tool only trains."})
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Delete what an earlier run left in the output folder and start over."},
+        metadata={"help": "Delete an earlier run's results from the output folder and start over."},
     )
     lr_scheduler_type: str = field(
         default=WARMUP_COSINE,
         metadata={
-            "help": f"{WARMUP_COSINE}: the published schedule, logarithmic warm-up and a cosine to a tenth; or one of "
-            "transformers' names. cosine without --lr_scheduler_kwargs obeys the scheduler section of --deepspeed."
+            "help": f"{WARMUP_COSINE}: the published schedule, a log warm-up and cosine to a tenth; or one of "
+            "transformers' names. cosine without --lr_scheduler_kwargs uses the scheduler section of --deepspeed."
         },
     )
     warmup_steps: float = field(
         default=0,
         metadata={
-            "help": "Steps that the rate rises for, or, below 1, their share of --max_steps (0.03 in all stages).",
+            "help": "Warm-up steps or, below 1, their share of --max_steps (0.03 in all stages).",
             "aliases": ["--warmup_ratio"],
         },
     )
     mtp_learning_rate_multiplier: float = field(
         default=1.0,
         metadata={
-            "help": "The heads' learning rate over the model's (10 in stage 4).",
+            "help": "Ratio of the heads' learning rate to the model's (10 in stage 4).",
             "aliases": ["--mtp_model_lr_mult"],
         },
     )
     decay_norms: bool = field(
         default=False,
-        metadata={"help": "Weight decay reaches the RMSNorm weights too, as in the published stage 4."},
+        metadata={"help": "Also apply weight decay to the RMSNorm weights, as in the published stage 4."},
     )
     loss_average: str = field(
         default="global",
         metadata={
-            "help": "Divisor of the loss: supervised tokens of all ranks (global), or of each rank by itself with "
+            "help": "Divisor of the loss: supervised tokens of all ranks (global), or of each rank separately, with "
             "gradients averaged over ranks (rank, as published)."
         },
     )
-    # A row is a tensor already and the loader shards itself, so nothing may be dropped or re-split.
+    # Rows are already tensors and the loader shards itself, so nothing may be dropped or split again.
     remove_unused_columns: bool = field(default=False)
     ignore_data_skip: bool = field(
         default=True, metadata={"help": "The loader resumes from its own state; nothing is replayed."}
@@ -263,7 +265,7 @@ class StageArguments(TrainingArguments):
             )
         if self.loss_average not in ("global", "rank"):
             raise ArgumentError(f"--loss_average {self.loss_average}: give global or rank")
-        if self.loss_average == "rank":  # also in a copy of arguments that have been through here
+        if self.loss_average == "rank":  # also if the arguments were already processed once
             self.average_tokens_across_devices = True
         unserved = find_unserved(self)
         if unserved is not None:
@@ -277,7 +279,7 @@ class StageArguments(TrainingArguments):
         self._use_current_names()
         check_devices(self.ddp_backend, self.use_cpu)
         self.average_tokens_across_devices = self.loss_average == "global"
-        # transformers knows only its own schedules by name.
+        # transformers accepts only the names of its own schedules.
         name, self.lr_scheduler_type = self.lr_scheduler_type, SchedulerType.COSINE
         if name != WARMUP_COSINE:
             self.lr_scheduler_type = name
@@ -286,7 +288,7 @@ class StageArguments(TrainingArguments):
         self._check_agreement_with_deepspeed()
 
     def _prepare_deepspeed_and_device(self) -> None:
-        """Check the DeepSpeed config, take its schedule, and settle for what CPUs have where they are chosen."""
+        """Check the DeepSpeed config, adopt its schedule, and replace what CPUs lack if training on CPUs."""
         replaced = []
         self.use_cpu = self.use_cpu or strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")) == 1
         if self.deepspeed:
@@ -304,7 +306,7 @@ class StageArguments(TrainingArguments):
                         max_steps=self.max_steps,
                     )
                     self.lr_scheduler_type = WARMUP_COSINE
-                # The schedule is ours, whoever builds the optimizer.
+                # The schedule is always ours, even if DeepSpeed builds the optimizer.
                 del config["scheduler"]
             if (self.use_cpu or not torch.cuda.is_available()) and use_pytorch_adam(config):
                 replaced.append("PyTorch's Adam instead of DeepSpeed's")
@@ -312,7 +314,7 @@ class StageArguments(TrainingArguments):
         if self.use_cpu:
             if self.ddp_backend == "nccl":
                 replaced.append("gloo instead of nccl")
-            # A process that was started alone has nobody to talk to, and accelerate would look for a group.
+            # A single process has no peers, and accelerate would look for a process group.
             self.ddp_backend = "gloo" if "RANK" in os.environ else None
             if self.tf32:
                 replaced.append("no tf32")
@@ -331,7 +333,7 @@ class StageArguments(TrainingArguments):
         if self.weight_decay and not self.decay_norms:
             raise ArgumentError(
                 f"--weight_decay {self.weight_decay}: {name} builds the optimizer itself and decays every parameter; "
-                "use ds_config_zero2_no_optimizer.json to spare the norms, or give --decay_norms True"
+                "use ds_config_zero2_no_optimizer.json to exclude the norms, or give --decay_norms True"
             )
 
     def _read_scheduler(self) -> None:
@@ -342,7 +344,7 @@ class StageArguments(TrainingArguments):
             )
         if self.lr_scheduler_type in _NEED_EVALUATION:
             raise ArgumentError(
-                f"--lr_scheduler_type {self.lr_scheduler_type}: it needs an evaluation while training"
+                f"--lr_scheduler_type {self.lr_scheduler_type}: it needs evaluation during training"
             )
         if isinstance(self.lr_scheduler_kwargs, str):
             try:
@@ -358,9 +360,9 @@ class StageArguments(TrainingArguments):
         return self.lr_scheduler_kwargs if isinstance(self.lr_scheduler_kwargs, dict) else {}
 
     def _use_current_names(self) -> None:
-        """Hand ``--gradient_checkpointing`` on under the name that newer transformers asks for.
+        """Pass ``--gradient_checkpointing`` on under the name that newer transformers expects.
 
-        The stage scripts keep the published name, which transformers 5.23 takes with a warning and 5.17 has alone.
+        The stage scripts keep the published name. transformers 5.23 accepts it with a warning; 5.17 knows only it.
         """
         for published, current in (
             ("gradient_checkpointing", "activation_checkpointing"),
@@ -370,7 +372,7 @@ class StageArguments(TrainingArguments):
                 setattr(self, current, getattr(self, published))
 
     def _check_scheduler(self) -> None:
-        """Build the schedule for a dummy optimizer: a wrong argument would otherwise show after the model is loaded."""
+        """Build the schedule for a dummy optimizer, so wrong arguments fail before the model is loaded."""
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         try:
             build_scheduler(self.lr_scheduler_type, optimizer, 1, 2, self.scheduler_arguments)
@@ -385,7 +387,7 @@ class StageArguments(TrainingArguments):
         )
 
     def _check_agreement_with_deepspeed(self) -> None:
-        """transformers compares these too, but after the model is loaded and in eight lines."""
+        """Compare the config with the flags. transformers does so only after the model is loaded, in eight lines."""
         if self.deepspeed and self.hf_deepspeed_config.mismatches:
             mismatch = (
                 self.hf_deepspeed_config.mismatches[0].removeprefix("- ds ").replace(" vs hf ", ", but --")
@@ -397,6 +399,6 @@ _NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 
 
 def say_once(message: str) -> None:
-    """Log a line on the first process; all of them read the same flags."""
+    """Log a line on the first process; all processes read the same flags."""
     if is_first():
         logger.warning(message)

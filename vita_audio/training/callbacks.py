@@ -1,4 +1,4 @@
-"""What happens around a step: steps without an update, and displays that continue where a run was stopped."""
+"""Trainer callbacks: detection of skipped steps, and displays that continue across restarts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.integrations import TensorBoardCallback
 
 MOST_SKIPPED_STEPS = 10
-"""A loss scale that is too high costs a few steps at the start; more than that is a broken run."""
+"""A loss scale that is too high skips a few steps at the start; more skipped steps mean a broken run."""
 
 
 class StopOnBadGradients(TrainerCallback):
-    """Stops a run whose gradients are not finite: steps that were skipped, ten in a row, or a step that was made.
+    """Stops a run whose gradients are not finite: after ten skipped steps in a row, or after one applied update.
 
     Args:
-        deepspeed: gives the DeepSpeed engine; None as its result without DeepSpeed.
+        deepspeed: returns the DeepSpeed engine; None without DeepSpeed.
     """
 
     def __init__(self, deepspeed: Callable[[], Any]) -> None:
@@ -39,7 +39,7 @@ class StopOnBadGradients(TrainerCallback):
             self._bad = bool(finite) and not bool(torch.stack(finite).all())
             if self._bad:
                 for parameter in parameters:
-                    parameter.grad = None  # the optimizer passes it over
+                    parameter.grad = None  # the optimizer skips it
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -48,11 +48,11 @@ class StopOnBadGradients(TrainerCallback):
         if engine is not None:
             self._bad = not engine.was_step_applied()
             norm = engine.get_global_grad_norm()
-            # DeepSpeed's ZeRO gives -1 for a norm that is not finite.
+            # DeepSpeed's ZeRO reports -1 for a norm that is not finite.
             if not self._bad and norm is not None and not (math.isfinite(norm) and norm >= 0):
                 raise FloatingPointError(
-                    f"the gradients of step {state.global_step} are not finite, and the update was made with them; "
-                    "nothing was saved since. Lower --learning_rate; the run continues from its last checkpoint"
+                    f"the gradients of step {state.global_step} are not finite, and the update was applied; "
+                    "nothing has been saved since. Lower --learning_rate; the run continues from its last checkpoint"
                 )
         self._skipped = self._skipped + 1 if self._bad else 0
         self._made += not self._bad
@@ -70,7 +70,7 @@ class StopOnBadGradients(TrainerCallback):
 
 
 class Continue(TrainerCallback):
-    """Lets this run's intervals hold, not those of the checkpoint, and counts epochs by the loader's place.
+    """Uses this run's intervals instead of the checkpoint's, and counts epochs by the loader's position.
 
     Args:
         epoch: passes over the data so far.
@@ -92,7 +92,7 @@ class Continue(TrainerCallback):
 
 
 class ContinuedProgress(ProgressCallback):
-    """A progress bar whose rate and remaining time count the steps of this run alone."""
+    """A progress bar whose rate and remaining time count only the steps of this run."""
 
     training_bar: Any  # its type is None in the base class
 
@@ -107,7 +107,7 @@ class ContinuedProgress(ProgressCallback):
 class ContinuedTensorBoard(TensorBoardCallback):
     """All of a folder's runs in one TensorBoard run, ``OUTPUT_DIR/runs``.
 
-    Steps after the checkpoint, which a stopped run has logged and this one makes again, are shown once.
+    Steps after the checkpoint, which a stopped run logged and this run repeats, are shown once.
     """
 
     def on_train_begin(

@@ -1,6 +1,6 @@
-"""Checkpoints that can be trusted: whole, with the loader's place in the data.
+"""Complete checkpoints, with the loader's position in the data.
 
-A run may be killed while it saves. Each rank writes its part; when all have, rank 0 adds a marker
+A run may be killed while it saves. Each rank writes its part; when all are done, rank 0 adds a marker
 file. Only marked checkpoints are resumed from, and old ones are deleted only after the new one
 is marked.
 """
@@ -23,22 +23,22 @@ _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class CheckpointStateError(ValueError):
-    """A checkpoint that this run cannot continue from. The message says why and what to do."""
+    """A checkpoint that this run cannot continue from. The message gives the reason and what to do."""
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """Newest checkpoint of a run that was written to its end; None if there is none."""
+    """The newest complete checkpoint of a run; None if there is none."""
     newest = None
     for folder in checkpoints(output_dir):
         if is_complete(folder):
             newest = folder
         else:
-            logger.warning("%s was not written to its end and is passed over", folder)
+            logger.warning("%s was not written completely and is skipped", folder)
     return newest
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """All checkpoint folders of a run, whole or not, in the order of their steps."""
+    """All checkpoint folders of a run, complete or not, in the order of their steps."""
     found = [
         (int(match[1]), folder)
         for folder in Path(output_dir).glob("checkpoint-*")
@@ -53,26 +53,24 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 
 def mark_complete(checkpoint: str | Path) -> None:
-    """Say that every rank has written its part. Call on one rank, after a barrier."""
+    """Mark a checkpoint as complete: every rank has written its part. Call on one rank, after a barrier."""
     (Path(checkpoint) / COMPLETE_MARKER).touch()
 
 
 def mark_incomplete(checkpoint: str | Path) -> None:
-    """Take away the marker, and loader states that ranks of another run left, before a checkpoint is written
-    again. Call on one rank, with a barrier after it.
-    """
+    """Remove the marker and loader states before a checkpoint is rewritten. Call on one rank, with a barrier after."""
     (Path(checkpoint) / COMPLETE_MARKER).unlink(missing_ok=True)
     shutil.rmtree(Path(checkpoint) / LOADER_STATE_FOLDER, ignore_errors=True)
 
 
 def delete_old_checkpoints(output_dir: str | Path, keep: int | None) -> None:
-    """Keep the newest whole checkpoints. Call on one rank, after the newest is marked.
+    """Keep the newest complete checkpoints. Call on one rank, after the newest is marked.
 
-    Torn ones are deleted whatever their number: this run owns the folder and is not writing to them.
+    Incomplete ones are always deleted: this run owns the folder and is not writing to them.
 
     Args:
         output_dir: the run's folder.
-        keep: number of whole checkpoints to keep, at least 1; None or 0 keeps all.
+        keep: number of complete checkpoints to keep, at least 1; None or 0 keeps all.
     """
     folders = checkpoints(output_dir)
     whole = [folder for folder in folders if is_complete(folder)]
@@ -83,13 +81,13 @@ def delete_old_checkpoints(output_dir: str | Path, keep: int | None) -> None:
 
 
 def delete_checkpoint(checkpoint: Path) -> None:
-    """Delete a checkpoint; one that is deleted halfway is torn, not whole."""
+    """Delete a checkpoint; if interrupted, what remains counts as incomplete."""
     (checkpoint / COMPLETE_MARKER).unlink(missing_ok=True)
     shutil.rmtree(checkpoint)
 
 
 def steps_done(folder: str | Path) -> int:
-    """Optimizer steps behind a checkpoint or a stage's result.
+    """Number of optimizer steps of a checkpoint or a stage's result.
 
     Raises:
         CheckpointStateError: ``trainer_state.json`` is missing or damaged.
@@ -98,7 +96,7 @@ def steps_done(folder: str | Path) -> int:
         return int(read_json(Path(folder) / "trainer_state.json")["global_step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointStateError(
-            f"{folder}/trainer_state.json: does not say how many steps were made ({error}); "
+            f"{folder}/trainer_state.json: does not state the number of steps ({error}); "
             "restore the file, or train into an empty folder"
         ) from error
 
@@ -112,15 +110,15 @@ def load_loader_states(checkpoint: str | Path) -> list[dict[str, Any]]:
     """Loader states of all ranks that wrote a checkpoint, in rank order.
 
     Raises:
-        CheckpointStateError: the checkpoint has none that can be read, so the data could not be continued.
+        CheckpointStateError: the checkpoint has no readable loader states, so the data cannot be continued.
     """
     folder = Path(checkpoint) / LOADER_STATE_FOLDER
     files = sorted(folder.glob("rank_*.json"))
     if not files:
         problem = (
-            "was written by an earlier version, which kept the place in the data as a pickle"
+            "was written by an earlier version, which pickled the position in the data"
             if any(folder.glob("rank_*.pt"))
-            else f"has no {LOADER_STATE_FOLDER}/, so the place in the data is unknown"
+            else f"has no {LOADER_STATE_FOLDER}/, so the position in the data is unknown"
         )
         raise CheckpointStateError(
             f"{checkpoint} {problem}; start the stage in an empty folder, "

@@ -1,8 +1,8 @@
-"""The flags of a training run, as they are typed or as a JSON file holds them.
+"""Parses the flags of a training run, from the command line or from a JSON file.
 
 Flags may have underscores or dashes. A JSON file of arguments (``finetune_sts.py arguments.json``) is read as the
-flags it stands for; flags after it win. Everything ends in the three groups of
-:mod:`vita_audio.training.arguments`, and every refusal is one line.
+equivalent flags; flags after it take precedence. The result is the three groups of
+:mod:`vita_audio.training.arguments`, and every error is one line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def parse_arguments(
     """Read a run's options.
 
     Args:
-        argv: the words of the command line. None: those of this process.
+        argv: the command-line arguments. None: those of this process.
 
     Raises:
         ArgumentError: an option that is unknown, refused or out of range; one line.
@@ -60,12 +60,12 @@ def parse_arguments(
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line instead of a usage of three hundred."""
+        """Report an error in one line instead of three hundred lines of usage."""
         raise ArgumentError(message)
 
 
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Flags without dashes, underscores throughout, each with the words up to the next one."""
+    """Flags without leading dashes and with underscores, each with the words up to the next flag."""
     flag, values = None, []
     for word in words:
         if not word.startswith("--"):
@@ -82,7 +82,7 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _without_built_in(flag: str, values: list[str]) -> list[str]:
-    """The words for the parser: none for a flag whose meaning is built in, once its value is checked."""
+    """The words to parse; none for a flag with built-in behaviour, whose value is only checked."""
     if flag == "warmup_ratio" and not _is_below_one(values):
         raise ArgumentError(
             f"--warmup_ratio {' '.join(values)}: give a share of the steps, 0 or more and below 1"
@@ -124,7 +124,7 @@ def _words_of_value(value: Any) -> list[str]:
 
 
 def _find_sensevoice(model: ModelArguments, data: DataArguments) -> None:
-    """SenseVoice's folder is where the published models lie unless a flag says otherwise."""
+    """Default to SenseVoice's folder in the published layout unless a flag sets another."""
     if not data.continuous_input:
         return
     if model.audio_model_name_or_path is None:

@@ -1,7 +1,7 @@
-"""A run that goes on with other options: what is obeyed, what has no effect, what cannot be.
+"""Continuing a run with changed options: which apply, which have no effect, and which are refused.
 
-A checkpoint keeps the options it was trained with (``run.json``). What differs now is said in one line each,
-before the first step; nothing that the user changed is dropped in silence.
+A checkpoint keeps the options it was trained with (``run.json``). Each difference is logged in one line
+before the first step; no change by the user is dropped silently.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vita_audio.training.arguments import StageArguments
 from vita_audio.training.checkpoints import writers
 
 _OF_THE_PLACE = frozenset({"output_dir", "local_rank", "run_name", "overwrite_output_dir"})
-"""Where a run happens, not what it does."""
+"""Options that describe where a run happens and do not affect its results."""
 _WITHOUT_EFFECT = {
     "model_name_or_path": "the weights come from the checkpoint",
     "audio_model_name_or_path": "the encoder's weights come from the checkpoint",
@@ -39,11 +39,11 @@ _FIXED = frozenset(
         "deepspeed_builds_optimizer",
     }
 )
-"""The checkpoint's tensors have the shape, type or grouping that these gave them."""
+"""Options that determine the shape, type or grouping of the checkpoint's tensors."""
 
 
 class ContinuationError(ValueError):
-    """Options that the checkpoint does not fit. The message names option and checkpoint."""
+    """Options that do not fit the checkpoint. The message names option and checkpoint."""
 
 
 def describe_changes(checkpoint: str | Path, arguments: Mapping[str, Any]) -> list[str]:
@@ -51,17 +51,17 @@ def describe_changes(checkpoint: str | Path, arguments: Mapping[str, Any]) -> li
 
     Args:
         checkpoint: its folder.
-        arguments: of this run, as in ``run.json``.
+        arguments: this run's arguments, as in ``run.json``.
 
     Raises:
-        ContinuationError: an option has changed that a checkpoint fixes.
+        ContinuationError: an option that the checkpoint fixes has changed.
     """
     file = Path(checkpoint) / RUN_FILE
     try:
         before = _flat(read_json(file)["arguments"])
     except FileNotFoundError:
         return [
-            f"{checkpoint} holds no {RUN_FILE}: options that have changed since it was written are not named"
+            f"{checkpoint} has no {RUN_FILE}: options that have changed since it was written are not listed"
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ContinuationError(
@@ -79,14 +79,14 @@ def describe_changes(checkpoint: str | Path, arguments: Mapping[str, Any]) -> li
                 f"{change}: {checkpoint} cannot be continued with it; restore it, or start the stage in an empty folder"
             )
         effect = (
-            f"has no effect: {_WITHOUT_EFFECT[name]}" if name in _WITHOUT_EFFECT else "holds from here on"
+            f"has no effect: {_WITHOUT_EFFECT[name]}" if name in _WITHOUT_EFFECT else "applies from here on"
         )
         lines.append(f"{change} {effect}")
     return lines
 
 
 def _flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested options, those of a DeepSpeed config, by dotted names."""
+    """Nested options, such as those of a DeepSpeed config, under dotted names."""
     flat: dict[str, Any] = {}
     for name, value in arguments.items():
         if isinstance(value, Mapping):
@@ -101,10 +101,10 @@ def _shown(value: Any) -> Any:
 
 
 def fit_to_processes(checkpoint: str | Path, stage_args: StageArguments) -> None:
-    """Let DeepSpeed read a checkpoint that another number of processes wrote, from its converted form.
+    """Let DeepSpeed read the converted form of a checkpoint from another number of processes.
 
     Raises:
-        ContinuationError: it was not converted; the message says how to.
+        ContinuationError: it was not converted; the message names the command.
     """
     before = writers(checkpoint)
     if not stage_args.deepspeed or before == stage_args.world_size:
@@ -118,11 +118,11 @@ def fit_to_processes(checkpoint: str | Path, stage_args: StageArguments) -> None
 
 
 class PlannedRates:
-    """The optimizer's options and the schedule as this run's arguments give them.
+    """The optimizer's options and the schedule from this run's arguments.
 
-    A checkpoint restores those of the run that wrote it: with them a lower ``--learning_rate`` would have no
-    effect. So they are noted when optimizer and schedule are new, and hold again after the checkpoint is loaded;
-    the moments and the number of steps stay the checkpoint's.
+    A checkpoint restores those of the run that wrote it, and a lower ``--learning_rate`` would have no
+    effect. So they are recorded when optimizer and schedule are created and restored after the checkpoint is loaded;
+    the moments and the number of steps remain the checkpoint's.
 
     Args:
         scheduler: not stepped yet.
@@ -137,13 +137,13 @@ class PlannedRates:
         self._peaks = list(scheduler.base_lrs)
 
     def restore(self) -> None:
-        """Let this run's options hold from the next step on."""
+        """Apply this run's options from the next step on."""
         scheduler = self._scheduler
         groups = scheduler.optimizer.param_groups
         for group, options in zip(groups, self._options, strict=True):
             group.update(options)
         if not isinstance(scheduler, LambdaLR):
-            return  # its rate follows from earlier steps, not from the schedule alone
+            return  # its rate depends on earlier steps, not only on the schedule
         rates = [
             peak * share(scheduler.last_epoch)
             for peak, share in zip(self._peaks, scheduler.lr_lambdas, strict=True)

@@ -1,7 +1,7 @@
-"""A DeepSpeed config is checked against the flags before anything is loaded.
+"""Checks a DeepSpeed config against the flags before anything is loaded.
 
-DeepSpeed obeys its file and transformers fills in what says ``"auto"``. A value that the file leaves out is
-DeepSpeed's own default, and the flag of that name has no effect; such files are refused here.
+DeepSpeed follows its file, and transformers fills in each ``"auto"``. A value that the file omits gets
+DeepSpeed's own default, and the corresponding flag has no effect; such files are refused here.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _DEEPSPEED_WARMUP_COSINE = {"warmup_min_ratio": 0.0, "cos_min_ratio": 0.0001, "w
 
 
 class DeepSpeedConfigError(ValueError):
-    """A config that cannot be served; the message names it and says what to do."""
+    """An unsupported config; the message names it and what to do."""
 
 
 def read_deepspeed_config(config: str | dict[str, Any]) -> dict[str, Any]:
-    """The config as a dict of its own, from a file, from JSON text or from a dict.
+    """The config as a new dict, from a file, from JSON text or from a dict.
 
     Raises:
         DeepSpeedConfigError: it cannot be read.
@@ -51,15 +51,15 @@ def read_deepspeed_config(config: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def check_deepspeed_config(config: dict[str, Any], name: str, *, half_precision: str | None) -> None:
-    """Refuse a config that ignores a flag or ends in folders without weights.
+    """Refuse a config that ignores a flag or produces folders without weights.
 
     Args:
         config: from :func:`read_deepspeed_config`.
-        name: how messages call it.
+        name: its name in messages.
         half_precision: ``bf16`` or ``fp16`` if the flags ask for it.
 
     Raises:
-        DeepSpeedConfigError: it leaves out what a flag sets, or ZeRO-3 would save no weights.
+        DeepSpeedConfigError: it omits a value that a flag sets, or ZeRO-3 would save no weights.
     """
     zero = _section(config, "zero_optimization")
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
@@ -86,12 +86,12 @@ def check_deepspeed_config(config: dict[str, Any], name: str, *, half_precision:
 
 
 def builds_optimizer(config: dict[str, Any]) -> bool:
-    """Whether DeepSpeed makes the optimizer, with one rate and one weight decay for all parameters."""
+    """Whether DeepSpeed builds the optimizer, with one rate and one weight decay for all parameters."""
     return "optimizer" in config
 
 
 def use_pytorch_adam(config: dict[str, Any]) -> bool:
-    """Let DeepSpeed take PyTorch's Adam, where its own would have to be compiled; True if that is a change."""
+    """Make DeepSpeed use PyTorch's Adam, since its own would have to be compiled. True if that is a change."""
     optimizer = _section(config, "optimizer")
     if str(optimizer.get("type", "")).lower() not in _ADAM or _section(optimizer, "params").get("torch_adam"):
         return False
@@ -102,15 +102,15 @@ def use_pytorch_adam(config: dict[str, Any]) -> bool:
 def published_schedule(
     config: dict[str, Any], name: str, *, warmup_steps: int, max_steps: int
 ) -> dict[str, Any]:
-    """Arguments of our ``warmup_cosine`` that give what the config's scheduler section asks for.
+    """Arguments of our ``warmup_cosine`` that are equivalent to the config's scheduler section.
 
     Raises:
-        DeepSpeedConfigError: another scheduler than WarmupCosineLR, or steps that differ from the flags'.
+        DeepSpeedConfigError: a scheduler other than WarmupCosineLR, or steps that differ from the flags'.
     """
     section = _section(config, "scheduler")
     if section.get("type") != "WarmupCosineLR":
         raise DeepSpeedConfigError(
-            f"--deepspeed {name}: scheduler {section.get('type')} is not served; remove the section and choose with "
+            f"--deepspeed {name}: scheduler {section.get('type')} is not supported; remove the section and choose with "
             "--lr_scheduler_type"
         )
     arguments = dict(_section(section, "params"))

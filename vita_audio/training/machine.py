@@ -1,4 +1,4 @@
-"""Whether this machine can serve the options: asked before anything is connected or loaded."""
+"""Checks that this machine supports the options, before anything is connected or loaded."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from vita_audio.distributed import local_rank, local_world_size
 
 
 class MachineError(ValueError):
-    """A launch that this machine cannot serve. The message says what to give instead."""
+    """A launch that this machine does not support. The message says what to give instead."""
 
 
 def check_devices(backend: str | None, use_cpu: bool) -> None:
-    """Refuse devices that are not there.
+    """Refuse devices that do not exist.
 
     Args:
-        backend: of the processes' connection, ``--ddp_backend``.
-        use_cpu: train on the CPUs whatever else there is.
+        backend: communication back end, ``--ddp_backend``.
+        use_cpu: train on CPUs even if there are GPUs.
 
     Raises:
         MachineError: NCCL without a GPU, or more processes than GPUs.

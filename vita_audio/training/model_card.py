@@ -1,4 +1,4 @@
-"""The README.md of a trained folder: what it is, where it comes from, how to load it."""
+"""The README.md of a trained folder: what the model is, its origin, and how to load it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def write_model_card(folder: str | Path, run: Mapping[str, Any] | None) -> None:
     """Write the card of a model folder.
 
     Args:
-        folder: holds ``config.json`` and, where the model has heads, ``generation_config.json``.
-        run: what ``run.json`` says of the run, see :func:`vita_audio.provenance.describe_run`.
+        folder: contains ``config.json`` and, if the model has heads, ``generation_config.json``.
+        run: the content of ``run.json``, see :func:`vita_audio.provenance.describe_run`.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")

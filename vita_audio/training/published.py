@@ -1,7 +1,7 @@
-"""Flags of the published training program whose meaning is built in here, and its model configs.
+"""Flags of the published training program with built-in behaviour here, and its model configs.
 
-Scripts and JSON files written for it keep working: a flag is accepted at the values that mean what this trainer
-always does, and refused in one line at any other.
+Scripts and JSON files written for it keep working: a flag is accepted if its value describes what this trainer
+always does, and any other value is refused in one line.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from transformers.hf_argparser import string_to_bool
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A flag whose meaning is built in.
+    """A flag with built-in behaviour.
 
     Attributes:
-        accepted: the values that mean what is done anyway. None: every value.
+        accepted: the values that describe the built-in behaviour. None: every value.
         reason: why other values are refused.
     """
 
@@ -40,9 +40,9 @@ BUILT_IN: dict[str, BuiltIn] = {
     "dataset_joint": BuiltIn((True,), "rows are always packed from several documents"),
     "variable_length": BuiltIn((False,), "rows always have --model_max_length tokens"),
     "cross_dataset_joint": BuiltIn((True,), "documents of all data sets share the rows"),
-    "trust_remote_code": BuiltIn((False,), "no code of a model folder is run"),
+    "trust_remote_code": BuiltIn((False,), "code in a model folder is never run"),
     "use_fast_tokenizer": BuiltIn((True,), "only fast tokenizers are used"),
-    "low_cpu_mem_usage": BuiltIn((True, False)),  # how a model is loaded changes nothing of what is loaded
+    "low_cpu_mem_usage": BuiltIn((True, False)),  # how a model is loaded does not affect the result
     "cache_dir": BuiltIn(None),  # nothing is downloaded
     "model_revision": BuiltIn(
         ("main",), "nothing is downloaded; give that revision's folder in --model_name_or_path"
@@ -56,21 +56,21 @@ BUILT_IN: dict[str, BuiltIn] = {
 }
 
 _VISION_PREFIXES = ("vision_", "image_")
-"""Options of images, which no sample has: accepted at every value."""
+"""Options for images, which no sample has: every value is accepted."""
 
 
 def built_in(flag: str) -> BuiltIn | None:
-    """How a flag (no dashes, underscores) is treated; None if its meaning is not built in."""
+    """How a flag (without dashes, with underscores) is treated; None if it has no built-in behaviour."""
     if flag not in BUILT_IN and flag.startswith(_VISION_PREFIXES):
         return BuiltIn(None)
     return BUILT_IN.get(flag)
 
 
 def check_built_in(flag: str, values: Sequence[str]) -> None:
-    """Check a built-in flag's values as they were typed; none means true.
+    """Check the typed values of a flag with built-in behaviour; no value means true.
 
     Raises:
-        ValueError: a value that means something else than what is done.
+        ValueError: a value that differs from the built-in behaviour.
     """
     treated = built_in(flag)
     if treated is None or treated.accepted is None:
@@ -85,7 +85,7 @@ def _parse(typed: str, accepted: tuple[bool | str, ...]) -> bool | str:
         return typed
     try:
         return string_to_bool(typed or "true")
-    except Exception:  # argparse's error class; the value is no truth value and is refused as it stands
+    except Exception:  # argparse's error class; the value is not a Boolean and is refused as typed
         return typed
 
 
@@ -114,14 +114,14 @@ def heads_in_config(name: str) -> int:
 
 
 def check_architecture(name: str, model_folder: str) -> None:
-    """Check that a config describes the model of a folder, heads and vocabulary aside.
+    """Check that a config describes the model of a folder, except for heads and vocabulary.
 
     Raises:
         ValueError: a field differs; the message names it.
     """
     model_config = Path(model_folder) / "config.json"
     if not model_config.is_file():
-        return  # opening the model says so
+        return  # opening the model reports it
     config, model = _read_config(name), _read_config(str(model_config))
     pairs = {field: (config.get(field), model.get(field)) for field in _ARCHITECTURE if field in config}
     pairs["num_hidden_layers without heads"] = (_backbone_layers(config), _backbone_layers(model))

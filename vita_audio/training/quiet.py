@@ -1,6 +1,6 @@
-"""Messages of libraries about their own insides, which a user of a training run can do nothing about.
+"""Hides library messages about internals that a user of a training run cannot act on.
 
-Each entry below names one message and why it is not the user's. Everything else is still shown.
+Each entry below names one message and why it does not concern the user. Everything else is still shown.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 LIBRARY_WARNINGS: tuple[tuple[type[Warning], str], ...] = (
     # torchdata 0.11 calls a function that torch 2.13 has deprecated.
     (UserWarning, r"'set_vital' is deprecated"),
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has replaced.
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has deprecated.
     (FutureWarning, r"`?torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)`? is deprecated"),
 )
 """Python warnings by category and the start of their text (a regular expression)."""
@@ -28,7 +28,7 @@ LIBRARY_LOG_LINES: dict[str, tuple[str, ...]] = {
     "transformers.trainer_utils": (
         # The tokenizer's end and padding tokens are written into the config, as they should be.
         r"The tokenizer has new PAD/BOS/EOS tokens",
-        # A resumed run obeys its own options, and says itself which of them differ from the checkpoint's.
+        # A resumed run uses its own options, and logs those that differ from the checkpoint's.
         r"Warning: The following arguments do not match",
     ),
 }
@@ -44,12 +44,12 @@ def hush_libraries() -> None:
         if not any(isinstance(known, _HideLines) for known in logger.filters):
             logger.addFilter(_HideLines(texts))
     if not torch.cuda.is_available():
-        # Left to find out by itself, DeepSpeed warns that it found no GPU.
+        # Otherwise DeepSpeed warns that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 class _HideLines(logging.Filter):
-    """Drops records that start with one of some texts."""
+    """Drops records that start with one of the given texts."""
 
     def __init__(self, texts: tuple[str, ...]) -> None:
         super().__init__()

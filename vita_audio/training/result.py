@@ -1,4 +1,4 @@
-"""Whether a stage's result can be loaded: asked before the stage is called complete."""
+"""Checks that a stage's result can be loaded, before the stage is marked as finished."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class ResultError(ValueError):
 
 
 def check_result(folder: str | Path) -> None:
-    """Every weight that the config asks for must be there, whole and of its shape.
+    """Check that every weight of the config is present, complete and of the right shape.
 
     Raises:
-        ValueError: it is not.
+        ValueError: a weight is not.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -36,7 +36,7 @@ def check_result(folder: str | Path) -> None:
             f"has shape {stored[bad[0]].shape}, not {wanted[bad[0]]}" if bad[0] in stored else "is missing"
         )
         raise ResultError(
-            f"{folder}: {len(bad)} of {len(wanted)} weights were not saved whole, the first is {bad[0]}, which "
+            f"{folder}: {len(bad)} of {len(wanted)} weights were not saved correctly, the first is {bad[0]}, which "
             f"{found}; the last checkpoint holds the training state. With ZeRO-3 set "
             "stage3_gather_16bit_weights_on_model_save"
         )

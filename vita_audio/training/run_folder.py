@@ -1,9 +1,9 @@
-"""The folder of one run: who owns it, what is finished in it, what may start in it.
+"""The output folder of a run: its owner, its progress, and which runs may start in it.
 
-One run at a time trains into a folder. Its first process holds a lock on ``.lock`` in it, which the kernel
-releases when the process ends, however it ends; so a file that a dead run left blocks nobody. On NFS Linux turns
-the lock into one that the server keeps for all machines, except where the share is mounted with ``nolock`` or
-``local_lock``: there it guards against runs on the same machine only.
+One run at a time trains into a folder. Its first process holds a lock on the folder's ``.lock`` file. The kernel
+releases the lock when the process ends for any reason, so a file left by a dead run does not block others. On NFS,
+Linux forwards the lock to the server, which enforces it for all machines, unless the share is mounted with ``nolock``
+or ``local_lock``: then it only excludes runs on the same machine.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ _RESULTS = (
 
 
 class RunFolderError(ValueError):
-    """A folder that this run cannot use. The message says why and what to do."""
+    """A folder that this run cannot use. The message gives the reason and what to do."""
 
 
 class RunFolder:
-    """An output folder, from its run's point of view.
+    """The output folder of a run.
 
-    All methods that change something are for the first process alone. Leaving the context lets another run
-    have the folder.
+    Methods that change something must be called only by the first process. Leaving the context releases the
+    folder to other runs.
 
     Args:
-        path: made on locking.
+        path: the folder; created when it is locked.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -69,10 +69,10 @@ class RunFolder:
         self._lock: TextIOWrapper | None = None
 
     def lock(self) -> None:
-        """Own the folder until the context is left or this process ends.
+        """Lock the folder until the context is left or this process ends.
 
         Raises:
-            RunFolderError: a run that is still going owns it.
+            RunFolderError: another running process owns it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         file = open(self.path / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as it is locked)
@@ -99,14 +99,14 @@ class RunFolder:
             self._lock = None
 
     def finished_steps(self) -> int | None:
-        """Steps of the finished stage; None while it is not finished."""
+        """Number of steps of the finished stage; None while it is not finished."""
         return steps_done(self.path) if (self.path / FINISHED_MARKER).is_file() else None
 
     def continue_from(self, max_steps: int) -> Path | None:
-        """The checkpoint to go on from; None to start at the beginning. Changes nothing.
+        """The checkpoint to continue from; None to start at the beginning. Changes nothing.
 
         Raises:
-            RunFolderError: the stage is finished, more steps are wanted, and no checkpoint is left.
+            RunFolderError: the stage is finished, more steps are requested, and no checkpoint is left.
         """
         checkpoint = last_complete_checkpoint(self.path)
         finished = self.finished_steps()
@@ -116,15 +116,15 @@ class RunFolder:
             and finished < max_steps
         ):
             raise RunFolderError(
-                f"{self.path}: finished after {finished} steps, and no checkpoint of them is left to make "
+                f"{self.path}: finished after {finished} steps, and no checkpoint is left to continue to "
                 f"{max_steps}; give the folder as --model_name_or_path of a run into another folder"
             )
         return checkpoint
 
     def start_over(self) -> None:
-        """Delete what an earlier run left: first what says that it is whole, then checkpoints and results.
+        """Delete an earlier run's output: first its completion markers, then its checkpoints and results.
 
-        Other files stay, such as logs and the user's own.
+        Other files, such as logs and the user's own, are kept.
         """
         (self.path / FINISHED_MARKER).unlink(missing_ok=True)
         for checkpoint in reversed(checkpoints(self.path)):
@@ -135,22 +135,22 @@ class RunFolder:
                 shutil.rmtree(found) if found.is_dir() else found.unlink()
 
     def reopen(self) -> None:
-        """Take back that the stage is finished, before it goes on."""
+        """Remove the mark of a finished stage, before it continues."""
         (self.path / FINISHED_MARKER).unlink(missing_ok=True)
 
     def take_result(self, checkpoint: Path) -> None:
-        """Make the last checkpoint the result, for a run that was stopped between the two."""
+        """Use the last checkpoint as the result, for a run that was stopped between the two."""
         for file in checkpoint.iterdir():
             if file.suffix in _RESULT_SUFFIXES:
                 shutil.copy2(file, self.path)
 
     def finish(self) -> None:
-        """Say that the result is whole."""
+        """Mark the result as complete."""
         (self.path / FINISHED_MARKER).touch()
 
 
 def check_input_folder(model: str | Path) -> None:
-    """Refuse an earlier stage that is not finished, or a checkpoint that is not whole, as the input of a stage.
+    """Refuse an unfinished stage or an incomplete checkpoint as the input of a stage.
 
     Raises:
         RunFolderError: it is one of these.
@@ -160,7 +160,7 @@ def check_input_folder(model: str | Path) -> None:
         whole = [folder for folder in checkpoints(model) if is_complete(folder)]
         instead = f", or give {whole[-1]}" if whole else ""
         raise RunFolderError(
-            f"--model_name_or_path {model}: this stage is not finished; run it to its end first{instead}"
+            f"--model_name_or_path {model}: this stage is not finished; complete it first{instead}"
         )
     if (
         (model / "trainer_state.json").is_file()
@@ -168,5 +168,5 @@ def check_input_folder(model: str | Path) -> None:
         and not is_complete(model)
     ):
         raise RunFolderError(
-            f"--model_name_or_path {model}: this checkpoint was not written to its end; give an earlier one"
+            f"--model_name_or_path {model}: this checkpoint was not written completely; give an earlier one"
         )

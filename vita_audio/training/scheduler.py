@@ -1,10 +1,10 @@
 """The published learning-rate schedule: logarithmic warm-up, then a cosine to a tenth of the peak.
 
 The published runs leave the schedule to DeepSpeed's ``WarmupCosineLR``, whose warm-up is logarithmic unless its
-config says otherwise: after a tenth of 240 warm-up steps the rate is 0.58 of the peak, where a linear warm-up
+config overrides that: after a tenth of 240 warm-up steps the rate is 0.58 of the peak, where a linear warm-up
 has 0.10. DeepSpeed builds its scheduler only from its own config file; here it is a plain PyTorch scheduler, so
-that ``--lr_scheduler_type`` chooses it like any other, whoever builds the optimizer. Every parameter group keeps
-its own peak and all groups follow the same curve.
+``--lr_scheduler_type`` selects it like any other, even if DeepSpeed builds the optimizer. Every parameter group
+keeps its own peak and all groups follow the same curve.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def warmup_cosine(
     cos_min_ratio: float = 0.1,
     warmup_type: str = "log",
 ) -> Callable[[int], float]:
-    """The curve of DeepSpeed's ``WarmupCosineLR``: optimizer step, counted from 0, to a share of the peak rate.
+    """The curve of DeepSpeed's ``WarmupCosineLR``: maps an optimizer step, from 0, to a fraction of the peak rate.
 
     Args:
         warmup_steps: fewer than 2 count as 2, as in DeepSpeed.
         total_steps: the curve stays at ``cos_min_ratio`` from here on.
-        warmup_min_ratio: share of the peak that the warm-up starts from.
-        cos_min_ratio: share of the peak that the cosine ends at.
+        warmup_min_ratio: fraction of the peak at the start of the warm-up.
+        cos_min_ratio: fraction of the peak at the end of the cosine.
         warmup_type: ``log`` or ``linear``.
 
     Raises:
@@ -66,10 +66,10 @@ def warmup_cosine(
     """
     for field, value in (("warmup_min_ratio", warmup_min_ratio), ("cos_min_ratio", cos_min_ratio)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"{field} {value!r}: give a share of the peak between 0 and 1")
+            raise ValueError(f"{field} {value!r}: give a fraction of the peak between 0 and 1")
     if warmup_type not in WARMUP_TYPES:
         raise ValueError(f"warmup_type {warmup_type!r}: give {' or '.join(WARMUP_TYPES)}")
-    # A partial of a module's function and not a closure, so that the scheduler can be pickled.
+    # A partial of a module-level function instead of a closure, so the scheduler can be pickled.
     return partial(
         _share_of_peak,
         warmup_steps=max(2, warmup_steps),

@@ -1,7 +1,7 @@
-"""Which of transformers' TrainingArguments this trainer serves, and why it refuses the others.
+"""Which of transformers' TrainingArguments this trainer supports, and why it refuses the others.
 
-A flag that is accepted and then ignored is worse than one that is refused. So every field of ``TrainingArguments``
-stands in :data:`OPTIONS`, and a test fails when an upgrade brings a field that does not.
+A flag that is accepted and then ignored is worse than one that is refused. So :data:`OPTIONS` lists every field of
+``TrainingArguments``, and a test fails when an upgrade adds a field that is not listed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Option:
     """How one field is treated.
 
     Attributes:
-        allowed: the values that are served. None: every value.
+        allowed: the supported values. None: every value.
         reason: why other values are refused, and what to do instead.
     """
 
@@ -27,7 +27,7 @@ class Option:
 
 
 def find_unserved(arguments: TrainingArguments) -> str | None:
-    """One line about the first option that would be ignored or would not work; None if there is none."""
+    """An error message about the first unsupported option; None if there is none."""
     for field in fields(TrainingArguments):
         value = _plain(getattr(arguments, field.name))
         option = OPTIONS.get(field.name, _UNKNOWN)
@@ -38,7 +38,7 @@ def find_unserved(arguments: TrainingArguments) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """The value of an enum's member, anything else as it is."""
+    """The value of an enum's member; anything else unchanged."""
     return getattr(value, "value", value)
 
 
@@ -59,9 +59,7 @@ def _only_default(reason: str, *names: str) -> dict[str, Option]:
     return {name: Option((_DEFAULTS[name],), reason) for name in names if name in _DEFAULTS}
 
 
-_UNKNOWN = Option(
-    (), "this version of transformers has an option that the trainer does not know; leave it out"
-)
+_UNKNOWN = Option((), "an option of this transformers version that the trainer does not know; leave it out")
 
 _SERVED = """
     output_dir max_steps per_device_train_batch_size gradient_accumulation_steps
@@ -80,8 +78,8 @@ _SERVED = """
 _WITHOUT_EFFECT = """
     num_train_epochs per_device_eval_batch_size local_rank dataloader_pin_memory
 """.split()
-"""Accepted at every value, because the published scripts or launchers pass them and nothing depends on them: rows are
-endless, so steps decide; there is no evaluation while training; torchrun gives the rank; rows are small."""
+"""Every value is accepted, because the published scripts or launchers pass them and they have no effect: rows are
+endless, so steps decide; there is no evaluation during training; torchrun sets the rank; rows are small."""
 
 _NO_EVALUATION = "a stage trains without evaluation; score its result with scripts/deepspeed/evaluate_sts.sh"
 _OWN_LOADER = "the data engine makes, shards and orders the rows itself; leave this option out"
@@ -89,10 +87,10 @@ _NO_UPLOAD = "nothing is uploaded during training; push the finished folder with
 
 OPTIONS: dict[str, Option] = {
     **dict.fromkeys((*_SERVED, *_WITHOUT_EFFECT), Option()),
-    "do_train": Option((True,), "this tool trains and does nothing else; leave this option out"),
+    "do_train": Option((True,), "this tool only trains; leave this option out"),
     "optim": Option(
         ("adamw_torch", "adamw_torch_fused"),
-        "every stage uses AdamW; another optimizer belongs into the DeepSpeed config's optimizer section",
+        "every stage uses AdamW; configure another optimizer in the DeepSpeed config's optimizer section",
     ),
     "save_strategy": Option(("steps", "no"), "there are no epochs and no evaluation: give steps or no"),
     "logging_strategy": Option(("steps", "no"), "rows are endless, so there are no epochs: give steps or no"),
@@ -117,16 +115,16 @@ OPTIONS: dict[str, Option] = {
         *"""push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""".split(),
     ),
     **_only_default(
-        "the model computes its own loss, which knows no smoothing: the labels would be shifted wrongly",
+        "the model computes its own loss, without smoothing: the labels would be shifted incorrectly",
         "label_smoothing_factor",
     ),
     **_only_default("it belongs to optimizers other than AdamW", "optim_args", "optim_target_modules"),
     **_only_default(
-        "give --loss_average rank instead, which also logs the heads' losses rightly",
+        "give --loss_average rank instead, which also logs the heads' losses correctly",
         "average_tokens_across_devices",
     ),
     **_only_default(
-        "a stage continues from the last complete checkpoint of --output_dir by itself; start it in that folder",
+        "a stage automatically continues from the last complete checkpoint of --output_dir; start it in that folder",
         "resume_from_checkpoint",
     ),
     **_only_default(
@@ -140,10 +138,12 @@ OPTIONS: dict[str, Option] = {
     **_only_default(
         "callbacks start with the run; leave this option out", "restore_callback_states_from_checkpoint"
     ),
-    **_only_default("rows have a fixed length: find a batch size that fits once", "auto_find_batch_size"),
+    **_only_default(
+        "rows have a fixed length: find a batch size that fits and set it", "auto_find_batch_size"
+    ),
     **_only_default("the paper trains without embedding noise", "neftune_noise_alpha"),
     **_only_default(
-        "packed rows and heads are not tried under torch.compile; leave this option out",
+        "packed rows and heads are untested with torch.compile; leave this option out",
         "torch_compile",
         "torch_compile_backend",
         "torch_compile_mode",
@@ -164,4 +164,4 @@ OPTIONS: dict[str, Option] = {
         "parallelism_config",
     ),
 }
-"""Field of TrainingArguments: how it is treated."""
+"""For each field of TrainingArguments, how it is treated."""

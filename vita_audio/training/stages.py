@@ -1,4 +1,4 @@
-"""What each of the four stages trains, and at which rate.
+"""The trainable parameters of the four stages, and their learning rates.
 
 =====  ==================  ======================  =======================
 stage  script              trains                  heads' learning rate
@@ -9,7 +9,7 @@ stage  script              trains                  heads' learning rate
 4      mtp10_stage2        everything              ten times the LLM's
 =====  ==================  ======================  =======================
 
-The SenseVoice encoder stays frozen throughout unless asked for.
+The SenseVoice encoder stays frozen throughout unless requested otherwise.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vita_audio.models import freeze_audio_encoder, freeze_backbone, is_head_par
 def apply_stage(
     model: PreTrainedModel, *, language_model_freeze: bool = False, audio_model_freeze: bool = True
 ) -> None:
-    """Set ``requires_grad`` for one stage; what is not frozen here trains."""
+    """Set ``requires_grad`` for one stage; everything that is not frozen here trains."""
     model.requires_grad_(True)
     if language_model_freeze:
         freeze_backbone(model)
@@ -44,9 +44,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters.
 
-    Heads learn at ``learning_rate * head_multiplier``. Norms and biases (tensors of one dimension) are not decayed;
-    with ``decay_norms`` the RMSNorm weights are, as in the published stage 4, whose rule exempts ``nn.LayerNorm`` and
-    biases only. Empty groups are left out, which DeepSpeed would refuse.
+    Heads learn at ``learning_rate * head_multiplier``. Norms and biases (one-dimensional tensors) are not decayed.
+    With ``decay_norms`` the RMSNorm weights are, as in the published stage 4, whose rule exempts only ``nn.LayerNorm``
+    and biases. Empty groups are omitted, since DeepSpeed would refuse them.
     """
     layer_norms = {
         id(parameter)
@@ -57,7 +57,7 @@ def parameter_groups(
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # Under ZeRO-3 a gathered-away parameter is empty; ds_shape is its real shape.
+            # Under ZeRO-3 a partitioned parameter is empty; ds_shape is its real shape.
             decayed = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
             if decay_norms and not name.endswith("bias") and id(parameter) not in layer_norms:
                 decayed = True

@@ -1,9 +1,9 @@
-"""transformers' Trainer with four changes: our rows, our groups, checkpoints that resume exactly, no bad step.
+"""transformers' Trainer with four changes: our rows, parameter groups, exact resumption and checked steps.
 
-* Rows come from the data engine, which shards and shuffles itself; its state travels in every
-  checkpoint, so a resumed run sees the rows that it would have seen.
-* Heads may learn at their own rate, and every head's loss is logged.
-* A resumed run obeys its own options: the checkpoint gives weights, moments and counters.
+* Rows come from the data engine, which shards and shuffles them; every checkpoint includes its
+  state, so a resumed run sees the same rows as an uninterrupted one.
+* Heads can have their own learning rate, and every head's loss is logged.
+* A resumed run uses its own options: the checkpoint provides weights, moments and counters.
 * A loss that is not finite stops the run before the update, and so do ten skipped steps in a row.
 """
 
@@ -50,7 +50,7 @@ from vita_audio.training.stages import parameter_groups
 
 
 class ResumableLoader(Protocol):
-    """An endless source of batches that can say where it is."""
+    """An endless source of batches that can report its position."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -61,25 +61,25 @@ class SpeechTrainer(Trainer):
     """Trains one stage.
 
     Args:
-        loader: this rank's rows, where the run shall begin or go on.
-        run: what ``run.json`` says of this run; it is put into every checkpoint and into the model card.
-        **kwargs: the Trainer's own arguments, ``model`` among them.
+        loader: this rank's rows, positioned where the run starts or continues.
+        run: the content of ``run.json``; it is added to every checkpoint and to the model card.
+        **kwargs: the Trainer's own arguments, including ``model``.
     """
 
     args: StageArguments
     model: PreTrainedModel
-    lr_scheduler: Any  # any scheduler; the Trainer's annotation knows one kind
+    lr_scheduler: Any  # any scheduler; the Trainer's annotation allows one kind only
 
     def __init__(
         self, *, loader: ResumableLoader, run: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        # The Trainer's default is for training; users of the result want a cache, and a pass with labels keeps none.
+        # The Trainer disables the cache; users of the result need it, and a pass with labels keeps none anyway.
         self.model.config.use_cache = True
         self._loader = loader
         self._run = run
         self._planned_rates: list[PlannedRates] = []
-        # Deleting old checkpoints is ours: the Trainer would do it before the new one is known to be whole.
+        # We delete old checkpoints ourselves: the Trainer would do so before the new one is complete.
         self._checkpoints_to_keep, self.args.save_total_limit = self.args.save_total_limit, None
         self._part_losses: dict[str, torch.Tensor] = {}
         self._micro_batches = 0
@@ -104,14 +104,14 @@ class SpeechTrainer(Trainer):
             self.add_callback(_ObeyArguments(self._planned_rates))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def get_train_dataloader(self) -> Any:  # the Trainer's signature asks for a DataLoader
+    def get_train_dataloader(self) -> Any:  # the Trainer's signature expects a DataLoader
         """This rank's loader, which shards and shuffles itself."""
         return self._loader
 
     # -- optimizer ----------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with the heads' own rate; used when the DeepSpeed config builds none."""
+        """AdamW with a separate rate for the heads; used if the DeepSpeed config builds no optimizer."""
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
             groups = parameter_groups(
@@ -132,9 +132,9 @@ class SpeechTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> LRScheduler:
-        """The schedule of ``--lr_scheduler_type``; DeepSpeed calls this too when it builds the optimizer.
+        """The schedule of ``--lr_scheduler_type``; DeepSpeed also calls this when it builds the optimizer.
 
-        What it plans is noted, since a checkpoint would replace it.
+        The planned rates are recorded, since a checkpoint would replace them.
         """
         if self.lr_scheduler is None:
             if optimizer is None:
@@ -148,7 +148,7 @@ class SpeechTrainer(Trainer):
             )
             self._created_lr_scheduler = True
             self._planned_rates[:] = [PlannedRates(scheduler)]
-            self.lr_scheduler = cast(LambdaLR, scheduler)  # the base class says so of every scheduler
+            self.lr_scheduler = cast(LambdaLR, scheduler)  # the base class annotates every scheduler this way
         return self.lr_scheduler
 
     # -- loss ---------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ class SpeechTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The model's loss, with its parts kept for the log.
+        """The model's loss; its parts are kept for the log.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -189,11 +189,11 @@ class SpeechTrainer(Trainer):
             self._part_losses[name] = self._part_losses.get(name, 0.0) + value.detach().float()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the losses of main model and heads, and the data's counters, to a training log line."""
+        """Add the losses of backbone and heads, and the data counters, to a training log line."""
         if "loss" in logs:
             steps = max(1, self._micro_batches // self.args.gradient_accumulation_steps)
-            # Under --loss_average global each rank's part is a share of the global mean: its sum was divided by the
-            # items of all ranks. Under rank it is that rank's own mean.
+            # With --loss_average global, each rank's part is a share of the global mean: its sum was divided by the
+            # items of all ranks. With rank, it is that rank's own mean.
             reduction = "sum" if self.args.loss_average == "global" else "mean"
             for name, total in sorted(self._part_losses.items()):
                 logs[name] = self.accelerator.reduce(total, reduction=reduction).item() / steps
@@ -205,7 +205,7 @@ class SpeechTrainer(Trainer):
     # -- checkpoints --------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Save a folder that others can use: weights, config, tokenizer, model card."""
+        """Save a self-contained folder: weights, config, tokenizer, model card."""
         super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:
             write_model_card(output_dir or self.args.output_dir, self._run)
@@ -226,7 +226,7 @@ class SpeechTrainer(Trainer):
 
 
 class _ObeyArguments(TrainerCallback):
-    """After the checkpoint is loaded and before the first step: this run's rates, not the checkpoint's."""
+    """Restores this run's rates after a checkpoint is loaded and before the first step."""
 
     def __init__(self, planned: list[PlannedRates]) -> None:
         self._planned = planned

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Common part of the stage scripts: where things are, how many processes, the launch itself.
+# The common part of the stage scripts: paths, processes and the launch.
 # A stage script sets its own defaults, then sources this file. Every variable below can be set
-# in the environment; flags after SEQ_LENGTH and TIMESTAMP go to tools/finetune_sts.py as they are
-# and win over the defaults.
+# in the environment; flags after SEQ_LENGTH and TIMESTAMP go to tools/finetune_sts.py unchanged
+# and override the defaults.
 #
 #   bash finetune_glm4voice_stage1.sh [SEQ_LENGTH] [TIMESTAMP] [flags of tools/finetune_sts.py]
 #
 # SEQ_LENGTH defaults to 32768 and TIMESTAMP to the date and hour, as in the published scripts. The paper's rows have
-# 8192 tokens in stages 1 to 3 and 2048 in stage 4. Give one TIMESTAMP to all stages of a run: it is how they find
-# each other.
+# 8192 tokens in stages 1 to 3 and 2048 in stage 4. Give the same TIMESTAMP to all stages of a run: they find
+# each other by it.
 set -euo pipefail
 
 SEQ_LENGTH=
@@ -36,7 +36,7 @@ fi
 OUTPUT_ROOT=${OUTPUT_ROOT:-$ROOT_PATH/output/LM}
 OUTPUT_DIR=${OUTPUT_DIR:-$OUTPUT_ROOT/$STAGE_NAME/$TIMESTAMP}
 
-# A stage starts from the result of the one before, run under the same TIMESTAMP.
+# A stage starts from the result of the previous one, run under the same TIMESTAMP.
 if [[ -n ${PREVIOUS_STAGE:-} ]]; then
   MODEL_NAME_OR_PATH=${MODEL_NAME_OR_PATH:-$OUTPUT_ROOT/$PREVIOUS_STAGE/$TIMESTAMP}
 else
@@ -67,7 +67,7 @@ else
   choose DATALOADER_NUM_WORKERS 1
   choose GRADIENT_ACCUMULATION_STEPS 1
   echo "no GPU here: ${chosen[*]:+${chosen[*]}, }PyTorch's Adam and gloo; each variable can be set" >&2
-  # finetune_sts.py takes PyTorch's Adam on CPUs: DeepSpeed's own would have to be compiled.
+  # finetune_sts.py uses PyTorch's Adam on CPUs: DeepSpeed's own would have to be compiled.
   DEVICE_FLAGS=(--use_cpu True --ddp_backend gloo)
   export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 fi
@@ -94,9 +94,9 @@ OPTIONAL_FLAGS=()
 AUDIO_MODEL_NAME_OR_PATH=${AUDIO_MODEL_NAME_OR_PATH:-${DEFAULT_AUDIO_MODEL:+$ROOT_PATH/$DEFAULT_AUDIO_MODEL}}
 [[ -n $AUDIO_MODEL_NAME_OR_PATH ]] && OPTIONAL_FLAGS+=(--audio_model_name_or_path "$AUDIO_MODEL_NAME_OR_PATH")
 
-# The output folder also keeps what was run and, for each node, everything that was printed.
+# The output folder also keeps the settings of the run and, for each node, all printed output.
 if ! mkdir -p "$OUTPUT_DIR" 2>/dev/null; then
-  echo "error: OUTPUT_DIR=$OUTPUT_DIR: cannot be made; choose another OUTPUT_DIR, OUTPUT_ROOT or ROOT_PATH" >&2
+  echo "error: OUTPUT_DIR=$OUTPUT_DIR: cannot be created; choose another OUTPUT_DIR, OUTPUT_ROOT or ROOT_PATH" >&2
   exit 1
 fi
 if [[ $NODE_RANK == 0 ]]; then
@@ -106,7 +106,7 @@ if [[ $NODE_RANK == 0 ]]; then
   done
 fi
 LOG_FILE=$OUTPUT_DIR/log_node$NODE_RANK.txt
-# tee ends when the last process has closed the pipe, and not before: signals are for those that it listens to.
+# tee must outlive all processes, so it ignores signals and ends when the last one closes the pipe.
 exec > >(trap '' INT TERM HUP && exec tee -a "$LOG_FILE") 2> >(trap '' INT TERM HUP && exec tee -a "$LOG_FILE" >&2)
 echo "$STAGE_NAME: $MODEL_NAME_OR_PATH -> $OUTPUT_DIR ($NNODES x $NPROC_PER_NODE processes)"
 

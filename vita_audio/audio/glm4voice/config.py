@@ -1,6 +1,6 @@
-"""The decoder's ``config.yaml``, read as data.
+"""Reads the decoder's ``config.yaml`` as plain data.
 
-The released file is written for a loader that imports and calls the classes that the file names. Here it is
+The released file is meant for a loader that imports and calls the classes that the file names. Here it is
 a tree of plain values: object tags are compared with the few that describe this decoder, nothing is imported,
 and any other tag, key or value is refused in one line. The plain layout (``config_plain.yaml`` or
 ``config.json``: the same values without tags) is read as well.
@@ -25,7 +25,7 @@ _Section = TypeVar("_Section")
 
 
 class ConfigError(ValueError):
-    """A configuration file this decoder cannot follow; the message names file, field and value."""
+    """A configuration file that this decoder does not support; the message names file, field and value."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +129,13 @@ def load_decoder_config(folder: str | Path) -> DecoderConfig:
     """Read the decoder's sizes from the first of ``CONFIG_FILES`` that the folder holds.
 
     Raises:
-        ConfigError: no such file, or a tag, key or value that this decoder does not know.
+        ConfigError: the folder has no such file, or it holds a tag, key or value unknown to this decoder.
     """
     folder = Path(folder)
     for name in CONFIG_FILES:
         if (folder / name).is_file():
             return _read(folder / name)
-    raise ConfigError(f"{folder}: holds none of {', '.join(CONFIG_FILES)}; point it at the decoder's folder")
+    raise ConfigError(f"{folder}: holds none of {', '.join(CONFIG_FILES)}; give the decoder's folder")
 
 
 # Values that other variants of these networks set differently; ours implements exactly these.
@@ -159,7 +159,7 @@ _FIXED: dict[str, dict[str, Any]] = {
     "estimator": {"act_fn": "gelu"},
     "f0_predictor": {"num_class": 1},
 }
-# Of training only: dropout is never applied at inference (section 7.4).
+# For training only: dropout is never applied at inference (section 7.4).
 _TRAINING_ONLY = {
     "flow": {"only_mask_loss"},
     "encoder": {
@@ -171,7 +171,7 @@ _TRAINING_ONLY = {
     "cfm": {"sigma_min", "training_cfg_rate", "reg_loss_type"},
     "estimator": {"dropout"},
 }
-# The class that the released file names at each node, by its last component.
+# The last component of the class that the released file names at each node.
 _NODE_CLASSES = {
     "flow": {"MaskedDiffWithXvec"},
     "encoder": {"BlockConformerEncoder"},
@@ -186,7 +186,7 @@ _SEEDING = {"random.seed", "numpy.random.seed", "torch.manual_seed", "torch.cuda
 
 
 class _Tagged(dict):
-    """A mapping that carried an object tag; ``target`` is the name it pointed at, never resolved."""
+    """A mapping with an object tag; ``target`` is the name in the tag, which is never resolved."""
 
     target: str = ""
 
@@ -241,14 +241,14 @@ def _read(path: Path) -> DecoderConfig:
 
 
 class _TreeReader:
-    """Turns the tree of one file into configurations; remembers where it is for its messages."""
+    """Turns the tree of one file into configurations; tracks its position for error messages."""
 
     def __init__(self, path: Path, tree: Mapping[str, Any]):
         self.path = path
         self.tree = tree
 
     def tagged_layout(self) -> DecoderConfig:
-        """The released layout: ``flow`` and ``hift`` nodes beside training settings, which are not read."""
+        """The released layout: ``flow`` and ``hift`` nodes, and training settings, which are not read."""
         flow = self._node("flow", self.tree)
         solver = self._node("decoder", flow)
         parts = {
@@ -310,7 +310,7 @@ class _TreeReader:
     def _section(
         self, name: str, section: type[_Section], values: Mapping[str, Any], **parts: object
     ) -> _Section:
-        """Fill a dataclass from ``values``; a key that is not one of its fields must be known."""
+        """Fill a dataclass from ``values``; any other key must be a known one."""
         dataclass_type: Any = section
         known = {item.name: item.default for item in fields(dataclass_type) if item.name not in parts}
         self._check_rest(name, {key: value for key, value in values.items() if key not in known})
@@ -339,7 +339,7 @@ class _TreeReader:
         return self.tree[value]
 
     def _convert(self, name: str, value: Any, default: Any) -> Any:
-        """The value in the type of its default; YAML reads ``1e-06`` as a string."""
+        """The value, converted to the type of its default; YAML reads ``1e-06`` as a string."""
         try:
             if isinstance(default, tuple):
                 return tuple(self._convert(name, item, default[0]) for item in value)
@@ -352,7 +352,7 @@ class _TreeReader:
         return type(default)(number)
 
     def _checked(self, config: DecoderConfig) -> DecoderConfig:
-        """Sizes that must agree with each other."""
+        """Check sizes that must agree with each other."""
         flow, vocoder = config.flow, config.vocoder
         samples_per_frame = vocoder.hop_len
         for rate in vocoder.upsample_rates:

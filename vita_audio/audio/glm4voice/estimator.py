@@ -1,7 +1,7 @@
 """The velocity network of the flow decoder: a one-dimensional UNet with transformer blocks (section 4.9).
 
-Rows of different lengths share a batch: ``mask`` marks the frames that exist. Everything that mixes
-frames respects it (convolutions read zeros outside, group norms average inside, attention looks inside),
+Rows of different lengths share a batch: ``mask`` marks the valid frames. Everything that mixes
+frames respects it (convolutions read zeros outside, group norms and attention use only valid frames),
 so a row's result does not depend on the other rows. With equal lengths there is no mask and no cost.
 """
 
@@ -66,15 +66,15 @@ class Estimator(nn.Module):
             mu: encoded codes, same shape.
             t: solver time in [0, 1], scalar.
             speaker: (rows, 80).
-            cond: mel already known (the prompt), zero elsewhere; same shape as ``x``.
-            mask: (rows, 1, frames), 1 at frames that exist; None if all do.
+            cond: known mel (the prompt), zero elsewhere; same shape as ``x``.
+            mask: (rows, 1, frames), 1 at valid frames; None if all are valid.
 
         Returns:
             Velocity, same shape as ``x``.
         """
         time = self.time_mlp(_sinusoid(t, self.in_channels))
         x = torch.cat([x, mu, speaker[:, :, None].expand_as(x), cond], dim=1)
-        # A ModuleList does not know the types of its modules.
+        # A ModuleList does not expose the types of its modules.
         down, middle, up = cast(tuple[Any, Any, Any], (self.down_blocks, self.mid_blocks, self.up_blocks))
         skips = []
         for resnet, transformers, resize in down:
@@ -94,7 +94,7 @@ class Estimator(nn.Module):
 
 
 class MaskedGroupNorm(nn.GroupNorm):
-    """Group norm whose statistics cover only the frames that exist."""
+    """Group norm whose statistics cover only valid frames."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (rows, channels, frames), mask (rows, 1, frames) or None; same shape as ``x``."""
@@ -227,12 +227,12 @@ def _run_stage(
 
 
 def _inside(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Zero outside the row's frames, as a convolution expects beyond an edge."""
+    """Zero frames outside the row, as a convolution expects beyond an edge."""
     return x if mask is None else x * mask
 
 
 def _sinusoid(t: Tensor, width: int) -> Tensor:
-    """Embedding of solver time, (1, width)."""
+    """Embedding of the solver time, (1, width)."""
     half = width // 2
     decay = torch.exp(torch.arange(half, device=t.device) * -(math.log(10000) / (half - 1)))
     angle = _TIME_SCALE * t * decay

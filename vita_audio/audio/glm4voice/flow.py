@@ -1,8 +1,8 @@
 """Codes to mel by conditional flow matching (sections 4 and 5 of the GLM-4-Voice specification).
 
-Codes are encoded and stretched to mel rate (``mu``). Then a few Euler steps carry noise to a mel spectrogram
-along the velocity that the estimator predicts, with classifier-free guidance. A prompt, codes with their known
-mel, makes the new mel continue what was said.
+Codes are encoded and stretched to mel rate (``mu``). Then a few Euler steps transport noise to a mel spectrogram
+along the velocity that the estimator predicts, with classifier-free guidance. With a prompt, that is, codes and
+their known mel, the new mel continues the earlier speech.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vita_audio.audio.glm4voice.token_encoder import TokenEncoder
 from vita_audio.audio.glm4voice.weights import find_weights, load_strictly, read_state_dict
 
 DEFAULT_SEED = 42
-"""The reference seeds with this before each call; the default of every generator here."""
+"""The reference's seed before each call; the default seed of every generator here."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class FlowInput:
     Attributes:
         tokens: codes, prompt first, (codes,), long.
         sources: index of the code that each mel frame repeats, (frames,), long.
-        noise: start of the solver, (80, frames).
+        noise: the solver's initial value, (80, frames).
         prompt_mel: known first frames, (80, known).
         speaker: embedding (spk_embed_dim,); None for zeros.
     """
@@ -46,7 +46,7 @@ class FlowInput:
 
     @property
     def frames(self) -> int:
-        """Mel frames, prompt included."""
+        """Number of mel frames, including the prompt."""
         return len(self.sources)
 
 
@@ -92,7 +92,7 @@ class FlowDecoder(nn.Module):
         return estimator
 
     def frames(self, tokens: int) -> int:
-        """Mel frames of a number of codes, in the reference's float32 order of operations (section 4.5)."""
+        """Number of mel frames for a number of codes, in the reference's float32 order of operations (section 4.5)."""
         config = self.config
         seconds = np.float32(tokens) / np.float32(config.input_frame_rate)
         return int(seconds * np.float32(config.mel_sampling_rate) / np.float32(config.mel_hop_size))
@@ -113,12 +113,12 @@ class FlowDecoder(nn.Module):
 
         Args:
             token: codes (rows, codes) or (codes,).
-            prompt_token: codes already spoken, (rows, prompt codes).
+            prompt_token: earlier codes, (rows, prompt codes).
             prompt_feat: their mel, time-major, (rows, prompt frames, 80).
             embedding: speaker, (rows, spk_embed_dim); None for zeros, as in the applications.
             steps: Euler steps.
             z: standard normal noise for prompt and new frames, (rows, 80, frames).
-            generator: draws ``z`` if that is None; defaults to one seeded with 42.
+            generator: draws ``z`` if ``z`` is None; defaults to one seeded with 42.
 
         Returns:
             (rows, 80, frames - prompt frames).
@@ -161,7 +161,7 @@ class FlowDecoder(nn.Module):
 
         Args:
             tokens: rows of codes, each (codes,).
-            sources: code that each mel frame repeats; defaults to nearest interpolation to :meth:`frames`.
+            sources: index of the code that each mel frame repeats; defaults to nearest interpolation to :meth:`frames`.
 
         Returns:
             mu (rows, 80, most frames) and the frame mask (rows, 1, most frames), None when all are equal.
@@ -192,7 +192,7 @@ class FlowDecoder(nn.Module):
         steps: int,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Euler steps from noise to mel, guided (section 5); shapes as :meth:`Estimator.forward`."""
+        """Guided Euler steps from noise to mel (section 5); shapes as :meth:`Estimator.forward`."""
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         x = z
@@ -246,7 +246,7 @@ def solver_times(steps: int) -> Tensor:
 
 
 def nearest_indices(tokens: int, frames: int, start: int = 0) -> Tensor:
-    """Code that each mel frame from ``start`` on repeats, in the reference's float32 arithmetic."""
+    """Index of the code that each mel frame from ``start`` on repeats, in the reference's float32 arithmetic."""
     scale = float(np.float32(tokens) / np.float32(frames))
     position = torch.arange(start, frames, dtype=torch.float32)
     return (position * scale).floor().long().clamp(max=tokens - 1)

@@ -1,12 +1,12 @@
-"""Speech while the reply is still being written (section 7 of the GLM-4-Voice specification).
+"""Streaming decoding of a reply (section 7 of the GLM-4-Voice specification).
 
-Each chunk of codes is decoded with the speech before it as the flow's prompt. Neighbouring chunks share
+Each chunk of codes is decoded with the preceding speech as the flow's prompt. Adjacent chunks share
 34 mel frames that are cross-faded, and the vocoder starts from the previous chunk's last frame and the end of
-its source. All of this lives in a :class:`StreamState` that the caller holds.
+its source. All of this state is kept in a :class:`StreamState` that the caller holds.
 
 The reference keeps the whole history as the prompt, so chunk k costs k chunks. Here the prompt is the last
 ``prompt_tokens`` codes (cut at an attention block of the token encoder), so every chunk costs the same;
-with ``prompt_tokens=None`` the window is unbounded and the numbers are the reference's.
+with ``prompt_tokens=None`` the window is unbounded and the results equal the reference's.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from vita_audio.audio.glm4voice.flow import DEFAULT_SEED, FlowDecoder, FlowInput
 from vita_audio.audio.glm4voice.vocoder import Vocoder, draw_source
 
 OVERLAP_TOKENS = 5
-"""Mel frames of this many codes (34) are held back and faded into the next chunk."""
+"""The mel frames of this many codes (34 frames) are held back and faded into the next chunk."""
 
-_CACHED_FRAMES = 1  # of mel, and of source samples, that the vocoder repeats at a seam
+_CACHED_FRAMES = 1  # mel frames, and their source samples, that the vocoder repeats at a seam
 
 
 @dataclass(frozen=True)
 class StreamSchedule:
-    """How a reply is cut into chunks, and how far each chunk looks back. First chunks are small and quick.
+    """How a reply is split into chunks, and how far each chunk looks back. First chunks are small and fast.
 
     Attributes:
-        chunks: (codes, solver steps) of each chunk in turn; the last pair repeats. The steps grow as in
+        chunks: (codes, solver steps) of each chunk in turn; the last pair repeats. The steps increase as in
             the public demo.
         prompt_tokens: codes of history that condition a chunk; None for all of them.
     """
@@ -60,7 +60,7 @@ class NoiseSource:
     """Random numbers of one stream, in the reference's order: the mel's noise, phases, the source's noise.
 
     Args:
-        generator: where they come from; None for a new one seeded with 42 for each chunk, as in the
+        generator: their source; None for a new one per chunk, seeded with 42, as in the
             reference. Override the methods to inject recorded numbers.
     """
 
@@ -73,7 +73,7 @@ class NoiseSource:
         self._current = self._given or torch.Generator().manual_seed(DEFAULT_SEED)
 
     def mel(self, bins: int, start: int, frames: int) -> Tensor:
-        """Start of the solver, (bins, frames); frame 0 is frame ``start`` of the whole reply."""
+        """The solver's initial noise, (bins, frames); frame 0 is frame ``start`` of the whole reply."""
         return draw_normal((1, bins, frames), self._current)[0]
 
     def source(self, harmonics: int, samples: int) -> tuple[Tensor, Tensor]:
@@ -84,12 +84,12 @@ class NoiseSource:
 
 @dataclass
 class StreamState:
-    """What must be kept between the chunks of one reply.
+    """The state that is kept between the chunks of one reply.
 
     Attributes:
-        noise: where the reply's random numbers come from.
+        noise: source of the reply's random numbers.
         tokens: codes of the prompt window, (kept,).
-        mel: what was returned for them, (80, kept frames); see :attr:`StreamChunk.mel`.
+        mel: the mel returned for them, (80, kept frames); see :attr:`StreamChunk.mel`.
         total_tokens: codes of the whole reply so far.
         total_frames: mel frames returned so far.
         overlap: frames held back for the fade, (80, 34).
@@ -107,7 +107,7 @@ class StreamState:
     cached_source: Tensor | None = None
 
     def reset(self) -> None:
-        """Forget the reply; the noise source continues."""
+        """Discard the reply; the noise source continues."""
         fresh = StreamState(self.noise)
         self.__dict__.update(fresh.__dict__)
 
@@ -118,7 +118,7 @@ class StreamChunk:
 
     Attributes:
         wave: new samples, (samples,).
-        mel: as it went into the vocoder, with the repeated frame and without the overlap, (80, frames).
+        mel: the vocoder's input, with the repeated frame and without the overlap, (80, frames).
     """
 
     wave: Tensor
@@ -150,12 +150,12 @@ class StreamingDecoder:
 
         Args:
             states: one per reply, updated in place.
-            chunks: new codes of each, (codes,), long; may be empty only where ``last``.
-            last: whether the reply ends with its chunk.
+            chunks: new codes of each, (codes,), long; may be empty only if ``last``.
+            last: whether each reply ends with its chunk.
             steps: solver steps, for all.
 
         Raises:
-            ValueError: a reply's first chunk is too short to hold the overlap back.
+            ValueError: a reply's first chunk is too short to hold back the overlap.
         """
         for state in states:
             state.noise.begin_chunk()
@@ -193,7 +193,7 @@ class StreamingDecoder:
         return mels
 
     def _flow_input(self, state: StreamState, chunk: Tensor) -> FlowInput:
-        """The right edge of what the unbounded stream would give the flow, as wide as the kept codes."""
+        """The right end of the unbounded stream's input to the flow, as wide as the kept codes."""
         tokens = torch.cat([state.tokens, chunk])
         total_tokens = state.total_tokens + len(chunk)
         total_frames = self.flow.frames(total_tokens)
@@ -206,7 +206,7 @@ class StreamingDecoder:
         return FlowInput(tokens, sources, state.noise.mel(bins, start, len(sources)), prompt)
 
     def _frame_grid(self, tokens: int) -> int:
-        """Frame at which a window may start after so many codes: one where the UNet's strides line up."""
+        """A frame at which a window may start after this many codes: one where the UNet's strides align."""
         stride = 2 ** (len(self.flow.config.estimator.channels) - 1)
         return self.flow.frames(tokens) // stride * stride
 
@@ -217,7 +217,7 @@ class StreamingDecoder:
         return torch.cat([mixed.to(mel.dtype), mel[:, self.overlap_frames :]], dim=1)
 
     def _vocode(self, states: Sequence[StreamState], mels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Wave and source of each mel; mels of equal length share a pass."""
+        """Waveform and source of each mel; mels of equal length share a pass."""
         harmonics = self.vocoder.config.nb_harmonics + 1
         groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
         for index, (state, mel) in enumerate(zip(states, mels, strict=True)):
@@ -247,7 +247,7 @@ class StreamingDecoder:
         sound: tuple[Tensor, Tensor],
         final: bool,
     ) -> StreamChunk:
-        """Put into the state what the next chunk needs; the output is what is final now."""
+        """Update the state for the next chunk. Returns the newly final output."""
         (mel, overlap), (wave, source) = vocoded, sound
         if final:
             state.reset()
@@ -284,11 +284,11 @@ class GLM4VoiceStream(AudioStream):
         self.ending = False
 
     def push(self, tokens: Sequence[int], last: bool = False) -> Tensor:
-        """See :meth:`AudioStream.push`; nothing comes out before the first chunk is full."""
+        """See :meth:`AudioStream.push`; returns no samples until the first chunk is full."""
         return push_many([self], [tokens], [last])[0]
 
     def _next_chunk(self) -> tuple[Tensor, bool, int] | None:
-        """(codes, last, steps) of the chunk that is due, if any."""
+        """(codes, last, steps) of the next chunk that is due, if any."""
         size, steps = self.schedule[self.chunks_done]
         final = self.ending and len(self.pending) <= size
         if len(self.pending) < size and not final:
@@ -324,7 +324,7 @@ def push_many(
         stream.pending += [int(code) for code in codes]
         stream.ending = bool(final)
     while True:
-        # Chunks that agree in solver steps and prompt window are decoded together.
+        # Chunks with equal solver steps and prompt windows are decoded together.
         due: dict[tuple[int, int | None], list[tuple[int, Tensor, bool]]] = defaultdict(list)
         for index, stream in enumerate(streams):
             chunk = stream._next_chunk()

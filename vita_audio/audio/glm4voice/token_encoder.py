@@ -31,7 +31,7 @@ class TokenEncoder(nn.Module):
         """
         Args:
             x: embedded codes, (rows, codes, input_size).
-            key_mask: (rows, codes), True at codes that exist; None if all do.
+            key_mask: (rows, codes), True at valid codes; None if all are valid.
 
         Returns:
             (rows, codes, output_size).
@@ -54,7 +54,7 @@ class TokenEncoder(nn.Module):
         return states
 
     def _allowed(self, codes: int, device: torch.device) -> Tensor:
-        """(codes, codes): the past and the own block. The first prompt code has index 0."""
+        """(codes, codes): the past and the query's own block. The first prompt code has index 0."""
         index = torch.arange(codes, device=device)
         query, key = index[:, None], index[None, :]
         return (key <= query) | (key // self.block_size == query // self.block_size)

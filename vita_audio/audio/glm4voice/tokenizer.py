@@ -1,4 +1,4 @@
-"""The GLM-4-Voice codec behind the project's codec interface."""
+"""The GLM-4-Voice codec, with the project's codec interface."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ _Part = TypeVar("_Part", bound=nn.Module)
 class GLM4VoiceTokenizer(AudioTokenizer):
     """Speech to GLM-4-Voice codes and back.
 
-    Nothing is loaded before it is used, and loaded weights are not pickled: a codec can be handed to loader
-    workers, each of which opens the weights for itself.
+    Weights are loaded on first use and are not pickled: a codec can be sent to loader workers, and each of them
+    opens the weights itself.
 
     Args:
         path: folder of the tokenizer (``config.json``, ``model.safetensors``, ``preprocessor_config.json``);
-            None for a codec that only decodes.
-        flow_path: folder of the decoder (``config.yaml``, ``flow.pt``, ``hift.pt``); None for a codec that
-            only encodes.
-        device: where to compute.
-        encoder_dtype: of the tokenizer network.
+            None to decode only.
+        flow_path: folder of the decoder (``config.yaml``, ``flow.pt``, ``hift.pt``); None to
+            encode only.
+        device: device of the networks.
+        encoder_dtype: data type of the tokenizer network.
         schedule: chunks and steps of streaming decoding.
     """
 
@@ -83,8 +83,7 @@ class GLM4VoiceTokenizer(AudioTokenizer):
         """Open the released folders; arguments as in the constructor.
 
         Raises:
-            WeightsError: neither folder is given, or one does not exist, is incomplete, or holds something
-                else.
+            WeightsError: neither folder is given, or one does not exist, is incomplete, or holds other files.
         """
         if path is None and flow_path is None:
             raise WeightsError(
@@ -112,9 +111,9 @@ class GLM4VoiceTokenizer(AudioTokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """``glm4voice-`` and a digest of the encoder's files; the same wherever they lie.
+        """``glm4voice-`` and a digest of the encoder's files; independent of their location.
 
-        A codec that only decodes makes no codes; its fingerprint names the decoder's weights.
+        A codec that only decodes makes no codes; its fingerprint identifies the decoder's weights.
         """
         if self.path is None:
             folder = self._decoder_folder()
@@ -153,14 +152,14 @@ class GLM4VoiceTokenizer(AudioTokenizer):
 
     def encode_batch(self, audios: Sequence[AudioLike]) -> list[list[int]]:
         """Codes of several clips of any length, rate and channel count (the first channel is used)."""
-        self._encoder_folder()  # a codec that only decodes says so before it reads audio
+        self._encoder_folder()  # a codec that only decodes fails here, before reading audio
         waveforms = [load_audio(audio, SAMPLE_RATE, channels="first")[0] for audio in audios]
         return self.encoder.encode(waveforms)
 
     def encode_stream(self, sample_rate: int | None = None) -> EncoderStream:
         """See :meth:`AudioTokenizer.encode_stream`; codes come in blocks of 4 s.
 
-        They differ from the offline codes only where later, louder speech raises the loudness floor of the
+        They differ from the offline codes only if later, louder speech raises the loudness floor of the
         features; see :class:`EncoderStream`.
         """
         return self.encoder.stream(sample_rate or SAMPLE_RATE)
@@ -192,7 +191,7 @@ class GLM4VoiceTokenizer(AudioTokenizer):
         """See :meth:`AudioTokenizer.push_many`; chunks that are due together share a batch."""
         own = [stream for stream in streams if isinstance(stream, GLM4VoiceStream)]
         if len(own) != len(streams):
-            raise TypeError("push_many takes streams that this codec's stream() returned")
+            raise TypeError("push_many accepts only streams returned by this codec's stream()")
         return push_many(own, tokens, last)
 
     def _encoder_folder(self) -> Path:

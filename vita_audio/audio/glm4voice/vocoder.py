@@ -1,9 +1,9 @@
 """Mel to waveform: a HiFT generator (section 6 of the GLM-4-Voice specification).
 
 Pitch is predicted from the mel, harmonics are synthesised at that pitch, and a convolutional trunk shapes
-their spectrum into that of speech, which a small inverse STFT turns into samples. The random parts, the
+their spectrum into that of speech; a small inverse STFT turns the spectrum into samples. The random parts, the
 harmonics' phases and the breath noise, can be passed in. The start of the source can be overwritten with the
-end of the previous chunk's, so that a stream stays continuous.
+end of the previous chunk's source, which keeps a stream continuous.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Vocoder(nn.Module):
                 )
             )
             width //= 2
-            # The source's spectrum comes at the last stage's rate.
+            # The source's spectrum has the last stage's rate.
             ratio = math.prod(config.upsample_rates[stage + 1 :])
             self.source_downs.append(
                 nn.Conv1d(spectrum, width, 1)
@@ -83,7 +83,7 @@ class Vocoder(nn.Module):
         return vocoder.fold_weight_norm().to(device)
 
     def fold_weight_norm(self) -> Vocoder:
-        """Replace each gain and direction by the weight they stand for."""
+        """Replace each gain and direction by the weight they represent."""
         for module in self.modules():
             if isinstance(module, (WeightNormConv1d, WeightNormConvTranspose1d)):
                 _fold(module)
@@ -108,9 +108,9 @@ class Vocoder(nn.Module):
         Args:
             mel: (rows, 80, frames).
             cached_source: end of the previous chunk's source, (rows, 1, samples); overwrites the start.
-            phase: first phase of each harmonic, (harmonics + 1,) or (rows, harmonics + 1, 1), radians.
+            phase: initial phase of each harmonic, (harmonics + 1,) or (rows, harmonics + 1, 1), radians.
             noise: standard normal, (rows, harmonics + 1, 256 * frames).
-            generator: draws ``phase`` and ``noise`` where they are None; defaults to one seeded with 42.
+            generator: draws ``phase`` and ``noise`` if they are None; defaults to one seeded with 42.
 
         Returns:
             waveform (rows, 256 * frames) in [-0.99, 0.99], and the source (rows, 1, 256 * frames).
@@ -153,7 +153,7 @@ class Vocoder(nn.Module):
 
         pitch = f0[:, None].repeat_interleave(self.samples_per_frame, dim=-1)
         multiples = torch.arange(1, harmonics + 1, device=f0.device, dtype=f0.dtype)[:, None]
-        # Summed in float64 and rounded, as PyTorch does on the CPU, so that every device agrees.
+        # Summed in float64 and rounded, as PyTorch does on the CPU, so all devices agree.
         cycles = (pitch * multiples / config.sampling_rate).cumsum(dim=-1, dtype=torch.float64).to(f0)
         angle = 2 * math.pi * (cycles % 1)
         voiced = (pitch > config.nsf_voiced_threshold).to(f0)
@@ -262,7 +262,7 @@ class WeightNormConv1d(nn.Conv1d):
 
 
 class WeightNormConvTranspose1d(nn.ConvTranspose1d):
-    """The transposed counterpart; its norm also keeps dimension 0, here the input channels."""
+    """The transposed counterpart; its norm also keeps dimension 0, which here is the input channels."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

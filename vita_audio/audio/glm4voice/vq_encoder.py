@@ -1,6 +1,6 @@
 """Speech to codes: 16 kHz to 12.5 codes a second (section 3 of the GLM-4-Voice specification).
 
-A Whisper encoder made streamable. Both stem convolutions look left only, attention sees the past and its own
+A streamable Whisper encoder. Both stem convolutions look left only, attention sees the past and its own
 4 s block, four states are averaged into one, and the index of the nearest codebook row is the code.
 Speech is cut into independent segments of 30 s. The layers and the log-mel front end are transformers'
 Whisper; the stem, the mask, pooling and the codebook are here.
@@ -90,14 +90,14 @@ class VQEncoder(nn.Module):
         folder = Path(folder)
         for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
             if not (folder / name).is_file():
-                raise WeightsError(f"{folder}: {name} is missing; point it at the tokenizer's folder")
+                raise WeightsError(f"{folder}: {name} is missing; give the tokenizer's folder")
         config = WhisperConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
         extractor = WhisperFeatureExtractor.from_pretrained(folder)
         with torch.device("meta"):
             encoder = cls(config, extractor)
         path = folder / "model.safetensors"
         load_strictly(encoder, encoder._without_prefix(read_state_dict(path)), path, ignore=_NEVER_READ)
-        # Never read again; at released sizes they weigh 84 MB.
+        # Never read again; at released sizes they take 84 MB.
         del encoder.ema_count, encoder.ema_weight
         for part in (encoder.conv1, encoder.conv2, encoder.embed_positions, encoder.layers):
             part.to(dtype)
@@ -105,12 +105,12 @@ class VQEncoder(nn.Module):
 
     @property
     def samples_per_token(self) -> int:
-        """Input samples that one code stands for: 1280 in the released model."""
+        """Input samples per code: 1280 in the released model."""
         return _HOP * _STEM_STRIDE * self.pool
 
     @torch.no_grad()
     def encode(self, waveforms: Sequence[Tensor], batch_size: int = 32) -> list[list[int]]:
-        """Codes of several clips, the same as one by one.
+        """Codes of several clips, equal to encoding them one by one.
 
         Args:
             waveforms: each of shape (samples,), or (channels, samples) of which the first is used; float,
@@ -121,7 +121,7 @@ class VQEncoder(nn.Module):
             For each clip ``ceil(samples / 1280)`` codes (counted per segment); none for no samples.
         """
         segments = [segment for waveform in waveforms for segment in _segments(waveform)]
-        # Segments of similar length share a pass, so that little of it is padding.
+        # Segments of similar length share a pass, which keeps padding small.
         order = sorted(range(len(segments)), key=lambda index: len(segments[index]))
         codes: list[list[int]] = [[] for _ in segments]
         for start in range(0, len(order), batch_size):
@@ -139,8 +139,8 @@ class VQEncoder(nn.Module):
     def features(self, waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Log-mel features of clips, one row per segment of 30 s (section 2).
 
-        Each segment is padded to whole codes first and then to the longest of the batch, with the value that
-        silence has in its row. So features and codes do not depend on the other clips of the batch.
+        Each segment is padded to whole codes first and then to the longest of the batch, with the row's value for
+        silence. Features and codes therefore do not depend on the other clips of the batch.
 
         Args:
             waveforms: each of shape (samples,), 16 kHz, at least one sample.
@@ -179,12 +179,12 @@ class VQEncoder(nn.Module):
             mask: (rows, frames), non-zero at real frames; None if all are.
 
         Returns:
-            Codes (rows, ceil(frames / 8)), long; those of padding are meaningless.
+            Codes (rows, ceil(frames / 8)), long; those at padding are meaningless.
         """
         return self.quantize(self.prequant(input_features, mask))
 
     def prequant(self, input_features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """States that enter the quantiser, (rows, codes, d_model), float32; arguments as ``forward``."""
+        """Input states of the quantiser, (rows, codes, d_model), float32; arguments as ``forward``."""
         return self.hidden_states(input_features, mask)[-1].float()
 
     @torch.no_grad()
@@ -235,7 +235,7 @@ class VQEncoder(nn.Module):
         return F.avg_pool1d(hidden.transpose(1, 2), self.pool).transpose(1, 2)
 
     def _without_prefix(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Keys as this module has them, from a checkpoint of the encoder or of the whole model."""
+        """Weights under this module's keys, from a checkpoint of the encoder or of the whole model."""
         if not any(key.startswith(_CHECKPOINT_PREFIX) for key in state):
             return state
         unused = tuple(
@@ -250,12 +250,12 @@ class VQEncoder(nn.Module):
 
 
 class EncoderStream(EncodeStream):
-    """Codes of speech that is still being spoken.
+    """Codes of speech that is still being recorded.
 
-    Codes come out when their attention block (4 s) is complete, and never change afterwards. They equal
-    the offline codes of the audio heard so far. Later audio could have changed them in one way only: the
+    Codes are returned when their attention block (4 s) is complete, and never change afterwards. They equal
+    the offline codes of the audio so far. Later audio could affect them in only one way: the
     features have a floor 80 dB below the loudest frame of the segment.
-    A finished segment of 30 s is forgotten, so memory and cost per block stay bounded.
+    A finished segment of 30 s is discarded, so memory and cost per block stay bounded.
 
     Args:
         encoder: the tokenizer network.
@@ -292,7 +292,7 @@ class EncoderStream(EncodeStream):
         return codes
 
     def _complete(self, samples: int) -> int:
-        """Codes whose block lies wholly in the first ``samples``."""
+        """Number of codes whose block is entirely within the first ``samples``."""
         config, pool = self._encoder.config, self._encoder.pool
         # A frame's window reaches half an FFT past its centre.
         frames = max(0, samples - self._encoder.feature_extractor.n_fft // 2) // _HOP + 1
@@ -304,7 +304,7 @@ class EncoderStream(EncodeStream):
 
 def released_config() -> WhisperConfig:
     """Sizes of the released tokenizer (section 8), for building it without its weights."""
-    settings: dict[str, Any] = {  # some of them are this tokenizer's own
+    settings: dict[str, Any] = {  # some of these keys are specific to this tokenizer
         "d_model": 1280,
         "encoder_attention_heads": 20,
         "encoder_ffn_dim": 5120,
@@ -336,7 +336,7 @@ def _check_config(config: WhisperConfig) -> None:
     for key, allowed in wanted.items():
         if getattr(config, key, allowed[0]) not in allowed:
             raise ValueError(
-                f"config.json: {key}={getattr(config, key)!r} is not supported; {allowed[0]!r} is"
+                f"config.json: {key}={getattr(config, key)!r} is not supported; use {allowed[0]!r}"
             )
     for key in ("pooling_kernel_size", "pooling_position", "quantize_position", "quantize_causal_block_size"):
         value = getattr(config, key, None)
@@ -350,13 +350,13 @@ def _check_config(config: WhisperConfig) -> None:
 
 
 def _segments(waveform: Tensor) -> Sequence[Tensor]:
-    """Cuts of 30 s, the last one shorter; none for no samples. Of several channels the first is used."""
+    """Segments of 30 s, the last one shorter; none for no samples. Of several channels the first is used."""
     samples = waveform[0] if waveform.dim() == 2 else waveform
     return samples.float().split(SEGMENT_SAMPLES) if len(samples) else ()
 
 
 def _silence_in(features: Tensor) -> float:
-    """What zero samples become in a row of log-mel features: the floor of -10, or 8 below the loudest bin."""
+    """The value of zero samples in a row of log-mel features: the floor of -10, or 8 below the loudest bin."""
     return max(float(features.max()) - 2.0, (-10.0 + 4.0) / 4.0)
 
 

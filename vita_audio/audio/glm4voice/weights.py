@@ -1,4 +1,4 @@
-"""Weight files: read without running code, checked key by key."""
+"""Reads weight files without running code, and checks them key by key."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def load_strictly(
     module: nn.Module, state: dict[str, Tensor], path: Path, ignore: Iterable[str] = ()
 ) -> None:
-    """Give a module built on the meta device its weights, as frozen float32 tensors.
+    """Load weights into a module built on the meta device, as frozen float32 tensors.
 
     Args:
         module: every parameter and persistent buffer is replaced.
         state: tensors by name; must match the module exactly.
-        path: where ``state`` came from, for messages.
+        path: source of ``state``, for messages.
         ignore: keys of ``module`` that ``state`` may lack.
 
     Raises:
-        WeightsError: names the first key, in the module's order, that is missing or of another
-            shape, or the first that the module does not have.
+        WeightsError: a key is missing, has another shape or is unexpected; the message names the first one in
+            the module's order.
     """
     expected = module.state_dict()
     for key, tensor in expected.items():

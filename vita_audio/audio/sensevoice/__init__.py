@@ -1,4 +1,4 @@
-"""SenseVoice: how user speech enters the Plus models, as continuous features."""
+"""SenseVoice: continuous features of user speech for the Plus models."""
 
 from vita_audio.audio.sensevoice.encoder import SenseVoiceEncoder, SenseVoiceEncoderConfig
 from vita_audio.audio.sensevoice.frontend import Frontend

@@ -1,8 +1,8 @@
-"""SenseVoice folders: sizes and weights of an encoder, in every form they are published in.
+"""SenseVoice folders: sizes and weights of an encoder, in every published form.
 
 Weights are ``model.safetensors`` or ``model.pt``; FunASR nests the latter under
-``state_dict``, ``model_state_dict`` or ``model`` and may prefix its names. Sizes are a JSON
-file of ours or the ``encoder_conf`` of FunASR's ``config.yaml``.
+``state_dict``, ``model_state_dict`` or ``model`` and may prefix its names. Sizes come from
+our own JSON file or from ``encoder_conf`` in FunASR's ``config.yaml``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 _WEIGHT_NAMES = ("model.safetensors", "encoder_weights.safetensors", "model.pt")
 _CONFIG_NAMES = ("config.json", "encoder_config.json", "config.yaml")
 _NESTINGS = ("state_dict", "model_state_dict", "model")
-# Every encoder has this parameter; what precedes it is the prefix of all names.
+# Every encoder has this parameter; the part before it is the prefix of all names.
 _LANDMARK = "encoder.after_norm.weight"
 _QUERY_TABLE, _CTC_BIAS = "embed.weight", "ctc.ctc_lo.bias"
 
@@ -60,7 +60,7 @@ class SenseVoiceEncoderConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> SenseVoiceEncoderConfig:
-        """From FunASR's names; settings that are no sizes of this network are ignored.
+        """From FunASR's names; settings that are not sizes of this network are ignored.
 
         Raises:
             ValueError: the settings describe another network.
@@ -84,7 +84,7 @@ class SenseVoiceEncoderConfig:
 
 
 def read_config(path: str | PathLike[str]) -> SenseVoiceEncoderConfig:
-    """Sizes that a folder states; they default to SenseVoiceSmall's.
+    """Sizes stated in a folder; they default to SenseVoiceSmall's.
 
     Raises:
         ValueError: the file cannot be read or describes another network.
@@ -104,7 +104,7 @@ def read_config(path: str | PathLike[str]) -> SenseVoiceEncoderConfig:
 
 
 def read_sizes(path: str | PathLike[str]) -> SenseVoiceEncoderConfig:
-    """All sizes of the encoder in a folder, including those that only the weights tell.
+    """All sizes of the encoder in a folder, including those determined only by the weights.
 
     Raises:
         FileNotFoundError: no weights there.

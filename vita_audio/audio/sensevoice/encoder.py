@@ -1,12 +1,12 @@
-"""SenseVoiceSmall's encoder: what the Plus models listen with.
+"""SenseVoiceSmall's encoder, the audio encoder of the Plus models.
 
-A stack of SAN-M blocks: self-attention beside a depthwise convolution over the values, which
-FunASR calls memory. Four learned query frames (language, event, emotion, text form) stand
-before the speech; nothing strips them afterwards, so the output is four frames longer than
+A stack of SAN-M blocks: self-attention in parallel with a depthwise convolution over the values, which
+FunASR calls memory. Four learned query frames (language, event, emotion, text form) precede
+the speech and are not removed afterwards, so the output is four frames longer than
 the input.
 
-Parameters carry the names of SenseVoiceSmall's own ``model.pt``, and so of the Plus
-checkpoints behind their prefix. Definition and numbers: tests/goldens/sensevoice/SPEC.md,
+Parameters have the names of SenseVoiceSmall's own ``model.pt``, and thus, with a prefix, of the Plus
+checkpoints. Definition and numbers: tests/goldens/sensevoice/SPEC.md,
 section 3. The network is SAN-M (Gao et al., 2020) as SenseVoice (An et al., 2024) arranges it.
 """
 
@@ -38,7 +38,7 @@ _WITH_INVERSE_TEXT_NORM_ROW, _WITHOUT_INVERSE_TEXT_NORM_ROW = 14, 15
 class SenseVoiceEncoder(nn.Module):
     """Query frames, SAN-M blocks, and SenseVoice's CTC layer.
 
-    The language model does not use the CTC layer; it is kept so that released weights load as they are.
+    The language model does not use the CTC layer; it is kept so that released weights load unchanged.
 
     Args:
         config: sizes; a dict holds the names of FunASR's ``encoder_conf``.
@@ -61,7 +61,7 @@ class SenseVoiceEncoder(nn.Module):
         """Open a folder such as SenseVoiceSmall's (``model.pt`` or safetensors, ``config.yaml`` or json).
 
         Returns:
-            The encoder in evaluation mode.
+            The encoder, in evaluation mode.
 
         Raises:
             FileNotFoundError: no weights there.
@@ -89,16 +89,16 @@ class SenseVoiceEncoder(nn.Module):
         """Encode a padded batch.
 
         Args:
-            features: (batch, frames, 560) from :class:`Frontend`, padded at the end. They take
-                the dtype of the weights; so does the position table, which in bfloat16 is
-                coarse, and is what the released Plus models were trained with (SPEC 3.5).
+            features: (batch, frames, 560) from :class:`Frontend`, padded at the end. They are cast
+                to the dtype of the weights, as is the position table, which is coarse in bfloat16.
+                The released Plus models were trained that way (SPEC 3.5).
             lengths: (batch,) valid frames of each item; None if all are.
             query_ids: the four query rows, see :func:`query_rows`; defaults to automatic language
                 without inverse text normalisation.
 
         Returns:
-            (batch, frames + 4, output_size), whose rows beyond an item's length mean nothing,
-            and the int64 lengths (batch,), each greater by four.
+            (batch, frames + 4, output_size), whose rows beyond an item's length are meaningless,
+            and the int64 lengths (batch,), each increased by four.
         """
         batch = len(features)
         rows = torch.tensor(query_ids or query_rows(), device=features.device)
@@ -132,8 +132,8 @@ def query_rows(language: str = "auto", inverse_text_norm: bool = False) -> list[
 class SANMStack(nn.Module):
     """Scaling and positions, the main blocks, the ``tp`` blocks, a norm after each group.
 
-    ``gradient_checkpointing`` is transformers' switch: a model that holds this stack turns it on,
-    and says how, with its own ``gradient_checkpointing_enable``.
+    ``gradient_checkpointing`` is transformers' switch: a model that contains this stack sets and configures it
+    with its own ``gradient_checkpointing_enable``.
     """
 
     _gradient_checkpointing_func: Any
@@ -171,9 +171,9 @@ class SANMStack(nn.Module):
 def sinusoidal_positions(
     count: int, width: int, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """Sines of positions 1 … count, then their cosines: (count, width).
+    """Sines of positions 1 … count, followed by their cosines: (count, width).
 
-    Every step is rounded to ``dtype``, as in the models that were trained on the result:
+    Every step is rounded to ``dtype``, as in the trained models:
     in bfloat16, positions above 256 are not even distinct.
     """
     positions = torch.arange(1, count + 1, device=device).to(dtype)
@@ -184,11 +184,11 @@ def sinusoidal_positions(
 
 
 class SANMBlock(nn.Module):
-    """Attention with memory, then feed-forward, both behind their norm."""
+    """Attention with memory, then feed-forward, both pre-norm."""
 
     def __init__(self, config: SenseVoiceEncoderConfig, input_size: int) -> None:
         super().__init__()
-        # The first block widens or narrows, so its attention has no residual around it.
+        # The first block changes the width, so its attention has no residual connection.
         self.attention_residual = input_size == config.output_size
         self.norm1 = Float32LayerNorm(input_size)
         self.self_attn = SANMAttention(config, input_size)

@@ -1,7 +1,7 @@
-"""Speech to the 560-wide frames that the SenseVoice encoder reads.
+"""Speech to 560-dimensional frames, the input of the SenseVoice encoder.
 
 Kaldi filter banks every 10 ms, seven neighbours stacked into one frame every 60 ms, then
-the per-feature shift and scale that the released ``am.mvn`` file lists. This is fixed
+the per-feature shift and scale of the released ``am.mvn`` file. This is fixed
 arithmetic without weights, so it runs in the data loader's workers and the model receives
 frames, not samples.
 
@@ -37,9 +37,9 @@ _SHIFT_MS = 10.0
 _WINDOW_SAMPLES, _SHIFT_SAMPLES = 400, 160
 _INT16_SCALE = 32_768.0
 # The filters need a 512-point transform (below it some hold no frequency bin), which Kaldi
-# chooses for windows of 257 samples and more. Shorter clips, under 16.1 ms, get silence behind.
+# chooses for windows of 257 samples and more. Shorter clips, under 16.1 ms, are padded with silence.
 _MIN_SAMPLES = 257
-_LEAST_DEVIATION = 1e-3  # of a log energy; keeps a constant band from being blown up
+_LEAST_DEVIATION = 1e-3  # of a log energy; keeps a constant band from being scaled up
 
 
 class Frontend:
@@ -48,8 +48,8 @@ class Frontend:
     Args:
         path: ``am.mvn`` itself or the folder that holds it.
         dither: standard deviation, on the int16 scale, of the noise added to every window.
-            The public front end adds 1.0 at training and inference alike; the default here is
-            none, so that equal speech has equal features.
+            The public front end adds 1.0 in both training and inference; the default here is
+            none, so equal speech has equal features.
 
     Raises:
         FileNotFoundError: there is no ``am.mvn``.
@@ -66,11 +66,11 @@ class Frontend:
 
     @property
     def fingerprint(self) -> str:
-        """Short stable name of the normalisation; keys caches of features."""
+        """A short stable name of the normalisation; the key of feature caches."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
 
     def stream(self, sample_rate: int = SAMPLE_RATE) -> FrontendStream:
-        """A fresh stream of the features of one clip, whose pieces have this rate in Hz."""
+        """A fresh feature stream for one clip, whose pieces have this rate in Hz."""
         return FrontendStream(self, sample_rate)
 
     def __call__(self, audio: AudioLike | torch.Tensor | np.ndarray) -> torch.Tensor:
@@ -96,9 +96,9 @@ class Frontend:
 
 
 class FrontendStream(FeatureStream):
-    """Features of speech that is still being spoken, equal to those of the whole clip.
+    """Features of speech that is still being recorded, equal to those of the whole clip.
 
-    A frame of 60 ms comes out once the windows that it stacks are complete, 55 ms after its start. With
+    A frame of 60 ms is returned once the windows that it stacks are complete, 55 ms after its start. With
     dither the noise differs from the whole clip's; without it the features are equal.
 
     Args:
@@ -117,7 +117,7 @@ class FrontendStream(FeatureStream):
         """See :meth:`FeatureStream.push`."""
         self._heard = torch.cat([self._heard, self._resampler.push(to_piece(waveform), last)])
         ready = (len(self._heard) - _WINDOW_SAMPLES) // _SHIFT_SAMPLES + 1
-        # The first and the last window are repeated at the ends of a clip only.
+        # The first and last windows are repeated only at the ends of a clip.
         if last and self._windows is None and len(self._heard):
             stacked = stack_frames(filter_bank(self._heard, self._frontend.dither))
         else:
@@ -128,7 +128,7 @@ class FrontendStream(FeatureStream):
 
     def _start(self) -> None:
         self._heard = torch.empty(0)  # samples from the first window that is not computed yet
-        self._windows: torch.Tensor | None = None  # that further frames need, (windows, 80)
+        self._windows: torch.Tensor | None = None  # needed by further frames, (windows, 80)
         self._first = 0  # index of the first of them
         self._frames = 0  # already returned
 

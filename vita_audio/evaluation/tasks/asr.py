@@ -15,7 +15,7 @@ _TOKENS_BEYOND_PROMPT = 32
 
 @dataclass(frozen=True)
 class SpeechRecognition:
-    """ASR. The model only writes, so no recogniser is needed."""
+    """ASR. The output is text, so no recogniser is needed."""
 
     name: str = "asr"
     title: str = "ASR"
@@ -34,7 +34,7 @@ class SpeechRecognition:
         """Transcribe every item.
 
         The length limit follows from the prompt, never from the reference (bug 13 of the data
-        specification): speech has more codes than words, so a transcript longer than its prompt is wrong anyway.
+        specification): speech has more codes than words, so a transcript longer than its prompt is certainly wrong.
         """
         replies = bench.replies(items, limit=lambda longest_prompt: longest_prompt + _TOKENS_BEYOND_PROMPT)
         return gather([Utterance(item.id, item.answer, reply.text) for item, reply in replies])
@@ -55,6 +55,6 @@ class SpeechRecognition:
 
 def _check(item: BenchmarkItem) -> None:
     if not word_tokens(item.answer):
-        raise ValueError(f"the reference {item.answer!r} holds no words")
+        raise ValueError(f"the reference {item.answer!r} contains no words")
     if not item.conversation.messages[-1].num_audios:
-        raise ValueError("the last question holds no <|audio|>, so there is nothing to transcribe")
+        raise ValueError("the last question contains no <|audio|>, so there is nothing to transcribe")

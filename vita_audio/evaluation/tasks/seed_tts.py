@@ -1,8 +1,8 @@
-"""Seed-TTS: text read aloud, in the voice of a recording if asked for; the mean of the utterances' error rates.
+"""Seed-TTS: reads text aloud, optionally in the voice of a recording, and averages the utterances' error rates.
 
-A test set is the benchmark's own ``meta.lst``: ``ID|TEXT OF THE PROMPT|PROMPT.WAV|TEXT TO READ``, one utterance a
-line, with the recording of the text as a fifth field where there is one. Paths start at the data root or at the
-file's folder.
+A test set is the benchmark's own ``meta.lst``: ``ID|TEXT OF THE PROMPT|PROMPT.WAV|TEXT TO READ``, one utterance per
+line. An optional fifth field is the recording of the text. Paths are relative to the data root or to the file's
+folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SeedTTS(Reading):
 
     Attributes:
         language: ``zh`` (errors per character) or ``en`` (errors per word).
-        speaker_prompt: give each utterance the recording of its speaker as voice prompt.
+        speaker_prompt: use the recording of each utterance's speaker as the voice prompt.
     """
 
     language: str
@@ -45,7 +45,7 @@ class SeedTTS(Reading):
     open_system: bool = False
 
     def read(self, path: AnyPath, data_root: AnyPath | None = None, limit: int | None = None) -> Items:
-        """Items of a ``meta.lst``, or of a test set of :class:`~.tts.SpeechSynthesis` where it is named ``*.json*``."""
+        """Items of a ``meta.lst``, or of a :class:`~.tts.SpeechSynthesis` test set if the file is named ``*.json*``."""
         path = Path(path)
         if ".json" in path.name:
             return read_test_set(path, data_root, limit, check=self._check)
@@ -113,16 +113,16 @@ class SeedTTS(Reading):
     def _check(self, item: BenchmarkItem) -> None:
         check_text(item)
         if not seed_tts_tokens(requested_text(item), self.language):
-            raise ValueError(f"the text {requested_text(item)!r} holds no words without its punctuation")
+            raise ValueError(f"the text {requested_text(item)!r} contains no words besides punctuation")
 
 
 def language_of(path: Path, language: str | None) -> str:
-    """The language of a ``meta.lst``: as given, else by its folder, as the benchmark is laid out.
+    """The language of a ``meta.lst``: as given, else from its folder, as in the benchmark's layout.
 
     Raises:
-        ValueError: neither says it.
+        ValueError: neither determines it.
     """
     found = language or next((part for part in reversed(path.parts[:-1]) if part in LANGUAGES), None)
     if found not in LANGUAGES:
-        raise ValueError(f"{path}: in no folder 'zh' or 'en'; give --seed_tts_language")
+        raise ValueError(f"{path}: not in a folder named 'zh' or 'en'; give --seed_tts_language")
     return found

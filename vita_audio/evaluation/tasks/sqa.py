@@ -1,6 +1,6 @@
-"""Questions: is the answer in what the model wrote, and in what it said?
+"""Question answering: whether the answer occurs in the model's text and in its speech.
 
-Spoken questions (speech QA) give S→T and S→S, typed ones T→T and T→S.
+Spoken questions (speech QA) yield S→T and S→S, typed ones T→T and T→S.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class QuestionAnswering:
 
     Attributes:
         name: ``sqa`` for spoken questions, ``text_qa`` for typed ones.
-        asked: letter of the questions' kind, S or T.
+        asked: kind of the questions, S (spoken) or T (typed).
     """
 
     name: str
@@ -42,7 +42,7 @@ class QuestionAnswering:
         return read_test_set(path, data_root, limit, answer_lists=True, check=self._check)
 
     def is_as_trained(self, item: BenchmarkItem) -> bool:
-        """Speech alone, or text that does not begin or end with white space."""
+        """Whether the question is speech only, or text that does not begin or end with white space."""
         question = item.conversation.messages[-1]
         return question.texts == ("", "") if question.num_audios else question.text == question.text.strip()
 
@@ -84,10 +84,10 @@ class QuestionAnswering:
     def _check(self, item: BenchmarkItem) -> None:
         empty = next((answer for answer in item.answers if not answer_words(answer)), None)
         if empty is not None:
-            raise ValueError(f"the answer {empty!r} holds no words, so every reply would be right")
+            raise ValueError(f"the answer {empty!r} contains no words, so every reply would be correct")
         if bool(item.conversation.messages[-1].num_audios) != (self.asked == "S"):
             spoken, typed = ("spoken", "typed") if self.asked == "S" else ("typed", "spoken")
-            raise ValueError(f"the last question must be {spoken}; a set of {typed} ones is another task's")
+            raise ValueError(f"the last question must be {spoken}; {typed} ones belong to another task")
 
 
 SPEECH_QA = QuestionAnswering("sqa", "speech QA", "S")

@@ -1,4 +1,4 @@
-"""What a benchmark is: how its test sets are read, answered and scored, and which columns it fills."""
+"""The benchmark interface: how test sets are read, answered and scored, and which columns result."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Column:
     """A column of the table.
 
     Attributes:
-        title: short, as it stands in a table of one test set.
-        key: of a row.
-        form: how a number is written, after multiplication by ``scale``; empty for text.
+        title: short title, for a table of one test set.
+        key: key in a row.
+        form: format of a number, after multiplication by ``scale``; empty for text.
     """
 
     title: str
@@ -32,7 +32,7 @@ class Column:
         return not self.form
 
     def cell(self, row: dict[str, object]) -> str:
-        """The row's value as people read it; a dash where there is none."""
+        """The row's value as displayed; a dash if there is none."""
         value = row.get(self.key)
         if value is None:
             return "–"
@@ -47,12 +47,12 @@ class Task(Protocol):
     """A benchmark.
 
     Attributes:
-        name: in flags and files.
-        title: in tables.
-        columns: what it adds to a row.
-        speaks: whether the model's speech is scored, which takes a recogniser.
-        samples: whether replies are drawn, not taken greedily, when scores are made as published.
-        open_system: whether its questions take a system message when they have none.
+        name: name in flags and files.
+        title: name in tables.
+        columns: the columns it adds to a row.
+        speaks: whether the model's speech is scored, which needs a recogniser.
+        samples: whether replies are sampled instead of greedy with the published decoding.
+        open_system: whether questions without a system message get one.
     """
 
     @property
@@ -72,17 +72,17 @@ class Task(Protocol):
         """The items of a test set.
 
         Raises:
-            ValueError: the file is missing or empty, or a line cannot be scored; names file and line.
+            ValueError: the file is missing or empty, or a line cannot be scored; the message names file and line.
         """
 
     def is_as_trained(self, item: BenchmarkItem) -> bool:
-        """Whether the item is asked in the wording of the training data."""
+        """Whether the prompt is worded as in the training data."""
 
     def run(self, bench: Bench, items: Sequence[BenchmarkItem]) -> list[Utterance]:
         """Answer every item."""
 
     def score(self, utterances: Sequence[Utterance]) -> Scores:
-        """Figures of a whole test set, fractions where they are shares.
+        """Scores of a whole test set; rates are fractions.
 
         Raises:
             ValueError: there is nothing to score.
@@ -90,10 +90,10 @@ class Task(Protocol):
 
 
 def published_options(task: Task, options: GenerationOptions) -> GenerationOptions:
-    """Options by which the published figures of a task were made.
+    """The generation options behind a task's published figures.
 
-    Speech synthesis draws with the temperature and limits in the checkpoint's generation_config.json, the others
-    decode greedily; all keep the checkpoint's repetition penalty.
+    Speech synthesis samples with the temperature and limits in the checkpoint's generation_config.json. The others
+    decode greedily. All keep the checkpoint's repetition penalty.
     """
     open_choices = {"temperature": None, "top_k": None, "top_p": None, "repetition_penalty": None}
     return replace(options, do_sample=task.samples, **open_choices)  # type: ignore[arg-type]

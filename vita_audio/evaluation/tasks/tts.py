@@ -1,7 +1,7 @@
-"""Speech synthesis: what an independent recogniser hears in the model's speech (WER).
+"""Speech synthesis: word error rate of the model's speech, by an independent recogniser.
 
-No model can sound clearer than its codec. So the same recogniser also hears each reference recording as it is, and
-after the codec alone (encode, decode): the codec's floor, beside which the model's figure must be read.
+No model can sound clearer than its codec. The same recogniser therefore also transcribes each reference recording,
+unchanged and after the codec (encode, decode). The latter is the codec floor, the baseline for the model's figure.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Reading:
         return is_reading_request(item)
 
     def run(self, bench: Bench, items: Sequence[BenchmarkItem]) -> list[Utterance]:
-        """Speak every item and have it recognised."""
+        """Synthesise and recognise every item."""
         return bench.spoken(items, requested_text)
 
 
@@ -54,8 +54,8 @@ class SpeechSynthesis(Reading):
         return read_test_set(path, data_root, limit, check=check_text)
 
     def score(self, utterances: Sequence[Utterance]) -> Scores:
-        """``tts_wer`` counts utterances without speech as wholly deleted; ``tts_wer_answered`` leaves
-        them out, as published scripts do (bug 17 of the data specification). Fractions."""
+        """``tts_wer`` counts utterances without speech as wholly deleted; ``tts_wer_answered``
+        excludes them, as the published scripts do (bug 17 of the data specification). Fractions."""
         result = self._word_errors(utterances)
         return {
             "tts_wer": result.rate,
@@ -66,7 +66,7 @@ class SpeechSynthesis(Reading):
         }
 
     def score_recordings(self, resynthesised: Sequence[Utterance], natural: Sequence[Utterance]) -> Scores:
-        """``tts_floor_wer`` after the codec and ``tts_natural_wer`` of the recordings themselves."""
+        """``tts_floor_wer`` of the recordings after the codec, and ``tts_natural_wer`` of the originals."""
         return {
             "tts_floor_wer": self._word_errors(resynthesised).rate if resynthesised else None,
             "tts_natural_wer": self._word_errors(natural).rate if natural else None,
@@ -87,12 +87,12 @@ class SpeechSynthesis(Reading):
 def run_recordings(
     bench: Bench, codec: AudioTokenizer, items: Sequence[BenchmarkItem]
 ) -> tuple[list[Utterance], list[Utterance]]:
-    """Recognise the reference recordings, after the codec and as they are.
+    """Recognise the reference recordings, after the codec and unchanged.
 
     Returns:
         Utterances of the resynthesised and of the natural speech; empty without recordings.
     """
-    assert bench.listener is not None, "recordings are heard by a listener"
+    assert bench.listener is not None, "recognising recordings needs a listener"
     resynthesised: list[tuple[BenchmarkItem, Future[str], str]] = []
     natural: list[tuple[BenchmarkItem, Future[str], str]] = []
     recorded = [(item, item.reference_audio) for item in items if item.reference_audio is not None]
@@ -110,20 +110,20 @@ def _finish(started: Sequence[tuple[BenchmarkItem, Future[str], str]]) -> list[U
 
 
 def requested_text(item: BenchmarkItem) -> str:
-    """The text that the last message asks to be read."""
+    """The text that the last message asks to be read aloud."""
     message = item.conversation.messages[-1]
     return prompts.requested_text(message) or message.text.strip()
 
 
 def is_reading_request(item: BenchmarkItem) -> bool:
-    """Whether the text is asked for in the wording of the training data."""
+    """Whether the request is worded as in the training data."""
     return item.conversation.messages[-1] == prompts.synthesis(requested_text(item)).messages[-1]
 
 
 def check_text(item: BenchmarkItem) -> None:
     """
     Raises:
-        ValueError: no words are asked for.
+        ValueError: the request contains no words.
     """
     if not plain_words(requested_text(item)):
-        raise ValueError(f"the text to be read, {requested_text(item)!r}, holds no words")
+        raise ValueError(f"the text to be read, {requested_text(item)!r}, contains no words")
