@@ -397,3 +397,65 @@ def test_a_result_without_weights_is_not_called_complete(finetune, refusal, monk
     monkeypatch.setattr(SpeechTrainer, "save_model", save_without_weights)
     message = refusal(max_steps=1)
     assert "1 of 27 weights were not saved whole" in message
+
+
+def _torn(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _flipped(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_world):
+    """A stage of two steps."""
+    folder = tiny_world.root / "finished"
+    main(tiny_world.options(folder, max_steps=2))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("optimizer.pt", Path.unlink, "optimizer.pt: not found"),
+        ("optimizer.pt", _torn, "optimizer.pt: damaged or cut short"),
+        ("optimizer.pt", _flipped, "optimizer.pt: damaged or cut short"),
+        ("scheduler.pt", _torn, "scheduler.pt: damaged or cut short"),
+        ("rng_state.pth", _flipped, "rng_state.pth: damaged or cut short"),
+        ("model.safetensors", Path.unlink, "weight files are missing"),
+        ("model.safetensors", _torn, "cut short"),
+        ("config.json", Path.unlink, "config.json: not found"),
+        (
+            "loader_state/rank_00000.json",
+            lambda file: file.write_text("[1]"),
+            "the place in the data is damaged",
+        ),
+        ("loader_state/rank_00000.json", lambda file: file.write_text('{"version": 1}'), "data is damaged"),
+        (
+            "loader_state/rank_00000.json",
+            lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | {"loader": {}})),
+            "the place in the data is damaged",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_before_the_model_is_loaded(
+    finished, finetune, refusal, tmp_path, monkeypatch, name, damage, said
+):
+    shutil.copytree(finished, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoint-2" / name)
+    monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
+    message = refusal("run", max_steps=3)
+    assert said in message
+    assert "to continue from the one before it" in message
+    assert message.count("\n") == 1
+
+
+def test_a_checkpoint_that_the_reader_refuses_is_named(finished, refusal, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    torch.save({"state": 1}, tmp_path / "run" / "checkpoint-2" / "optimizer.pt")
+    message = refusal("run", max_steps=3)
+    assert "checkpoint-2: cannot be loaded: " in message
+    assert "delete it to continue from the one before it" in message

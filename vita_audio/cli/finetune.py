@@ -58,17 +58,20 @@ from vita_audio.training import (
     describe_trainable,
     fit_to_processes,
 )
-from vita_audio.training.checkpoints import load_loader_states, steps_done
+from vita_audio.training.checkpoints import CheckpointStateError, load_loader_states, steps_done
 from vita_audio.training.command_line import parse_arguments
 from vita_audio.training.deepspeed_config import builds_optimizer
 from vita_audio.training.quiet import hush_libraries
-from vita_audio.training.result import check_result
+from vita_audio.training.result import check_checkpoint, check_result
 
 logger = logging.getLogger("finetune_sts")
 
 AT_THE_DOOR = (ValueError, OSError, ImportError)
 """What wrong input raises while options, folders, codec, tokenizer and model are opened."""
-WHILE_TRAINING = (MixError, TokenCacheError, ResumeError, TooManyBadSamples, MachineError, FloatingPointError)
+WHILE_TRAINING = (
+    *(MixError, TokenCacheError, ResumeError, TooManyBadSamples, MachineError),
+    *(CheckpointStateError, FloatingPointError),
+)
 """What input may raise later; any other error keeps its traceback."""
 
 
@@ -108,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if checkpoint is not None:
                 logger.info("continuing from %s", checkpoint)
                 fit_to_processes(checkpoint, stage_args)
+                if steps_done(checkpoint) < stage_args.max_steps:
+                    check_checkpoint(checkpoint, deepspeed=bool(stage_args.deepspeed))
                 for line in describe_changes(checkpoint, run["arguments"]):
                     logger.warning("%s", line)
                 states = load_loader_states(checkpoint)

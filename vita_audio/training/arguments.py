@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import strtobool
 
 from vita_audio.audio import available_kinds, is_continuous_kind
@@ -34,9 +36,13 @@ from vita_audio.training.deepspeed_config import (
 from vita_audio.training.machine import check_devices
 from vita_audio.training.published import check_architecture, heads_in_config
 from vita_audio.training.scheduler import SCHEDULER_NAMES, WARMUP_COSINE, build_scheduler
-from vita_audio.training.served import find_unserved
+from vita_audio.training.served import find_out_of_range, find_unserved
 
 logger = logging.getLogger(__name__)
+
+
+_LONGEST_ROW = 2**24
+"""Tokens. A row that no memory holds would be filled for hours first."""
 
 
 class ArgumentError(ValueError):
@@ -107,6 +113,8 @@ class ModelArguments:
                 f"--model_name_or_path {self.model_name_or_path}: no such folder; "
                 "give the base model's folder, or run the previous stage first"
             )
+        if self.mtp_loss_weight is not None and not 0 <= self.mtp_loss_weight < math.inf:
+            raise ArgumentError(f"--mtp_loss_weight {self.mtp_loss_weight}: give a number 0 or more")
         self._count_heads()
         if self.language_model_freeze and self.num_nextn_predict_layers == 0:
             raise ArgumentError(
@@ -180,8 +188,10 @@ class DataArguments:
             )
         if not Path(self.dataset_name).is_file():
             raise ArgumentError(f"--dataset_name {self.dataset_name}: no such file; give the mix's YAML")
-        if self.model_max_length < 16:
-            raise ArgumentError(f"--model_max_length {self.model_max_length}: too short for any document")
+        if not 16 <= self.model_max_length <= _LONGEST_ROW:
+            raise ArgumentError(
+                f"--model_max_length {self.model_max_length}: give the tokens of a row, 16 to {_LONGEST_ROW:,}"
+            )
         if not 0 <= self.max_error_share <= 1:
             raise ArgumentError(f"--max_error_share {self.max_error_share}: give a share between 0 and 1")
         try:
@@ -257,17 +267,13 @@ class StageArguments(TrainingArguments):
             raise ArgumentError(
                 f"--max_steps {self.max_steps}: rows are endless, so give the number of steps"
             )
-        if self.mtp_learning_rate_multiplier <= 0:
-            raise ArgumentError(
-                f"--mtp_learning_rate_multiplier {self.mtp_learning_rate_multiplier}: must be above 0"
-            )
         if self.loss_average not in ("global", "rank"):
             raise ArgumentError(f"--loss_average {self.loss_average}: give global or rank")
         if self.loss_average == "rank":  # also in a copy of arguments that have been through here
             self.average_tokens_across_devices = True
-        unserved = find_unserved(self)
-        if unserved is not None:
-            raise ArgumentError(unserved)
+        problem = find_out_of_range(self) or find_unserved(self)
+        if problem is not None:
+            raise ArgumentError(problem)
         self._read_scheduler()
         try:
             self._prepare_deepspeed_and_device()
@@ -283,6 +289,7 @@ class StageArguments(TrainingArguments):
             self.lr_scheduler_type = name
         super().__post_init__()
         self.lr_scheduler_type = name
+        self._check_reports()
         self._check_agreement_with_deepspeed()
 
     def _prepare_deepspeed_and_device(self) -> None:
@@ -383,6 +390,16 @@ class StageArguments(TrainingArguments):
             f"--lr_scheduler_kwargs {self.lr_scheduler_kwargs}: give JSON that fits --lr_scheduler_type "
             f'{self.lr_scheduler_type}, such as {{"{example}": 0.1}}: {error}'
         )
+
+    def _check_reports(self) -> None:
+        """transformers looks for the packages after the model is loaded."""
+        available = get_available_reporting_integrations()
+        for name in self.report_to or ():
+            if name not in available:
+                raise ArgumentError(
+                    f"--report_to {name}: no such tracker is installed; give one of "
+                    f"{', '.join([*available, 'none'])}, or install the package"
+                )
 
     def _check_agreement_with_deepspeed(self) -> None:
         """transformers compares these too, but after the model is loaded and in eight lines."""

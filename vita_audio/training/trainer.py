@@ -28,6 +28,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 
+from vita_audio.data.faults import first_line, machine_fault
 from vita_audio.files import write_json
 from vita_audio.provenance import RUN_FILE
 from vita_audio.training.arguments import StageArguments
@@ -38,6 +39,7 @@ from vita_audio.training.callbacks import (
     StopOnBadGradients,
 )
 from vita_audio.training.checkpoints import (
+    CheckpointStateError,
     delete_old_checkpoints,
     mark_complete,
     mark_incomplete,
@@ -99,10 +101,24 @@ class SpeechTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """Train to ``max_steps``, from the start or from a complete checkpoint's folder."""
-        if resume_from_checkpoint is not None:
-            self.add_callback(_ObeyArguments(self._planned_rates))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        """Train to ``max_steps``, from the start or from a complete checkpoint's folder.
+
+        Raises:
+            CheckpointStateError: the checkpoint cannot be loaded.
+        """
+        if resume_from_checkpoint is None:
+            return super().train(None, *args, **kwargs)
+        loaded = _ObeyArguments(self._planned_rates)
+        self.add_callback(loaded)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except Exception as error:  # any error of a reader, as long as the checkpoint is being read
+            if loaded.reached or isinstance(error, CheckpointStateError) or machine_fault(error) is not None:
+                raise
+            raise CheckpointStateError(
+                f"{resume_from_checkpoint}: cannot be loaded: {first_line(error)}; "
+                "delete it to continue from the one before it"
+            ) from error
 
     def get_train_dataloader(self) -> Any:  # the Trainer's signature asks for a DataLoader
         """This rank's loader, which shards and shuffles itself."""
@@ -230,9 +246,11 @@ class _ObeyArguments(TrainerCallback):
 
     def __init__(self, planned: list[PlannedRates]) -> None:
         self._planned = planned
+        self.reached = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.reached = True
         for rates in self._planned:
             rates.restore()
