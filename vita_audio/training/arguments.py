@@ -29,6 +29,7 @@ from vita_audio.training.deepspeed_config import (
     DeepSpeedConfigError,
     builds_optimizer,
     check_deepspeed_config,
+    check_values,
     published_schedule,
     read_deepspeed_config,
     use_pytorch_adam,
@@ -188,10 +189,10 @@ class DataArguments:
             )
         if not Path(self.dataset_name).is_file():
             raise ArgumentError(f"--dataset_name {self.dataset_name}: no such file; give the mix's YAML")
-        if not 16 <= self.model_max_length <= _LONGEST_ROW:
-            raise ArgumentError(
-                f"--model_max_length {self.model_max_length}: give the tokens of a row, 16 to {_LONGEST_ROW:,}"
-            )
+        if self.model_max_length < 16:
+            raise ArgumentError(f"--model_max_length {self.model_max_length}: too short for any document")
+        if self.model_max_length > _LONGEST_ROW:
+            raise ArgumentError(f"--model_max_length {self.model_max_length}: give at most {_LONGEST_ROW}")
         if not 0 <= self.max_error_share <= 1:
             raise ArgumentError(f"--max_error_share {self.max_error_share}: give a share between 0 and 1")
         try:
@@ -297,7 +298,7 @@ class StageArguments(TrainingArguments):
         replaced = []
         self.use_cpu = self.use_cpu or strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")) == 1
         if self.deepspeed:
-            name = self.deepspeed if isinstance(self.deepspeed, str) else "(a dict)"
+            name = self._deepspeed_name = self.deepspeed if isinstance(self.deepspeed, str) else "(a dict)"
             config = read_deepspeed_config(self.deepspeed)
             self._check_groups(config, name)
             half_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else None
@@ -408,6 +409,11 @@ class StageArguments(TrainingArguments):
                 self.hf_deepspeed_config.mismatches[0].removeprefix("- ds ").replace(" vs hf ", ", but --")
             )
             raise ArgumentError(f'--deepspeed has {mismatch}; set the config\'s value to "auto"')
+        if self.deepspeed:
+            try:
+                check_values(self.hf_deepspeed_config.config, self._deepspeed_name)
+            except DeepSpeedConfigError as error:
+                raise ArgumentError(str(error)) from error
 
 
 _NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")

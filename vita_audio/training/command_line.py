@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
+from vita_audio.files import parse_settings
 from vita_audio.training.arguments import (
     ArgumentError,
     DataArguments,
@@ -103,10 +104,10 @@ def _is_below_one(values: list[str]) -> bool:
 
 def _words_of_json(file: str) -> list[str]:
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        content = parse_settings(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ArgumentError(f"{file}: cannot be read; give a JSON file of arguments") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ArgumentError(f"{file}: not valid JSON ({error}); correct the file") from error
     if not isinstance(content, dict):
         raise ArgumentError(f"{file}: must be a JSON object of arguments; correct the file")
@@ -115,15 +116,6 @@ def _words_of_json(file: str) -> list[str]:
         if value is not None:
             words += [f"--{name.lstrip('-')}", *_words_of_value(value)]
     return words
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{repeated!r} is given twice")
-    return content
 
 
 def _words_of_value(value: Any) -> list[str]:
