@@ -3,7 +3,9 @@
 import json
 import logging
 import re
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -459,3 +461,31 @@ def test_a_checkpoint_that_the_reader_refuses_is_named(finished, refusal, tmp_pa
     message = refusal("run", max_steps=3)
     assert "checkpoint-2: cannot be loaded: " in message
     assert "delete it to continue from the one before it" in message
+
+
+@pytest.mark.parametrize("free", [1_000_000, 5_000_000])
+def test_a_disk_that_fills_up_while_saving_is_told_in_one_line_and_leaves_no_whole_checkpoint(
+    refusal, tmp_path, free
+):
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (free, before[1])
+    )  # between the weights' size and the optimizer's
+    try:
+        message = refusal(max_steps=2, save_steps=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "checkpoint-1: cannot be written: " in message
+    assert not list(tmp_path.glob("out/checkpoint-*/checkpoint.complete"))
+
+
+@pytest.mark.parametrize("name", ["run.json", "stage.complete", "model.safetensors"])
+def test_a_folder_where_a_file_must_go_is_told_in_one_line(refusal, tmp_path, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    assert "irectory" in refusal(max_steps=1, save_strategy="no")
+
+
+def test_a_model_is_not_trained_into_its_own_folder(tiny_world, refusal, tmp_path):
+    shutil.copytree(tiny_world.root / "base", tmp_path / "own")
+    assert "is the folder of --model_name_or_path" in refusal("own", model_name_or_path=tmp_path / "own")

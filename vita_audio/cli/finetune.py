@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 1. Options, and whether this machine can serve them.
     with told_in_one_line(*AT_THE_DOOR):
         model_args, data_args, stage_args = parse_arguments(argv)
-        check_input_folder(model_args.model_name_or_path)
+        check_input_folder(model_args.model_name_or_path, stage_args.output_dir)
         dtype, attention = choose_numerics(model_args, stage_args)
         check_launch(stage_args)
     hush_libraries()
@@ -120,8 +120,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with told_in_one_line(*AT_THE_DOOR):
             loader.check_ranks_agree()
         if is_first():
-            folder.reopen()
-            write_json(folder.path / RUN_FILE, run)
+            with told_in_one_line(*AT_THE_DOOR):
+                folder.reopen()
+                write_json(folder.path / RUN_FILE, run)
 
         if checkpoint is None or steps_done(checkpoint) < stage_args.max_steps:
             # 5. The model with its heads; 6. what this stage trains.
@@ -140,17 +141,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             with told_in_one_line(*WHILE_TRAINING):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            trainer.save_model()
-            trainer.save_state()
+                trainer.save_model()
+                trainer.save_state()
         elif is_first():
-            folder.take_result(checkpoint)
+            with told_in_one_line(*AT_THE_DOOR):
+                folder.take_result(checkpoint)
 
         # 8. The stage's result is an ordinary model folder; the marker says that it is whole.
         barrier()
         if is_first():
             with told_in_one_line(*AT_THE_DOOR):
                 check_result(folder.path)
-            folder.finish()
+                folder.finish()
 
 
 def choose_numerics(model_args: ModelArguments, stage_args: StageArguments) -> tuple[torch.dtype, str]:
