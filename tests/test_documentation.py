@@ -23,6 +23,23 @@ def test_files_that_a_page_names_exist(page):
     assert missing == []
 
 
+def test_tests_that_the_differences_name_exist():
+    page = (REPOSITORY / "docs/differences.md").read_text(encoding="utf-8")
+    missing = []
+    for line in page.splitlines():
+        text = ""
+        # `FOLDER/test_x.py::test_name…`, then `…name…` of further tests in the same file.
+        for file, name in re.findall(r"`(?:tests/)?([\w/]+/test_\w+\.py)?(?:::)?(…?\w*…?)`", line):
+            if file:
+                path = REPOSITORY / "tests" / file
+                text = path.read_text(encoding="utf-8") if path.is_file() else ""
+            if (file and not text) or (
+                text and name.startswith(("…", "test_")) and name.strip("…") not in text
+            ):
+                missing.append(f"{file}::{name}")
+    assert missing == []
+
+
 def test_messages_that_troubleshooting_explains_are_said_somewhere():
     sources = [
         path.read_text(encoding="utf-8")
