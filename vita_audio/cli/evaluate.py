@@ -3,8 +3,8 @@
     python tools/evaluate_table.py --checkpoints stage1=DIR stage3=DIR --modes vanilla boost turbo \\
         --asr asr.jsonl --tts tts.jsonl --sqa sqa.jsonl --text_qa text_qa.jsonl --seed_tts zh/meta.lst --output_dir out
 
-One row per checkpoint and mode. A checkpoint is scored in the modes that it has enough heads for, or in those listed
-after its folder: stage2=DIR@vanilla,1-1. Every test set has its own scores; NAME=FILE names it, else its file does.
+One row per checkpoint and mode. A checkpoint is scored in the modes that it has enough heads for, or in those
+listed after its folder: stage2=DIR@vanilla,1-1. Every test set has its own scores, named by NAME=FILE, else by file.
 scores.json and scores.md are written row by row, and a score is computed again only if one of its inputs changed.
 OUTPUT_DIR/STAGE-MODE/ holds every utterance and its WAV file, OUTPUT_DIR/run.json the settings of the run.
 """
