@@ -27,7 +27,7 @@ _CHECKPOINT_FILES = (
     "vocab*",
     "merges.txt",
 )
-_COUNTING = 2
+_COUNTING = 3
 """Raised when the same replies would get other scores, so that those of before are not kept."""
 
 
