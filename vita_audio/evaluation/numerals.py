@@ -44,14 +44,12 @@ _TENS = {
 _ORDINALS = {
     **{f"{word}th": word for word in ("four", "six", "seven", "ten", "eleven", *list(_UNITS)[13:])},
     **{word.removesuffix("y") + "ieth": word for word in _TENS},
-    **{
-        "first": "one",
-        "second": "two",
-        "third": "three",
-        "fifth": "five",
-        "eighth": "eight",
-        "ninth": "nine",
-    },
+    "first": "one",
+    "second": "two",
+    "third": "three",
+    "fifth": "five",
+    "eighth": "eight",
+    "ninth": "nine",
     "twelfth": "twelve",
     **{f"{word}th": word for word in ("hundred", "thousand", "million", "billion", "trillion")},
 }
