@@ -164,6 +164,10 @@ def test_foreign_prompts_a_missing_grammar_and_the_system_message_are_said(
     [
         (["--transcriber", "whisper", "--transcriber_path", "nowhere"], "nowhere: no folder with Whisper's"),
         (["--transcriber", "whisper", "--transcriber_path", "a/b"], "a/b: no folder with Whisper's"),
+        (
+            ["--transcriber", "whisper", "--transcriber_path", "/nowhere"],
+            "/nowhere: no folder with Whisper's",
+        ),
         (["--transcriber", "paraformer"], "the paraformer transcriber needs FunASR"),
         (["--grammar", "nowhere.gram"], "nowhere.gram: no such grammar file"),
         (["--batch_size", -1], "--batch_size -1: give 1 or more"),

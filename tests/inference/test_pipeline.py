@@ -261,3 +261,30 @@ def test_a_codec_of_another_size_is_refused(tiny_world, tmp_path):
     MelVQTokenizer.fit(clips, MelVQConfig(codebook_size=65), epochs=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"64 speech tokens.*65 codes.*model was trained with"):
         SpeechPipeline.from_pretrained(tiny_world.model_dir, "mel_vq", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"max_new_tokens": None},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 2.5},
+        {"max_new_tokens": "5"},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_p": float("nan")},
+        {"top_k": -1},
+        {"seed": 1.5},
+        {"seed": "a"},
+        {"seed": 1 << 64},
+        {"do_sample": "no"},
+    ],
+    ids=str,
+)
+def test_an_option_out_of_range_is_refused_in_one_line(choice):
+    with pytest.raises(ValueError, match=rf"^{next(iter(choice))}=[^\n]+$"):
+        GenerationOptions(**choice)
+
+
+def test_a_batch_of_nothing_gives_no_replies(pipeline):
+    assert pipeline.reply_batch([]) == []
