@@ -96,8 +96,7 @@ def requested_text(message: Message) -> str:
 
 
 def is_blank_request(message: Message) -> bool:
-    """Whether a message asks for a text to be read aloud but holds none: nothing, spaces, punctuation, signs
-    that nobody sees."""
+    """Whether a message asks for a text to be read aloud but contains no letter, number or symbol."""
     said = (unicodedata.category(character)[0] in "LNS" for character in requested_text(message))
     return TTS_PROMPT in message.text and not any(said)
 
