@@ -67,7 +67,7 @@ class GenerationOptions:
             value = getattr(self, name)
             if value is None and name != "max_new_tokens":
                 continue
-            if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+            if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
                 raise ValueError(f"{name}={value!r}: give a whole number of {least} or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p!r}: give a share above 0 and up to 1")

@@ -50,7 +50,7 @@ class Schedule:
             try:
                 numbers = list(value)
             except TypeError:
-                numbers = [value]  # refused below
+                raise ValueError(f"mtp_inference_mode={value!r}: give a name or pairs of numbers") from None
         whole = all(isinstance(count, int) and not isinstance(count, bool) for count in numbers)
         if not numbers or len(numbers) % 2 or not whole or min(numbers[0::2]) < 1 or min(numbers[1::2]) < 0:
             raise ValueError(
