@@ -1,4 +1,4 @@
-"""No source of a mix is lost in silence: what gives nothing stops the run, in one line that says what to do."""
+"""No source of a mix is lost silently: one that yields nothing stops the run, with one line that says what to do."""
 
 from __future__ import annotations
 

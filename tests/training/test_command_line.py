@@ -185,7 +185,7 @@ def test_dashes_and_underscores_mean_the_same(needed):
     check_published(*parse_arguments(with_equals))
 
 
-def test_a_json_file_of_arguments_stands_for_the_flags(needed, tmp_path):
+def test_a_json_file_of_arguments_replaces_the_flags(needed, tmp_path):
     words = published(needed)
     arguments: dict = {"--token": None, "tokenizer_name": None, "lr_scheduler_kwargs": {}}
     for word in words:
@@ -402,7 +402,7 @@ def test_where_cpus_are_chosen_what_works_there_is_taken_and_said(needed, caplog
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without GPU")
-def test_gpus_that_are_missing_are_not_replaced_by_cpus_in_silence(needed, monkeypatch):
+def test_missing_gpus_are_not_silently_replaced_by_cpus(needed, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     assert "--ddp_backend nccl: this machine shows no NVIDIA GPU" in refusal(
         [*needed, "--ddp_backend", "nccl"]

@@ -109,9 +109,7 @@ def test_arguments_and_modules_reach_the_command_as_they_are(script, tmp_path):
     assert ended.stdout == "['x'] 0\n", ended.stderr
 
 
-def test_a_launcher_that_is_told_to_stop_stops_its_processes_and_says_so_in_a_line(
-    script, tmp_path, processes
-):
+def test_a_stopped_launcher_stops_its_processes_and_reports_it_in_one_line(script, tmp_path, processes):
     process = subprocess.Popen(
         launcher(
             script("open(sys.argv[1] + os.environ['RANK'], 'w').close(); time.sleep(600)"),
