@@ -79,7 +79,7 @@ def test_a_mix_of_which_every_sample_is_too_long_stops_instead_of_looping(
     message = stopped(loader)
     assert message.startswith("long/long: all 90 samples (100.0%) read so far of ")
     assert "too_long 90" in message
-    assert "raise --model_max_length, or take the file out of the mix" in message
+    assert "raise --model_max_length, or remove the file from the mix" in message
     assert len((tmp_path / "out" / "data_errors.jsonl").read_text().splitlines()) < 1000
 
 
@@ -140,11 +140,11 @@ def test_a_wrong_codec_folder_is_refused_at_once_where_speech_is_a_small_part(op
     (tmp_path / "base").mkdir()
     sources = {"texts": texts, "speech": [spoken("a.wav")]}
     with pytest.raises(
-        ValueError, match=r"no folder is given, and the mix holds speech without codes made ahead"
+        ValueError, match=r"no folder is given, and the mix contains speech without precomputed codes"
     ):
         open_mix(CodecSpec("mel_vq"), **sources)
     with pytest.raises(
-        ValueError, match=r"gone: no such folder, and the mix holds speech .*speech/speech, row 0: .*a\.wav"
+        ValueError, match=r"gone: no such folder, and the mix contains speech .*speech/speech, row 0: .*a\.wav"
     ):
         open_mix(CodecSpec("mel_vq", str(tmp_path / "gone")), **sources)
     with pytest.raises(ValueError, match=r"the mel_vq codec cannot make codes: .*; give the codec's folder"):

@@ -369,7 +369,7 @@ def test_a_missing_codec_is_reported_before_the_model_is_loaded_if_the_mix_has_s
     finetune("text", audio_tokenizer_path=tiny_world.root / "no_codec", max_steps=1)
     monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
     message = refusal("spoken", dataset_name=mix, audio_tokenizer_path=tiny_world.root / "no_codec")
-    assert "no_codec: no such folder, and the mix holds speech" in message
+    assert "no_codec: no such folder, and the mix contains speech" in message
 
 
 def test_a_folder_of_another_codec_is_reported_before_the_model_is_loaded(refusal, tiny_world, monkeypatch):
@@ -396,4 +396,4 @@ def test_a_result_without_weights_is_not_called_complete(finetune, refusal, monk
 
     monkeypatch.setattr(SpeechTrainer, "save_model", save_without_weights)
     message = refusal(max_steps=1)
-    assert "1 of 27 weights were not saved whole" in message
+    assert "1 of 27 weights were not saved correctly" in message

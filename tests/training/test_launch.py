@@ -90,7 +90,7 @@ def test_an_unexpected_error_keeps_its_traceback_and_the_launcher_adds_one_line(
     assert lines[0].startswith("Traceback")
     assert lines[-2:] == [
         "KeyError: 'lost'",
-        "launch: process 0 ended with status 1; what it said stands above",
+        "launch: process 0 ended with status 1; see its output above",
     ]
     assert ended.returncode == 1
 
