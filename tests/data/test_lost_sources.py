@@ -144,7 +144,8 @@ def test_a_wrong_codec_folder_is_refused_at_once_where_speech_is_a_small_part(op
     ):
         open_mix(CodecSpec("mel_vq"), **sources)
     with pytest.raises(
-        ValueError, match=r"gone: no such folder, and the mix contains speech .*speech/speech, row 0: .*a\.wav"
+        ValueError,
+        match=r"gone: no such folder, and the mix contains speech .*speech/speech, row 0: .*a\.wav",
     ):
         open_mix(CodecSpec("mel_vq", str(tmp_path / "gone")), **sources)
     with pytest.raises(ValueError, match=r"the mel_vq codec cannot make codes: .*; give the codec's folder"):
@@ -164,7 +165,8 @@ def test_heard_speech_needs_the_front_end_before_the_first_step(tmp_path, golden
     write_lines(tmp_path / "heard.jsonl", [heard | {"audios": ["a.wav"]}])
     mix = write_lines(tmp_path / "mix.yaml", ["dataset: {heard: {data_paths: [heard.jsonl]}}"])
     with pytest.raises(
-        ValueError, match=r"no_front_end: no such folder, .*without features.*audio_model_name_or_path"
+        ValueError,
+        match=r"no_front_end: no such folder, .*without precomputed features.*audio_model_name_or_path",
     ):
         build_train_loader(
             DataConfig(mix, arrow_cache=arrow_cache),

@@ -161,7 +161,10 @@ def test_foreign_prompts_a_missing_grammar_and_the_system_message_are_said(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--transcriber", "whisper", "--transcriber_path", "nowhere"], "nowhere: not a folder with Whisper's"),
+        (
+            ["--transcriber", "whisper", "--transcriber_path", "nowhere"],
+            "nowhere: not a folder with Whisper's",
+        ),
         (["--transcriber", "whisper", "--transcriber_path", "a/b"], "a/b: not a folder with Whisper's"),
         (["--transcriber", "paraformer"], "the paraformer transcriber needs FunASR"),
         (["--grammar", "nowhere.gram"], "nowhere.gram: no such grammar file"),
