@@ -1,4 +1,4 @@
-"""What the documentation says of files and messages is true of the repository."""
+"""The files, tests and messages that the documentation names exist in the repository."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Files whose headers lie: all of the content is heard, or the file is refused."""
+"""Files with wrong headers: all of the content is read, or the file is refused."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class RecordedNoise(NoiseSource):
 
 
 class FrameNoise(NoiseSource):
-    """Noise that belongs to a frame of the reply, whatever window it is seen through."""
+    """Noise that belongs to a frame of the reply, independent of the window."""
 
     def mel(self, bins: int, start: int, frames: int) -> torch.Tensor:
         whole = torch.randn(start + frames, bins, generator=torch.Generator().manual_seed(0))
@@ -237,7 +237,7 @@ def test_an_end_without_new_codes_flushes_what_was_held_back(codec):
     assert len(first) + len(rest) == codec.flow.frames(10) * 256
 
 
-def test_a_stream_starts_afresh_after_its_end(codec):
+def test_a_stream_resets_after_its_end(codec):
     stream = codec.stream()
     codes = _codes(25)
     assert torch.equal(stream.push(codes, last=True), stream.push(codes, last=True))

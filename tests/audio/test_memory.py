@@ -41,7 +41,7 @@ def reason(audio) -> str:
     return caught.value.reason
 
 
-def test_samples_by_channels_and_channels_by_samples_are_told_apart(path):
+def test_samples_by_channels_and_channels_by_samples_are_distinguished(path):
     for array in (soundfile.read(path)[0], STEREO, STEREO.T, torch.from_numpy(STEREO), STEREO.T.tolist()):
         torch.testing.assert_close(left((array, RATE)), LEFT, atol=1e-7, rtol=0)
     assert torch.equal(load_audio((STEREO, RATE))[0], torch.from_numpy(STEREO.T.copy()).mean(0))

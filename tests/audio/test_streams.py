@@ -75,7 +75,7 @@ def test_pieces_may_have_the_rate_of_the_microphone(codec, cuts, rate):
     assert listen(codec.encode_stream(rate), clip, cuts) == codec.encode((clip, rate))
 
 
-def test_an_encode_stream_starts_afresh_after_its_end(codec):
+def test_an_encode_stream_resets_after_its_end(codec):
     clip, stream = noise(20_000), codec.encode_stream()
     first, second = (listen(stream, clip, [0.3]) for _ in range(2))
     assert first == second == codec.encode((clip, RATE))

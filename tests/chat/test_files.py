@@ -106,7 +106,7 @@ def test_a_line_that_is_not_utf8_is_refused_by_number_and_costs_no_other(tmp_pat
         questions(tmp_path / "a.jsonl")
 
 
-def test_a_missing_file_a_folder_and_an_empty_file_are_told_apart(tmp_path):
+def test_a_missing_file_a_folder_and_an_empty_file_get_different_errors(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "empty.jsonl").write_bytes(b"")
     (tmp_path / "blank.jsonl").write_bytes(b"\xef\xbb\xbf\r\n \r\n")
@@ -144,7 +144,7 @@ def test_a_file_that_the_system_does_not_give_is_refused_in_one_line(tmp_path, s
 
 @pytest.fixture
 def places(tmp_path):
-    """A data root, and a folder beside the data file."""
+    """A data root, and a folder next to the data file."""
     for folder in ("root", "beside"):
         (tmp_path / folder).mkdir()
     return tmp_path / "root", tmp_path / "beside"
@@ -196,7 +196,7 @@ def test_test_sets_follow_the_same_rule(places, given, monkeypatch):
     assert item.conversation.audios == expected
 
 
-def test_without_a_root_audio_lies_beside_the_file(places):
+def test_without_a_root_audio_paths_are_relative_to_the_file(places):
     _, beside = places
     (beside / "test.jsonl").write_text(spoken("gone.wav"))
     [(_, sample)] = read_samples(beside / "test.jsonl")

@@ -30,7 +30,7 @@ def test_every_golden_case_is_reproduced(goldens):
             assert interleave_text_audio(*arguments) == case["expected"], (case["name"], case["ratio"])
 
 
-def test_text_beside_an_empty_span_is_kept(goldens):
+def test_text_next_to_an_empty_span_is_kept(goldens):
     cases = [case for case in goldens.lines("interleave/cases.jsonl") if "LOSES_TEXT" in case["name"]]
     assert cases
     for case in cases:

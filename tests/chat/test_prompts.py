@@ -159,7 +159,7 @@ def test_tags_and_audios_must_agree():
         Conversation([{"role": "user", "content": "hi"}], ["a.wav"])
 
 
-def test_the_task_is_told_by_the_last_message():
+def test_the_last_message_determines_the_task():
     assert prompts.task_of(prompts.transcription("a.wav")) == "ASR"
     assert prompts.task_of(prompts.synthesis("hi")) == "TTS"
     assert prompts.task_of(prompts.synthesis("hi", voice="v.wav")) == "voice clone"

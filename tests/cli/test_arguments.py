@@ -139,7 +139,7 @@ def test_a_command_can_replace_a_default_and_read_can_fill_in_what_has_no_flag()
     ("words", "message"),
     [
         (["--count", "many"], "argument --count: invalid int value: 'many'"),
-        (["--quiet", "perhaps"], "argument --quiet: 'perhaps': true or false"),
+        (["--quiet", "perhaps"], "argument --quiet: 'perhaps': give true or false"),
         (["--pace", "steady"], "argument --pace: invalid choice: 'steady'"),
         (["--cou", "4"], "unrecognized arguments: --cou 4"),
     ],

@@ -89,7 +89,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(tmp_path, caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_audio_that_is_missing_stays_an_error_of_its_own(tmp_path, open_reader):
+def test_missing_audio_remains_a_separate_error(tmp_path, open_reader):
     with pytest.raises(AudioError, match=r"absent\.wav"):
         open_reader().features(str(tmp_path / "absent.wav"))
 

@@ -47,7 +47,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, goldens, write_lines, text_sample):
-    """A tiny model, and a mix of text and of speech whose codes lie beside it."""
+    """A tiny model, and a mix of text and of speech with its codes next to it."""
     root = tmp_path_factory.mktemp("world")
     tokenizer = goldens.tokenizer("glm4voice")
     tokenizer.save_pretrained(root / "model")
@@ -78,7 +78,7 @@ def world(tmp_path_factory, goldens, write_lines, text_sample):
 
 
 def start(world: Path, name: str) -> subprocess.Popen:
-    """Two DeepSpeed processes that train into ``world / name``; each with a loader worker of its own."""
+    """Two DeepSpeed processes that train into ``world / name``; each with its own loader worker."""
     folder = world / name
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:

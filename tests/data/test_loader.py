@@ -216,7 +216,7 @@ def spoken(audio: str) -> dict:
 
 
 @pytest.mark.parametrize("below_root", [True, False])
-def test_audio_below_the_data_root_comes_before_audio_beside_the_file(
+def test_audio_below_the_data_root_takes_precedence_over_audio_next_to_the_file(
     open_loader, tmp_path, write_lines, below_root
 ):
     root, beside = tmp_path / "root", tmp_path / "beside"

@@ -1,4 +1,4 @@
-"""No source of a mix is lost in silence: what gives nothing stops the run, in one line that says what to do."""
+"""No source of a mix is lost silently: one that yields nothing stops the run, with one line that says what to do."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_mix_of_which_every_sample_is_too_long_stops_instead_of_looping(
     message = stopped(loader)
     assert message.startswith("long/long: all 90 samples (100.0%) read so far of ")
     assert "too_long 90" in message
-    assert "raise --model_max_length, or take the file out of the mix" in message
+    assert "raise --model_max_length, or remove the file from the mix" in message
     assert len((tmp_path / "out" / "data_errors.jsonl").read_text().splitlines()) < 1000
 
 
@@ -145,11 +145,12 @@ def test_a_wrong_codec_folder_is_refused_at_once_where_speech_is_a_small_part(op
     (tmp_path / "base").mkdir()
     sources = {"texts": texts, "speech": [spoken("a.wav")]}
     with pytest.raises(
-        ValueError, match=r"no folder is given, and the mix holds speech without codes made ahead"
+        ValueError, match=r"no folder is given, and the mix contains speech without precomputed codes"
     ):
         open_mix(CodecSpec("mel_vq"), **sources)
     with pytest.raises(
-        ValueError, match=r"gone: no such folder, and the mix holds speech .*speech/speech, row 0: .*a\.wav"
+        ValueError,
+        match=r"gone: no such folder, and the mix contains speech .*speech/speech, row 0: .*a\.wav",
     ):
         open_mix(CodecSpec("mel_vq", str(tmp_path / "gone")), **sources)
     with pytest.raises(ValueError, match=r"the mel_vq codec cannot make codes: .*; give the codec's folder"):
@@ -169,7 +170,8 @@ def test_heard_speech_needs_the_front_end_before_the_first_step(tmp_path, golden
     write_lines(tmp_path / "heard.jsonl", [heard | {"audios": ["a.wav"]}])
     mix = write_lines(tmp_path / "mix.yaml", ["dataset: {heard: {data_paths: [heard.jsonl]}}"])
     with pytest.raises(
-        ValueError, match=r"no_front_end: no such folder, .*without features.*audio_model_name_or_path"
+        ValueError,
+        match=r"no_front_end: no such folder, .*without precomputed features.*audio_model_name_or_path",
     ):
         build_train_loader(
             DataConfig(mix, arrow_cache=arrow_cache),

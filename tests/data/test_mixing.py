@@ -146,7 +146,7 @@ def test_paths_expand_the_environment_and_start_at_the_data_root(mix_folder, mon
     assert read_mix(file)[1].path == tmp_path / "d/qa.jsonl"
 
 
-def test_relative_data_files_are_found_below_the_root_or_beside_the_mix(tmp_path, monkeypatch):
+def test_relative_data_files_are_found_below_the_root_or_next_to_the_mix(tmp_path, monkeypatch):
     monkeypatch.delenv("ROOT_PATH", raising=False)
     root, own = tmp_path / "root", tmp_path / "own"
     (root / "data").mkdir(parents=True)
@@ -316,7 +316,7 @@ def test_datasets_below_the_root_also_means_its_data_folder(tmp_path):
     assert place("/absolute/d.jsonl") == "/absolute/d.jsonl"
 
 
-def test_without_a_data_root_paths_start_at_root_path_and_then_beside_the_mix(tmp_path, monkeypatch):
+def test_without_a_data_root_paths_are_relative_to_root_path_and_then_to_the_mix(tmp_path, monkeypatch):
     root, own = tmp_path / "root", tmp_path / "own"
     (root / "data").mkdir(parents=True)
     own.mkdir()

@@ -42,7 +42,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def nodes(tmp_path, text_sample, write_lines):
-    """Two folders that stand for two machines, with the same data."""
+    """Two folders that represent two machines, with the same data."""
     for rank in range(2):
         folder = tmp_path / f"node{rank}"
         for name in "ab":

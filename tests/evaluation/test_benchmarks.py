@@ -51,7 +51,7 @@ def bench(pipeline, pool, tmp_path) -> Bench:
 
 
 class Ears:
-    """Hears what it is told to."""
+    """Returns given transcripts."""
 
     def __init__(self, words):
         self.words = words
@@ -212,7 +212,7 @@ def test_both_sides_are_composed_before_they_are_compared():
         assert [qa[key] for key in qa if key.endswith(("accuracy", "words"))] == [1.0] * 4
 
 
-def test_each_item_draws_from_its_own_seed_whatever_the_batch(bench, tiny_world, requests_made):
+def test_each_item_draws_from_its_own_seed_in_every_batch(bench, tiny_world, requests_made):
     (item,) = TTS.read(tiny_world.data_dir / "tts.jsonl")
     items = [replace(item, id=str(number)) for number in range(3)]
     drawn = replace(OPTIONS, do_sample=True, temperature=5.0, seed=7)
@@ -228,7 +228,7 @@ def test_each_item_draws_from_its_own_seed_whatever_the_batch(bench, tiny_world,
 # -- speed -----------------------------------------------------------------------------------------------
 
 
-def test_speed_is_measured_mode_beside_mode_on_single_replies(pipeline, tiny_world, monkeypatch):
+def test_speed_is_measured_on_single_replies_with_modes_in_turn(pipeline, tiny_world, monkeypatch):
     (item,) = TTS.read(tiny_world.data_dir / "tts.jsonl")
     reply, asked = type(pipeline).reply, []
 

@@ -151,7 +151,7 @@ def test_foreign_prompts_a_missing_grammar_and_the_system_message_are_said(
     )  # fmt: skip
     (row,) = json.loads((tmp_path / "out" / "scores.json").read_text())
     notes = " ".join(row["notes"])
-    assert "foreign: 1 of 1 prompts are not worded as in the training data" in notes
+    assert "foreign: 1 of 1 prompts differ in wording from the training data" in notes
     assert "sqa: heard by pocketsphinx without a grammar" in notes
     assert "sqa: questions without a system message were asked with no system message" in notes
     assert row["sets"]["sqa"]["system"] is None
@@ -162,11 +162,14 @@ def test_foreign_prompts_a_missing_grammar_and_the_system_message_are_said(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--transcriber", "whisper", "--transcriber_path", "nowhere"], "nowhere: no folder with Whisper's"),
-        (["--transcriber", "whisper", "--transcriber_path", "a/b"], "a/b: no folder with Whisper's"),
+        (
+            ["--transcriber", "whisper", "--transcriber_path", "nowhere"],
+            "nowhere: not a folder with Whisper's",
+        ),
+        (["--transcriber", "whisper", "--transcriber_path", "a/b"], "a/b: not a folder with Whisper's"),
         (
             ["--transcriber", "whisper", "--transcriber_path", "/nowhere"],
-            "/nowhere: no folder with Whisper's",
+            "/nowhere: not a folder with Whisper's",
         ),
         (["--transcriber", "paraformer"], "the paraformer transcriber needs FunASR"),
         (["--grammar", "nowhere.gram"], "nowhere.gram: no such grammar file"),

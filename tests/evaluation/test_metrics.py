@@ -85,7 +85,7 @@ def test_transcript_files_score_as_recorded_or_as_corrected(case, tmp_path):
         assert (result.counts.reference_tokens, result.counts.errors) == corrected
 
 
-def test_missing_hypotheses_are_deletions_and_the_published_figure_stands_beside():
+def test_missing_hypotheses_are_deletions_and_the_published_figure_is_also_given():
     references = {"0": "a b c", "1": "d e f", "2": "g h"}
     result = corpus_error_rate(references, {"0": "a b c", "1": None, "2": "g x"})
     assert result.counts == ErrorCounts(1, 3, 0, 8)

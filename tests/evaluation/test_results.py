@@ -1,4 +1,4 @@
-"""Scores that are kept, and those that are not: whatever decides them may change under the same path."""
+"""Which scores are reused: their inputs may change under the same path."""
 
 from __future__ import annotations
 

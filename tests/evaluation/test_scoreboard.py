@@ -54,7 +54,7 @@ def test_the_table_is_readable_in_80_columns_and_says_what_matters():
     assert "| stage4 | boost | published |" in text
 
 
-def test_a_note_that_is_true_of_several_sets_stands_once():
+def test_a_note_about_several_sets_is_printed_once():
     heard = [f"{name}: heard by whisper" for name in ("clean", "other", "clean")]
     assert "* clean, other: heard by whisper\n" in markdown(
         [ROW | {"notes": heard}, ROW | {"notes": heard[:1]}]

@@ -1,4 +1,4 @@
-"""A tiny model of the Plus family beside ``tiny_world``."""
+"""A tiny model of the Plus family, in addition to ``tiny_world``."""
 
 from pathlib import Path
 

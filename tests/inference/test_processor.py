@@ -245,7 +245,7 @@ def test_a_saved_processor_opens_with_its_codec_and_other_folders_can_be_given(w
     opened.save_pretrained(tmp_path / "saved")
     shutil.rmtree(moved)
     with pytest.raises(
-        ValueError, match=r"processor_config.json says audio_tokenizer_path=.*; give"
+        ValueError, match=r"processor_config.json has audio_tokenizer_path=.*; give"
     ) as refusal:
         AutoProcessor.from_pretrained(tmp_path / "saved")
     assert "\n" not in str(refusal.value)

@@ -147,7 +147,9 @@ def test_a_path_that_is_no_folder_is_refused_naming_it(open_folder, path, tmp_pa
     assert message.startswith(f"{path}: no such folder")
 
 
-def test_a_misspelt_folder_beside_others_is_not_taken_for_a_hub_name(tmp_path, monkeypatch, hub_cache, plain):
+def test_a_misspelt_folder_next_to_others_is_not_taken_for_a_hub_name(
+    tmp_path, monkeypatch, hub_cache, plain
+):
     put_into(hub_cache, plain, "output", "stage3")
     (tmp_path / "output").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -215,7 +217,7 @@ def shard(folder):
 
 
 @pytest.mark.parametrize("open_folder", BOTH)
-def test_a_tied_head_beside_another_in_the_file_is_refused(open_folder, plain):
+def test_a_tied_head_with_another_in_the_file_is_refused(open_folder, plain):
     edit(plain / "config.json", tie_word_embeddings=True)
     message = refusal(open_folder, plain)
     assert "tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight" in message
@@ -245,7 +247,7 @@ def test_an_untied_head_that_the_weights_lack_is_refused(open_folder, plain, sai
 
 
 @pytest.mark.parametrize("open_folder", BOTH)
-def test_whole_weights_beside_an_index_are_refused(open_folder, plain):
+def test_complete_weights_next_to_an_index_are_refused(open_folder, plain):
     kept = (plain / "model.safetensors").read_bytes()
     shard(plain)
     (plain / "model.safetensors").write_bytes(kept)
@@ -356,7 +358,7 @@ def test_a_configuration_that_is_no_object_is_refused(plain, content):
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
-def test_sampling_fields_beside_greedy_search_are_dropped_with_a_word_and_the_model_saves(
+def test_sampling_fields_with_greedy_search_are_dropped_with_a_warning_and_the_model_saves(
     plain, tmp_path, caplog, name
 ):
     (plain / "generation_config.json").write_text("{}")

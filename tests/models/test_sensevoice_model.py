@@ -258,7 +258,7 @@ def test_a_second_turn_continues_from_the_cache_of_the_first(model, mode, cache_
     assert continued.tolist() == model.generate(**second, **options).tolist()
 
 
-def test_rows_without_audio_train_beside_rows_with_audio(model):
+def test_rows_without_audio_train_together_with_rows_with_audio(model):
     batch, _ = training_batch()
     text = {name: torch.arange(84)[None].clone() for name in ("input_ids", "labels", "position_ids")}
     both = {name: torch.cat([batch[name], text[name]]) for name in text}

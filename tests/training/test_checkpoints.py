@@ -70,7 +70,7 @@ def test_a_checkpoint_without_loader_state_says_so(tmp_path):
         load_loader_states(tmp_path)
 
 
-def test_a_pickled_loader_state_is_never_opened_and_the_user_is_told(tmp_path):
+def test_a_pickled_loader_state_is_never_opened_and_the_error_says_so(tmp_path):
     (tmp_path / "loader_state").mkdir()
     (tmp_path / "loader_state" / "rank_00000.pt").write_bytes(b"not even a pickle")
     with pytest.raises(CheckpointStateError, match="earlier version, which pickled the position in the data"):

@@ -347,17 +347,17 @@ def test_an_unfinished_stage_is_not_taken_as_input(finetune, refusal):
     finetune("third", model_name_or_path=folder / "checkpoint-2", max_steps=1)
 
 
-def test_deepspeed_without_a_launcher_is_told_how_to_start(refusal, tiny_world):
+def test_deepspeed_without_a_launcher_is_refused_with_the_way_to_start(refusal, tiny_world):
     config = tiny_world.environment()["DEEPSPEED_CONFIG"]
     assert "--deepspeed needs a launcher: python vita_audio/cli/launch.py" in refusal(deepspeed=config)
 
 
-def test_wrong_options_are_told_without_the_list_of_all_options(refusal):
+def test_wrong_options_are_reported_without_the_list_of_all_options(refusal):
     assert "lerning_rate" in refusal(lerning_rate=1)
     assert "--max_steps" in refusal(max_steps="many")
 
 
-def test_what_the_machine_lacks_is_told_before_the_model_is_loaded(refusal, monkeypatch):
+def test_missing_hardware_is_reported_before_the_model_is_loaded(refusal, monkeypatch):
     monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
     if not torch.cuda.is_available():
         assert "--ddp_backend nccl: this machine shows no NVIDIA GPU" in refusal(
@@ -366,7 +366,7 @@ def test_what_the_machine_lacks_is_told_before_the_model_is_loaded(refusal, monk
     assert "flash_attention_2 needs" in refusal(attn_implementation="flash_attention_2", use_cpu=None)
 
 
-def test_a_missing_codec_is_told_before_the_model_is_loaded_if_the_mix_holds_speech(
+def test_a_missing_codec_is_reported_before_the_model_is_loaded_if_the_mix_has_speech(
     finetune, refusal, tiny_world, monkeypatch
 ):
     spoken = {
@@ -379,10 +379,10 @@ def test_a_missing_codec_is_told_before_the_model_is_loaded_if_the_mix_holds_spe
     finetune("text", audio_tokenizer_path=tiny_world.root / "no_codec", max_steps=1)
     monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
     message = refusal("spoken", dataset_name=mix, audio_tokenizer_path=tiny_world.root / "no_codec")
-    assert "no_codec: no such folder, and the mix holds speech" in message
+    assert "no_codec: no such folder, and the mix contains speech" in message
 
 
-def test_a_folder_of_another_codec_is_told_before_the_model_is_loaded(refusal, tiny_world, monkeypatch):
+def test_a_folder_of_another_codec_is_reported_before_the_model_is_loaded(refusal, tiny_world, monkeypatch):
     monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
     message = refusal(audio_tokenizer_path=tiny_world.root / "base")
     assert str(tiny_world.root / "base") in message
@@ -406,7 +406,7 @@ def test_a_result_without_weights_is_not_called_complete(finetune, refusal, monk
 
     monkeypatch.setattr(SpeechTrainer, "save_model", save_without_weights)
     message = refusal(max_steps=1)
-    assert "1 of 27 weights were not saved whole" in message
+    assert "1 of 27 weights were not saved correctly" in message
 
 
 def _torn(file):

@@ -90,7 +90,7 @@ def test_an_unexpected_error_keeps_its_traceback_and_the_launcher_adds_one_line(
     assert lines[0].startswith("Traceback")
     assert lines[-2:] == [
         "KeyError: 'lost'",
-        "launch: process 0 ended with status 1; what it said stands above",
+        "launch: process 0 ended with status 1; see its output above",
     ]
     assert ended.returncode == 1
 
@@ -109,9 +109,7 @@ def test_arguments_and_modules_reach_the_command_as_they_are(script, tmp_path):
     assert ended.stdout == "['x'] 0\n", ended.stderr
 
 
-def test_a_launcher_that_is_told_to_stop_stops_its_processes_and_says_so_in_a_line(
-    script, tmp_path, processes
-):
+def test_a_stopped_launcher_stops_its_processes_and_reports_it_in_one_line(script, tmp_path, processes):
     process = subprocess.Popen(
         launcher(
             script("open(sys.argv[1] + os.environ['RANK'], 'w').close(); time.sleep(600)"),

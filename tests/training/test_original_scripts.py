@@ -163,7 +163,7 @@ class World:
         self._make_environment()
 
     def _make_environment(self) -> None:
-        """What set_env_ds_gpu.sh finds in place, so that it installs nothing, and torchrun's stand-in."""
+        """An environment in which set_env_ds_gpu.sh installs nothing, and a stand-in for torchrun."""
         commands = self._venv / "bin"
         commands.mkdir(parents=True)
         (commands / "activate").write_text(f"export PATH={commands}:$PATH\n")

@@ -1,4 +1,4 @@
-"""One run owns its folder; what is finished, torn or half done in it is told apart."""
+"""One run owns its folder; finished, incomplete and unfinished states are distinguished."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def names(run):
     return sorted(path.name for path in run.iterdir())
 
 
-def test_a_second_run_is_refused_and_told_who_owns_the_folder_until_the_owner_dies(tmp_path):
+def test_a_second_run_is_refused_with_the_name_of_the_owner_until_the_owner_dies(tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
     try:
         assert owner.stdout.readline() == "locked\n"
@@ -64,7 +64,7 @@ def test_a_second_run_is_refused_and_told_who_owns_the_folder_until_the_owner_di
         folder.lock()
 
 
-def test_rotation_keeps_the_newest_whole_checkpoints_whatever_number_a_torn_one_has(tmp_path):
+def test_rotation_keeps_the_newest_complete_checkpoints_regardless_of_incomplete_ones(tmp_path):
     for step in (10, 20, 30):
         make_checkpoint(tmp_path, step)
     make_checkpoint(tmp_path, 90, complete=False)

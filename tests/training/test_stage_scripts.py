@@ -76,7 +76,7 @@ def test_the_output_folder_keeps_script_mix_and_everything_printed(stand_ins):
     assert (folder / "log_node0.txt").read_text() == 2 * call.printed, "a continued run adds to the log"
 
 
-def test_every_node_writes_a_log_of_its_own(stand_ins):
+def test_every_node_writes_its_own_log(stand_ins):
     cluster = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
     folder = Path(stand_ins.call(STAGE, "8192", "run", **cluster).value("--output_dir"))
     assert sorted(path.name for path in folder.iterdir()) == ["log_node1.txt"]
@@ -241,7 +241,7 @@ def test_nodes_that_are_given_by_their_own_names_win(stand_ins):
         ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "5"}, "2 1 8 node0 5"),
     ],
 )
-def test_the_cluster_environment_says_what_torchrun_is_told(tmp_path, settings, want):
+def test_the_cluster_environment_prints_the_arguments_of_torchrun(tmp_path, settings, want):
     command = f"set -eu; source {REPOSITORY}/scripts/set_env_ds_gpu.sh; env -0"
     environment = cluster_environment(tmp_path) | settings
     run = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=True)

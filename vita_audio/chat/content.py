@@ -4,7 +4,7 @@ A message's content is a string, or a list of parts: ``{"type": "text", "text": 
 …}`` (``path`` and ``url`` mean the same; nothing is downloaded). Audio is always a part, so an ``<|audio|>`` inside a
 text is plain text that somebody typed.
 
-Processors of transformers also write a conversation as one string, in which an ``<|audio|>`` stands for an audio:
+Processors of transformers also write a conversation as one string, in which an ``<|audio|>`` represents an audio:
 :func:`write_chatml` and :func:`read_chatml`. Token ids never come from that string: it is parsed back
 into a conversation, which :func:`~vita_audio.chat.render.build_prompt` renders.
 """

@@ -200,7 +200,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
             else attention_masks(self.config, inputs_embeds, attention_mask, cache, position_ids)
         )
 
-        # A frozen LM (stages 2 and 3) has no loss of its own and receives none: no graph for it.
+        # A frozen LM (stages 2 and 3) has no loss and gets no gradient, so it needs no graph.
         heads_only = labels is not None and self.has_frozen_backbone
         with torch.set_grad_enabled(torch.is_grad_enabled() and not heads_only):
             outputs = self.model(
