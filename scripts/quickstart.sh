@@ -19,6 +19,7 @@ REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PASSED_ON=(
   PATH HOME USER LOGNAME SHELL TMPDIR TERM LANG LC_ALL LC_CTYPE TZ
   VENV PYTHON_BOOTSTRAP CUDA_VISIBLE_DEVICES CUDA_HOME LD_LIBRARY_PATH DS_ACCELERATOR OMP_NUM_THREADS
+  OPENBLAS_CORETYPE OPENBLAS_L2_SIZE # another kernel rounds differently, so the codec would differ
   HF_HOME HF_DATASETS_CACHE XDG_CACHE_HOME PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE PIP_CERT PIP_CACHE_DIR
   http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY SSL_CERT_FILE REQUESTS_CA_BUNDLE
 )
@@ -218,5 +219,5 @@ print(reply.text)
 save_audio("$out/reply.wav", reply.waveform, reply.sample_rate)
 PY
 
-Your own voice or task: README.md, "Data" and "Train".
+Your own voice or task: docs/your_own_data.md.
 END

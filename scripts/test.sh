@@ -47,7 +47,7 @@ if ! $all; then
   exec python -m pytest -m "not slow"
 fi
 rm -rf build/coverage && mkdir -p build/coverage
-coverage run -m pytest
+coverage run -m pytest --durations=25
 echo "== line coverage; no file below $LEAST_COVERAGE%"
 coverage combine --quiet
 coverage report | tee build/coverage/report.txt

@@ -59,3 +59,9 @@ def test_nothing_is_opened_before_it_is_needed_and_an_unknown_kind_is_refused():
         get_audio_tokenizer("nowhere", "cosyvoice")
     with pytest.raises(ValueError, match=r"^nowhere: no such folder"):
         get_audio_tokenizer("nowhere", "glm4voice").load_model()
+
+
+def test_the_decoder_that_is_given_is_opened():
+    folder = Path(__file__).parent / "goldens" / "glm4voice" / "tokenizer_block20"
+    with pytest.raises(ValueError, match=r"^decoder_folder: no such folder"):
+        get_audio_tokenizer(folder, "glm4voice", flow_path="decoder_folder").load_model()

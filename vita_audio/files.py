@@ -71,6 +71,27 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
+def parse_settings(text: str) -> Any:
+    """JSON that a person has written: a key that is given twice is an error.
+
+    Raises:
+        ValueError: it is not JSON, or an object has a key twice.
+    """
+
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in content:
+                raise ValueError(f"{key!r} is given twice")
+            content[key] = value
+        return content
+
+    try:
+        return json.loads(text, object_pairs_hook=without_repeats)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def json_lines(values: Iterable[Any]) -> str:
     """One line for each value."""
     return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)

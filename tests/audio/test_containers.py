@@ -274,3 +274,38 @@ def test_damage_to_a_header_never_ends_in_a_traceback(monkeypatch, format_name):
             damaged[offset] = rng.integers(0, 256)
         for read in (load_audio, audio_duration):
             assert "\n" not in refusal(read, bytes(damaged))
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype"),
+    [("NIST", "PCM_16"), ("NIST", "ULAW"), ("SVX", "PCM_16"), ("MAT5", "PCM_16"), ("AVR", "PCM_16")],
+)
+def test_a_rare_format_is_read_whole_or_refused(container, subtype):
+    tone = 0.3 * np.sin(np.arange(32_000) / 10)
+    file = io.BytesIO()
+    soundfile.write(file, tone, 16_000, format=container, subtype=subtype)
+    content = file.getvalue()
+    if container in ("NIST", "SVX"):
+        assert load_audio(content)[0].shape == (32_000,)
+    with pytest.raises(AudioError, match="cut off"):
+        load_audio(content[: len(content) // 2])
+
+
+def test_codecs_in_wav_that_cannot_seek_are_read():
+    file = io.BytesIO()
+    soundfile.write(file, 0.3 * np.sin(np.arange(16_000) / 10), 8000, format="WAV", subtype="GSM610")
+    waveform, rate = load_audio(file.getvalue())
+    assert (round(len(waveform) / rate, 1), rate) == (2.0, 8000)
+
+
+@pytest.mark.parametrize("rate", [1, 2_000_000_000])
+def test_a_rate_that_no_recording_has_is_refused_before_it_takes_all_memory(rate):
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(16_000), 16_000, format="WAV")
+    content = bytearray(file.getvalue())
+    content[24:28] = rate.to_bytes(4, "little")
+    for read in (lambda audio: load_audio(audio, 16_000), audio_duration):
+        with pytest.raises(AudioError, match=f"sample rate of {rate} Hz"):
+            read(bytes(content))
+    with pytest.raises(AudioError, match="sample rate"):
+        load_audio((torch.zeros(16_000), 1000 * rate + 1 if rate > 1 else rate), 16_000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -179,3 +180,18 @@ def _one_output(waveform: np.ndarray, old: int, new: int, output: int) -> float:
             weight = cutoff / old * np.sinc(t) * math.cos(math.pi * t / 12) ** 2
             total += float(np.float32(weight)) * float(waveform[index])
     return total
+
+
+def test_a_full_disk_leaves_no_part_of_a_file_and_keeps_the_one_before(tmp_path):
+    path = tmp_path / "a.wav"
+    save_audio(path, torch.zeros(800), 16_000)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(AudioError, match=r"a\.wav: cannot be written: [^\n]+$"):
+            save_audio(path, torch.zeros(16_000), 16_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.wav"]
+    assert path.read_bytes() == before

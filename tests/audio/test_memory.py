@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,3 +212,61 @@ def test_a_waveform_that_is_no_sound_is_not_saved(tmp_path, bad, expected):
     with pytest.raises(AudioError, match="int16"):
         save_audio(tmp_path / "clip.wav", torch.ones(10, dtype=torch.int16), RATE)
     assert not (tmp_path / "clip.wav").exists()
+
+
+class _Failing:
+    """A decoder, or an array, whose library fails when it is asked."""
+
+    def get_all_samples(self):
+        raise RuntimeError("no packet\nstack\nstack")
+
+
+@pytest.mark.parametrize(
+    "audio",
+    [
+        _Failing(),
+        {"bytes": "text"},
+        {"bytes": 5},
+        (torch.zeros(9).to_sparse(), 16_000),
+        (torch.zeros(9, device="meta"), 16_000),
+        (torch.nested.nested_tensor([torch.zeros(9)]), 16_000),
+        (np.ma.array(np.zeros(9), mask=[True] + 8 * [False]), 16_000),
+        (np.array([-(2**22) + 1, 2**22 + 1], dtype=np.int32), 16_000),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_is_refused_in_one_line(audio):
+    with pytest.raises(AudioError) as refusal:
+        load_audio(audio)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_path_in_bytes_of_a_path_object_and_a_long_double_are_read(tmp_path):
+    class Place(os.PathLike):
+        def __fspath__(self):
+            return os.fsencode(tmp_path / "a.wav")
+
+    tone = 0.3 * np.sin(np.arange(800) / 10)
+    save_audio(tmp_path / "a.wav", torch.from_numpy(tone), 16_000)
+    for audio in (Place(), (tone.astype(np.longdouble), 16_000)):
+        assert torch.allclose(load_audio(audio)[0], torch.from_numpy(tone).float(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("waveform", "rate"),
+    [
+        (torch.tensor(0.5), 16_000),
+        (torch.zeros(1, 1, 5), 16_000),
+        (torch.zeros(800, 2), 16_000),
+        (np.zeros(5), 16_000),
+        ([0.0], 16_000),
+        (torch.zeros(5), 10**12),
+        (torch.zeros(5), 0),
+        (torch.zeros(5), None),
+    ],
+    ids=str,
+)
+def test_what_is_no_sound_is_not_written(waveform, rate, tmp_path):
+    with pytest.raises(AudioError, match="not written"):
+        save_audio(tmp_path / "a.wav", waveform, rate)
+    assert not list(tmp_path.iterdir())

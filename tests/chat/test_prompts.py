@@ -165,3 +165,17 @@ def test_the_last_message_determines_the_task():
     assert prompts.task_of(prompts.synthesis("hi", voice="v.wav")) == "voice clone"
     assert prompts.task_of(prompts.speech_to_speech("q.wav")) == "speech QA"
     assert prompts.task_of(prompts.chat("hi")) == "text"
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\ufeff\u2060", "...", "?!", "—", "\x00", "\u0300"])
+def test_a_text_of_which_nothing_can_be_said_is_refused(text, goldens):
+    conversation = prompts.synthesis(text)
+    with pytest.raises(ValueError, match="blank; give some words"):
+        build_prompt(conversation.messages, (), goldens.tokenizer("glm4voice"), None)
+
+
+@pytest.mark.parametrize("text", [None, 5, b"hi", ["hi"], "a\udcff"], ids=repr)
+def test_what_is_no_text_is_refused_instead_of_being_spoken(text):
+    for ask in (prompts.synthesis, prompts.chat):
+        with pytest.raises(ValueError, match=r"(must be|is not)[^\n]+$"):
+            ask(text)

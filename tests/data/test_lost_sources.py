@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import os
 import resource
+import shutil
 import signal
 from contextlib import contextmanager
 from itertools import islice
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from vita_audio.audio import AudioError
 from vita_audio.audio.mel_vq import MelVQConfig, MelVQTokenizer
@@ -21,7 +24,7 @@ from vita_audio.data import CodecSpec, DataConfig, TooManyBadSamples, build_trai
 from vita_audio.data.faults import MachineError, machine_fault
 from vita_audio.data.mixing import Mix, MixError, read_mix
 from vita_audio.data.report import FileJudge, Report
-from vita_audio.data.sources import Rows
+from vita_audio.data.sources import MissingSource, Rows, SourceError
 from vita_audio.data.token_cache import (
     CachedClip,
     CodecIdentity,
@@ -29,6 +32,8 @@ from vita_audio.data.token_cache import (
     write_identity,
     write_shard,
 )
+
+GLM4VOICE = Path(__file__).resolve().parents[1] / "goldens/glm4voice/tokenizer_block20"
 
 
 @pytest.fixture
@@ -275,6 +280,25 @@ def test_faults_of_data_are_not_faults_of_the_machine():
     assert "disk space" in machine_fault(OSError("Not enough disk space. Needed: 5 GB"))
 
 
+def test_memory_that_runs_out_is_the_machines_fault_unless_a_header_asked_for_it():
+    with pytest.raises(RuntimeError) as too_much:
+        torch.empty(2**50)
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), too_much.value):
+        assert "out of memory" in machine_fault(error)
+    named = AudioError("a.wav: its header states 9000000000000 samples", "unreadable")
+    named.__cause__ = MemoryError()
+    assert machine_fault(named) is None
+
+
+def test_damaged_codec_weights_stop_the_run_before_a_sample_is_lost(open_mix, texts, tmp_path):
+    shutil.copytree(GLM4VOICE, tmp_path / "codec")
+    (tmp_path / "codec" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(
+        ValueError, match=r"cannot make codes: .*model\.safetensors: .*; the mix holds speech"
+    ):
+        open_mix(CodecSpec("glm4voice", str(tmp_path / "codec")), texts=texts, speech=[spoken("a.wav")])
+
+
 def test_a_token_cache_that_cannot_be_indexed_is_named(tmp_path, monkeypatch):
     from vita_audio.data.token_cache import TokenCache
 
@@ -318,11 +342,27 @@ def test_a_file_that_is_there_and_cannot_be_read_is_refused_and_not_left_out(
         Mix(read_mix(mix), 0, cache_dir=arrow_cache)
 
 
-def test_an_empty_file_counts_as_missing(tmp_path, text_sample, write_lines, arrow_cache, caplog):
+@pytest.mark.parametrize("content", ["", "\n \n", "[]"])
+def test_an_empty_file_counts_as_missing(tmp_path, text_sample, write_lines, arrow_cache, caplog, content):
     write_lines(tmp_path / "good.jsonl", [text_sample("x")])
-    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "empty.jsonl").write_text(content)
     mix = write_lines(tmp_path / "mix.yaml", ["dataset: {s: {data_paths: [good.jsonl, empty.jsonl]}}"])
     assert len(Mix(read_mix(mix), 0, cache_dir=arrow_cache)) == 1
     assert "empty.jsonl: holds no samples" in caplog.text
     with pytest.raises(MixError, match=r"empty\.jsonl: holds no samples"):
         Mix(read_mix(mix), 0, cache_dir=arrow_cache, strict=True)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, arrow_cache):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(MissingSource, match=r"pipe\.jsonl: is no regular file"):
+        Rows(tmp_path / "pipe.jsonl", arrow_cache)
+
+
+def test_a_parquet_path_that_would_be_taken_apart_is_named(tmp_path, text_sample, arrow_cache):
+    import datasets
+
+    datasets.Dataset.from_list([text_sample("x")]).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.parquet").rename(tmp_path / "a::b.parquet")
+    with pytest.raises(SourceError, match=r"a::b\.parquet: .*rename it"):
+        Rows(tmp_path / "a::b.parquet", arrow_cache)

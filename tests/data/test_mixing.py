@@ -110,6 +110,10 @@ def test_missing_files_are_reported_together_and_refused_when_strict(open_mix, c
         (MIX.format(paths="d/qa.jsonl", more="ratio: abc"), "'ratio' must be a number"),
         (MIX.format(paths="d/qa.jsonl", more="ratio: .nan"), "'ratio' must be a number"),
         (MIX.format(paths="d/qa.jsonl", more="ratio: .inf"), "'ratio' must be finite"),
+        (MIX.format(paths="d/qa.jsonl", more="ratio: 1e300"), "'ratio' must be finite and at most"),
+        (MIX.format(paths="d/qa.jsonl", more="ratio: 1:30"), "'ratio' must be a number"),
+        (MIX.format(paths="d/qa.jsonl", more="num: 2020-13-45"), "'num' must be a number"),
+        ("[" * 10_000, "cannot be read: nested too deeply"),
         (MIX.format(paths="d/qa.jsonl", more="num: -3"), "'num' must be a number"),
         (MIX.format(paths="d/qa.jsonl", more="ration: 1"), "unknown ration"),
         (MIX.format(paths="'${NOT_SET_ANYWHERE}/qa.jsonl'", more="ratio: 1"), "NOT_SET_ANYWHERE; export it"),
@@ -168,6 +172,16 @@ def test_numbers_may_have_an_exponent_without_a_point(tmp_path):
     mix.write_text(MIX.format(paths="a.jsonl", more="ratio: 1e-1\n    num: 2E3"))
     [spec] = read_mix(mix)
     assert (spec.ratio, spec.num) == (0.1, 2000)
+
+
+def test_a_leading_zero_is_no_octal_and_a_data_set_may_be_called_no(tmp_path):
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(
+        f"dataset: {{no: {{data_paths: a.jsonl, num: 010}}, on: {{data_paths: a.jsonl, num: {'9' * 400}}}}}"
+    )
+    first, second = read_mix(mix)
+    assert (first.dataset, first.num) == ("no", 10)
+    assert (second.dataset, second.samples_per_epoch(7)) == ("on", 7)
 
 
 @pytest.mark.parametrize("folder", ["data[1]", "data*", "da?a1", "{data1,x}", "[!x]ata1"])

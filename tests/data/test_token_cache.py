@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from vita_audio.cli import tokenize_audio
 from vita_audio.data import CodecSpec, DataConfig, build_train_loader
 from vita_audio.data.speech import SpeechReader
 from vita_audio.data.token_cache import (
+    CachedClip,
     CodecIdentity,
     TokenCache,
     TokenCacheError,
@@ -24,6 +26,7 @@ from vita_audio.data.token_cache import (
     write_identity,
     write_shard,
 )
+from vita_audio.files import whole_file
 
 CLIPS = 14
 
@@ -273,3 +276,38 @@ def test_clips_too_long_for_any_row_are_refused_unread(tmp_path):
     with pytest.raises(SampleError, match="5 s, the limit is 4 s"):
         SpeechReader(codec, max_seconds=4).encode(str(tmp_path / "long.wav"))
     assert codec.calls == 0
+
+
+@pytest.fixture
+def small_cache(tmp_path):
+    identity = CodecIdentity("mel_vq", "one", 8)
+    folder = tmp_path / identity.folder_name
+    write_identity(folder, identity)
+    write_shard(folder, "x", [CachedClip(f"{index}.wav", "0", 1, 1.0, [index]) for index in range(8)])
+    return folder
+
+
+def test_the_index_of_a_cache_that_cannot_be_written_lies_elsewhere(
+    tmp_path, small_cache, monkeypatch, arrow_cache
+):
+    def refuse(path):
+        if path.parent == small_cache:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return whole_file(path)
+
+    monkeypatch.setattr("vita_audio.data.token_cache.whole_file", refuse)
+    for _ in range(2):
+        cache = TokenCache.find(tmp_path, "mel_vq", arrow_cache=arrow_cache)
+        assert cache.find_clip("5.wav").codes == [5]
+    assert not list(small_cache.glob("index-*"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", b"torn"])
+def test_a_damaged_index_is_built_again(tmp_path, small_cache, arrow_cache, damage):
+    TokenCache.find(tmp_path, "mel_vq", arrow_cache=arrow_cache)
+    [index] = small_cache.glob("index-*.npy")
+    whole = index.read_bytes()
+    for content in (damage, whole[:-8]):
+        index.write_bytes(content)
+        assert TokenCache.find(tmp_path, "mel_vq", arrow_cache=arrow_cache).find_clip("5.wav").codes == [5]
+        assert index.read_bytes() == whole

@@ -11,7 +11,9 @@ import pytest
 import soundfile
 
 from vita_audio.chat import read_samples
+from vita_audio.cli.evaluate import _set_names
 from vita_audio.data.mixing import Mix, read_mix
+from vita_audio.evaluation.evaluate import folder_name
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GUIDE = (REPOSITORY / "docs" / "your_own_data.md").read_text(encoding="utf-8")
@@ -74,3 +76,27 @@ def test_every_variable_that_the_guide_sets_is_read_by_a_script():
     for command in re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL):
         for name in re.findall(r"\b([A-Z][A-Z_0-9]+)=", command):
             assert name in scripts, name
+
+
+def test_the_result_that_the_guide_reads_is_the_one_that_its_evaluation_writes():
+    evaluation = next(
+        command for command in re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL) if "MODES=" in command
+    )
+    files = [
+        Path(file)
+        for value in re.findall(r'_JSON="?([^"\s]+(?: [^"=]+)?)', evaluation)
+        for file in value.split()
+    ]
+    names = _set_names([("", file) for file in files])
+    modes = re.search(r'MODES="(.*?)"', evaluation)[1].split()
+    stages = re.findall(r"(\w+)=\S+", re.search(r'MODEL_NAME_OR_PATH="(.*?)"', evaluation)[1])
+    folder = re.search(r"OUTPUT_DIR=(\S+)", evaluation)[1]
+    written = {
+        f"{folder}/{folder_name(stage, mode, 'greedy')}/{name}.jsonl"
+        for stage in stages
+        for mode in modes
+        for name in names
+    }
+    read = re.findall(r"read `(\S+\.jsonl)`", GUIDE)
+    assert read
+    assert set(read) <= written

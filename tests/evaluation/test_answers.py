@@ -67,6 +67,30 @@ def test_containment_equals_the_recorded_verdicts(row):
         ("共一百二十人", "20", False),
         ("一九九九年", "1999", True),
         ("STRASSE", "straße", True),
+        ("it is -5 degrees", "minus five", True),
+        ("it is minus five", "5", False),
+        ("it is 5 degrees", "-5", False),
+        ("ten minus five", "five", True),
+        ("chapters 3-5", "5", True),
+        ("the twenty-first century", "21st century", True),
+        ("the 3rd", "third", True),
+        ("the third man", "3", False),
+        ("he came twenty first", "20", False),
+        ("1.5 million people", "1500000", True),
+        ("five million", "5 million", True),
+        (".5", "zero point five", True),
+        ("fifty percent", "50 %", True),
+        ("50%", "50", True),
+        ("一百二", "120", True),
+        ("一百零二", "102", True),
+        ("一萬二", "12000", True),
+        ("三点一四", "3.14", True),
+        ("负五", "-5", True),
+        ("Ｔｏｋｙｏ", "Tokyo", True),
+        ("İstanbul", "istanbul", True),
+        ("the U.S.A.", "USA", True),
+        ("Pa\u200bris\u200e", "Paris", True),
+        ("القَاهِرَة", "القاهرة", True),
     ],
 )
 def test_whole_words_do_not_match_inside_other_words(prediction, answer, expected):
@@ -104,7 +128,10 @@ def test_accents_match_in_either_form(whole_words):
     assert contains_answer(f"in {decomposed}", composed, whole_words=whole_words)
 
 
-NUMBER_WORDS = "zero one eight ten twenty hundred thousand million 7 and point a 三 百 万 亿 〇".split()
+NUMBER_WORDS = (
+    "zero one eight ten twenty hundred thousand million 7 and point a 三 百 万 亿 〇 点 负 "
+    "minus -5 first 3rd hundredth 2%"
+).split()
 
 
 @settings(deadline=None)

@@ -143,6 +143,25 @@ def test_closing_a_stream_stops_generation(pipeline):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])
+def test_either_stop_token_ends_the_reply_and_generation(pipeline, stop):
+    passes, token = 0, pipeline.tokenizer.convert_tokens_to_ids(stop)
+
+    def say_it(_module, _inputs, logits):
+        nonlocal passes
+        passes += 1
+        return logits.index_fill(-1, torch.tensor(token), 1e4)
+
+    with pipeline.model.lm_head.register_forward_hook(say_it):
+        reply = pipeline.synthesize(READING, options=options("vanilla"))
+    assert (reply.token_ids, reply.timings.new_tokens, passes) == ([], 1, 1)
+
+
+def test_the_decoder_that_is_given_is_opened(tiny_world):
+    with pytest.raises(ValueError, match=r"^decoder_folder: no such folder"):
+        SpeechPipeline.from_pretrained(tiny_world.model_dir, "glm4voice", flow_path="decoder_folder")
+
+
 def test_a_listener_between_two_events_is_not_in_inference_mode(pipeline):
     for _ in pipeline.stream(prompts.synthesis(READING), options()):
         assert torch.is_grad_enabled()
@@ -242,3 +261,30 @@ def test_a_codec_of_another_size_is_refused(tiny_world, tmp_path):
     MelVQTokenizer.fit(clips, MelVQConfig(codebook_size=65), epochs=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"64 speech tokens.*65 codes.*model was trained with"):
         SpeechPipeline.from_pretrained(tiny_world.model_dir, "mel_vq", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"max_new_tokens": None},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 2.5},
+        {"max_new_tokens": "5"},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_p": float("nan")},
+        {"top_k": -1},
+        {"seed": 1.5},
+        {"seed": "a"},
+        {"seed": 1 << 64},
+        {"do_sample": "no"},
+    ],
+    ids=str,
+)
+def test_an_option_out_of_range_is_refused_in_one_line(choice):
+    with pytest.raises(ValueError, match=rf"^{next(iter(choice))}=[^\n]+$"):
+        GenerationOptions(**choice)
+
+
+def test_a_batch_of_nothing_gives_no_replies(pipeline):
+    assert pipeline.reply_batch([]) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,3 +124,9 @@ def test_what_cannot_be_served_is_refused_in_one_line(model, arguments, message)
     with pytest.raises(ValueError, match=message) as refused:
         model.run_infer(**arguments)
     assert "\n" not in str(refused.value)
+
+
+def test_the_decoder_that_is_given_is_opened(tiny_world):
+    folder = Path(__file__).parents[1] / "goldens" / "glm4voice" / "tokenizer_block20"
+    with pytest.raises(ValueError, match=r"^decoder_folder: no such folder"):
+        S2SInference(tiny_world.model_dir, folder, "glm4voice", "decoder_folder")

@@ -172,3 +172,12 @@ def test_a_window_that_has_dropped_positions_refuses_the_crop_and_the_cache_afte
         cache.crop(-2)
     with pytest.raises(ValueError, match="its heads have seen"):
         generate(model, torch.cat([first, TURN], dim=1), [1, 1], past_key_values=cache)
+
+
+def test_a_cache_of_another_number_of_rows_is_refused_in_one_line(model):
+    cache = MCTPCache(model.config)
+    first = generate(model, PROMPT, MODES[0], past_key_values=cache)
+    both = torch.cat([first, TURN], dim=1)
+    with pytest.raises(ValueError, match=r"^MCTPCache: it holds 1 rows, the input has 2[^\n]+$"):
+        generate(model, both.repeat(2, 1), MODES[0], past_key_values=cache)
+    assert generate(model, both, MODES[0], past_key_values=cache).equal(generate(model, both, MODES[0]))

@@ -409,7 +409,7 @@ def test_an_attention_back_end_that_is_not_there_is_refused_in_one_line(open_fol
         open_folder(plain, attn_implementation=attention)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:77", "cpu:0:1"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "cpu:0:1", "meta", "hpu"])
 def test_a_device_that_is_not_there_is_refused_in_one_line_before_the_model_loads(plain, device, monkeypatch):
     monkeypatch.setattr("vita_audio.models.open._open", lambda *args, **kwargs: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=rf"^device '{device}': [^\n]+$"):

@@ -74,3 +74,13 @@ def test_a_schedule_emits_what_it_says(pairs, num_heads):
 )
 def test_a_model_is_shown_in_the_schedules_its_heads_suffice_for(heads, expected):
     assert schedules_for(heads, list(SCHEDULES)) == expected
+
+
+def test_names_may_have_space_around_them():
+    assert Schedule.parse(" Boost\n").name == "boost"
+
+
+@pytest.mark.parametrize("value", [None, 5, b"boost", {"boost": 1}, ["1", "10"]], ids=repr)
+def test_what_is_no_schedule_is_refused_in_one_line(value):
+    with pytest.raises(ValueError, match=r"^mtp_inference_mode=[^\n]+$"):
+        Schedule.parse(value)

@@ -137,6 +137,7 @@ def test_it_ends_with_commands_to_paste_that_talk_to_the_model(run):
     assert args.question == [str(run.out / "corpus" / "question.wav")]
     program = re.search(r"<<'PY'\n(.*?)\nPY\n", talk, re.DOTALL)[1]
     compile(program, "pasted", "exec")
+    assert all((REPOSITORY / page).is_file() for page in re.findall(r"docs/\w+\.md", talk))
     assert f'from_pretrained("{result}"' in program
     if args.audio_tokenizer_type.startswith("sensevoice"):
         assert args.frontend_path == str(run.out / "sensevoice")

@@ -47,6 +47,44 @@ def test_data_options_out_of_range_are_refused(mix, field, value, message):
         DataArguments(**{**good, field: value})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"zero_optimization": {"stage": 7}}, "DeepSpeed refuses it: .*stage"),
+        ({"zero_optimization": {"stage": 2, "unknown": 1}}, "DeepSpeed refuses it: .*unknown"),
+        ({"zero_optimization": 2}, "zero_optimization must be a JSON object"),
+        ({"optimizer": None}, "optimizer must be a JSON object"),
+        ({"optimizer": {"type": "Foo", "params": {}}}, "there is no optimizer Foo"),
+        ({"optimizer": {"type": "SGD", "params": {}}}, "SGD is not tried with ZeRO"),
+    ],
+)
+def test_what_deepspeed_would_refuse_after_the_model_is_loaded_is_refused_before(tmp_path, change, message):
+    good = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": 2},
+    }
+    file = tmp_path / "ds.json"
+    options = {
+        "output_dir": str(tmp_path),
+        "max_steps": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "bf16": False,
+    }
+    file.write_text("\ufeff" + json.dumps(good))
+    StageArguments(**options, deepspeed=str(file))
+    file.write_text(json.dumps(good | change))
+    with pytest.raises(ArgumentError, match=message) as refused:
+        StageArguments(**options, deepspeed=str(file))
+    assert "\n" not in str(refused.value)
+    file.write_text('{"gradient_clipping": 1, "gradient_clipping": 2}')
+    with pytest.raises(ArgumentError, match="'gradient_clipping' is given twice"):
+        StageArguments(**options, deepspeed=str(file))
+
+
 def test_a_run_without_a_number_of_steps_is_refused(tmp_path):
     with pytest.raises(ArgumentError, match="max_steps"):
         StageArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")

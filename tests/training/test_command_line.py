@@ -122,6 +122,44 @@ def test_what_cannot_be_read_is_refused_in_one_line(needed, words, message):
     assert message in refusal([*needed, *words])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            "--seed -1",
+            "--seed 4294967296",
+            "--learning_rate -1.0",
+            "--learning_rate nan",
+            "--learning_rate inf",
+        ),
+        *("--weight_decay -0.1", "--adam_beta1 1.0", "--adam_beta2 -0.1", "--adam_epsilon 0.0"),
+        *("--max_grad_norm -1.0", "--max_grad_norm nan", "--warmup_steps inf", "--warmup_steps -5.0"),
+        *("--gradient_accumulation_steps 0", "--gradient_accumulation_steps -1"),
+        *("--per_device_train_batch_size 0", "--dataloader_num_workers -1", "--save_total_limit -1"),
+        *("--save_steps 0.0", "--save_steps nan", "--logging_steps 0.0", "--ddp_timeout 0"),
+        *("--mtp_learning_rate_multiplier nan", "--mtp_loss_weight nan", "--mtp_loss_weight -1.0"),
+        *("--model_max_length 8", "--model_max_length 1000000000000"),
+        *("--report_to a_tracker_that_nobody_has",),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_before_anything_is_loaded(needed, words):
+    assert refusal([*needed, *words.split()]).startswith(f"{words}: ")
+
+
+def test_the_ends_of_the_ranges_are_served(needed):
+    words = "--seed 4294967295 --learning_rate 0 --adam_beta1 0 --max_grad_norm 0 --save_total_limit 0"
+    parse_arguments([*needed, *words.split(), "--save_strategy", "no", "--save_steps", "0"])
+
+
+def test_a_json_file_that_gives_an_option_twice_or_is_too_deep_is_refused(tmp_path):
+    for content, message in (
+        ('{"seed": 1, "seed": 2}', "'seed' is given twice"),
+        ("[" * 100_000, "not valid JSON"),
+    ):
+        (tmp_path / "arguments.json").write_text(content)
+        assert message in refusal([str(tmp_path / "arguments.json")])
+
+
 def test_a_missing_flag_is_named(needed):
     assert "--model_name_or_path" in refusal(needed[2:])
 

@@ -3,7 +3,9 @@
 import json
 import logging
 import re
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vita_audio.audio.mel_vq import MelVQConfig, MelVQTokenizer
 from vita_audio.cli.finetune import main
 from vita_audio.cli.launch import REFUSED
 from vita_audio.models import load_with_heads
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+CODES = 64  # speech tokens of the base model's tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -270,10 +274,16 @@ def test_a_resume_without_changes_says_nothing_and_gives_the_losses_of_an_uninte
     "changed",
     [{"num_nextn_predict_layers": 1}, {"bf16": True}, {"audio_tokenizer_type": "mel_vq"}],
 )
-def test_a_change_that_a_checkpoint_cannot_follow_is_refused_by_name(finetune, refusal, changed, tiny_world):
+def test_a_change_that_a_checkpoint_cannot_follow_is_refused_by_name(finetune, refusal, changed, tmp_path):
     finetune(max_steps=2)
     if "audio_tokenizer_type" in changed:
-        pytest.skip("needs a codec")
+        config = MelVQConfig(codebook_size=CODES)
+        heard = torch.rand(CODES, config.patch_frames * config.mels)
+        codec = MelVQTokenizer(
+            config, heard, torch.rand(CODES, config.patch_frames, config.fft_size // 2 + 1)
+        )
+        codec.save_pretrained(tmp_path / "codec")
+        changed = {**changed, "audio_tokenizer_path": tmp_path / "codec"}
     message = refusal(max_steps=4, **changed)
     assert message.startswith(f"--{next(iter(changed))} ")
     assert "checkpoint-2 cannot be continued with it" in message
@@ -397,3 +407,93 @@ def test_a_result_without_weights_is_not_called_complete(finetune, refusal, monk
     monkeypatch.setattr(SpeechTrainer, "save_model", save_without_weights)
     message = refusal(max_steps=1)
     assert "1 of 27 weights were not saved correctly" in message
+
+
+def _torn(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _flipped(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_world):
+    """A stage of two steps."""
+    folder = tiny_world.root / "finished"
+    main(tiny_world.options(folder, max_steps=2))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("optimizer.pt", Path.unlink, "optimizer.pt: not found"),
+        ("optimizer.pt", _torn, "optimizer.pt: damaged or cut short"),
+        ("optimizer.pt", _flipped, "optimizer.pt: damaged or cut short"),
+        ("scheduler.pt", _torn, "scheduler.pt: damaged or cut short"),
+        ("rng_state.pth", _flipped, "rng_state.pth: damaged or cut short"),
+        ("model.safetensors", Path.unlink, "weight files are missing"),
+        ("model.safetensors", _torn, "cut short"),
+        ("config.json", Path.unlink, "config.json: not found"),
+        (
+            "loader_state/rank_00000.json",
+            lambda file: file.write_text("[1]"),
+            "the place in the data is damaged",
+        ),
+        ("loader_state/rank_00000.json", lambda file: file.write_text('{"version": 1}'), "data is damaged"),
+        (
+            "loader_state/rank_00000.json",
+            lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | {"loader": {}})),
+            "the place in the data is damaged",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_before_the_model_is_loaded(
+    finished, finetune, refusal, tmp_path, monkeypatch, name, damage, said
+):
+    shutil.copytree(finished, tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoint-2" / name)
+    monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
+    message = refusal("run", max_steps=3)
+    assert said in message
+    assert "to continue from the one before it" in message
+    assert message.count("\n") == 1
+
+
+def test_a_checkpoint_that_the_reader_refuses_is_named(finished, refusal, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    torch.save({"state": 1}, tmp_path / "run" / "checkpoint-2" / "optimizer.pt")
+    message = refusal("run", max_steps=3)
+    assert "checkpoint-2: cannot be loaded: " in message
+    assert "delete it to continue from the one before it" in message
+
+
+@pytest.mark.parametrize("free", [1_000_000, 5_000_000])
+def test_a_disk_that_fills_up_while_saving_is_told_in_one_line_and_leaves_no_whole_checkpoint(
+    refusal, tmp_path, free
+):
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (free, before[1])
+    )  # between the weights' size and the optimizer's
+    try:
+        message = refusal(max_steps=2, save_steps=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "checkpoint-1: cannot be written: " in message
+    assert not list(tmp_path.glob("out/checkpoint-*/checkpoint.complete"))
+
+
+@pytest.mark.parametrize("name", ["run.json", "stage.complete", "model.safetensors"])
+def test_a_folder_where_a_file_must_go_is_told_in_one_line(refusal, tmp_path, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    assert "irectory" in refusal(max_steps=1, save_strategy="no")
+
+
+def test_a_model_is_not_trained_into_its_own_folder(tiny_world, refusal, tmp_path):
+    shutil.copytree(tiny_world.root / "base", tmp_path / "own")
+    assert "is the folder of --model_name_or_path" in refusal("own", model_name_or_path=tmp_path / "own")

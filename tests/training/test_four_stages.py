@@ -67,14 +67,22 @@ def test_the_last_stage_moves_everything(chain):
     assert unmoved == []
 
 
-def test_the_result_loads_by_its_own_name_and_generates(chain):
+def test_the_result_loads_by_its_own_name_with_every_weight_and_generates(chain):
     model = AutoModelForCausalLM.from_pretrained(chain.result("mtp10_stage2"))
     tokenizer = AutoTokenizer.from_pretrained(chain.result("mtp10_stage2"))
     assert type(model).__name__ == "Qwen2MTPForCausalLM"
     assert model.get_input_embeddings().num_embeddings % 8 == 0
+    loaded = model.state_dict()
+    for name, tensor in weights(chain, "mtp10_stage2").items():
+        assert torch.equal(loaded[name], tensor), name
     prompt = tokenizer("<|im_start|>user\nsay one", return_tensors="pt").input_ids
-    reply = model.generate(prompt, mtp_inference_mode=[1, 2], max_new_tokens=8, do_sample=False)
-    assert reply.shape[1] > prompt.shape[1]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    (reply,) = model.generate(prompt, mtp_inference_mode=[1, 2], **options)
+    assert len(reply) == prompt.shape[1] + 8
+    # Every third token is the backbone's: the likeliest after all before it.
+    logits = model(reply[None]).logits[0]
+    for place in range(prompt.shape[1], len(reply), 3):
+        assert reply[place] == logits[place - 1].argmax()
 
 
 def test_a_finished_stage_returns_at_once_and_changes_nothing(chain):

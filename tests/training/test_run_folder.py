@@ -143,19 +143,19 @@ def test_a_damaged_trainer_state_is_named(tmp_path):
 def test_an_unfinished_stage_is_no_input_but_its_whole_checkpoint_is(tmp_path):
     whole = make_checkpoint(tmp_path, 10)
     with pytest.raises(RunFolderError, match=f"this stage is not finished; .* or give {whole}"):
-        check_input_folder(tmp_path)
-    check_input_folder(whole)
+        check_input_folder(tmp_path, "elsewhere")
+    check_input_folder(whole, "elsewhere")
     finish(tmp_path, 10)
-    check_input_folder(tmp_path)
+    check_input_folder(tmp_path, "elsewhere")
 
 
 def test_a_torn_checkpoint_is_no_input(tmp_path):
     torn = make_checkpoint(tmp_path, 10, complete=False)
     (torn / "loader_state").mkdir()
     with pytest.raises(RunFolderError, match="not written completely"):
-        check_input_folder(torn)
+        check_input_folder(torn, "elsewhere")
 
 
 def test_a_plain_model_folder_is_input(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    check_input_folder(tmp_path)
+    check_input_folder(tmp_path, "elsewhere")

@@ -151,6 +151,60 @@ def test_the_schedule_can_be_chosen(stand_ins, kind, arguments):
     assert "--lr_scheduler_kwargs" not in linear.words
 
 
+SWITCHES = {
+    "NUM_NEXTN_PREDICT_LAYERS": "3",
+    "LANGUAGE_MODEL_FREEZE": "True",
+    "AUDIO_MODEL_FREEZE": "False",
+    "ATTN_IMPLEMENTATION": "eager",
+    "AUDIO_TOKENIZER_TYPE": "mel_vq",
+    "AUDIO_TOKENIZER_PATH": "/codec",
+    "AUDIO_TOKEN_CACHE": "/tokens",
+    "AUDIO_FEATURE_CACHE": "/features",
+    "AUDIO_MODEL_NAME_OR_PATH": "/sensevoice",
+    "MODEL_NAME_OR_PATH": "/model",
+    "DATA_ROOT": "/data",
+    "MAX_ERROR_SHARE": "0.5",
+    "MAX_STEPS": "7",
+    "LEARNING_RATE": "1e-6",
+    "MTP_LEARNING_RATE_MULTIPLIER": "3",
+    "WEIGHT_DECAY": "0.2",
+    "DECAY_NORMS": "True",
+    "LOSS_AVERAGE": "rank",
+    "PER_DEVICE_TRAIN_BATCH_SIZE": "2",
+    "GRADIENT_ACCUMULATION_STEPS": "5",
+    "ADAM_BETA1": "0.8",
+    "ADAM_BETA2": "0.9",
+    "ADAM_EPSILON": "1e-7",
+    "MAX_GRAD_NORM": "2.0",
+    "WARMUP_RATIO": "0.1",
+    "BF16": "False",
+    "TF32": "False",
+    "GRADIENT_CHECKPOINTING": "False",
+    "SEED": "1",
+    "DATA_SEED": "2",
+    "DATALOADER_NUM_WORKERS": "3",
+    "SAVE_STEPS": "11",
+    "SAVE_TOTAL_LIMIT": "4",
+    "LOGGING_STEPS": "6",
+    "REPORT_TO": "none",
+    "DDP_TIMEOUT": "60",
+}
+
+
+@pytest.mark.parametrize(
+    "stage", ["finetune_glm4voice_mtp1_stage1", "finetune_sensevoice_glm4voice_mtp10_stage2"]
+)
+def test_every_switch_of_a_stage_reaches_its_flag(stand_ins, stage):
+    call = stand_ins.call(stage, "8192", "run", **SWITCHES, NUM_HEADS=SWITCHES["NUM_NEXTN_PREDICT_LAYERS"])
+    assert {name: call.value(f"--{name.lower()}") for name in SWITCHES} == SWITCHES
+    own = stand_ins.call(
+        stage, "8192", "run", DEEPSPEED_CONFIG="/ds.json", TEXT_AUDIO_INTERVAL_RATIO="1 4 3 8"
+    )
+    assert own.value("--deepspeed") == "/ds.json"
+    after = own.words.index("--text_audio_interval_ratio") + 1
+    assert own.words[after : after + 4] == ["1", "4", "3", "8"]
+
+
 # -- machines ------------------------------------------------------------------------------------------------
 
 CLUSTER = {

@@ -148,6 +148,13 @@ class AudioTokenizer(ABC):
             ValueError: the codec was opened for decoding only.
         """
 
+    def load_encoder(self) -> None:  # noqa: B027  (most codecs have nothing left to load)
+        """Load what :meth:`encode` needs, where that would wait for the first clip.
+
+        Raises:
+            ValueError: it cannot be loaded.
+        """
+
     def encode_batch(self, audios: Sequence[AudioLike]) -> list[list[int]]:
         """Codes of several clips, equal to encoding them one by one."""
         return [self.encode(audio) for audio in audios]

@@ -5,12 +5,13 @@ with ``cat``; headers become outdated. libsndfile trusts them, so speech is sile
 common formats are located in the file itself. Each recording becomes a :class:`Part` with the header fields
 that must change for libsndfile to read all of it. A file shorter than a plausible stated length is refused.
 
-Covered: WAV, RF64, W64, AIFF, CAF, AU and FLAC by their lengths, Ogg by its links, MP3 by its frames
+Covered: WAV, RF64, W64, AIFF, 8SVX, CAF, AU, NIST SPHERE and FLAC by their lengths, Ogg by its links, MP3 by its frames
 (:mod:`vita_audio.audio.mp3`). Other formats are passed through unchanged.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
@@ -70,6 +71,8 @@ def find_parts(file: BinaryIO, name: str) -> list[Part]:
         found = mp3.find_parts(file, start, end, name)
         if found:
             return [Part(*fields) for fields in found]
+    elif head[:7] == b"NIST_1A":
+        _check_sphere(file, start, end, name)
     elif _layout(head) is not None:
         return list(_sized_parts(file, start, end, name))
     return [Part(0, end)]
@@ -116,6 +119,8 @@ _LAYOUTS = {
     (b"BW64", b"WAVE"): _WAV,
     (b"RIFX", b"WAVE"): _Layout(12, 4, 4, "big", 2, b"data"),
     (b"FORM", b"AIFF"): _Layout(12, 4, 4, "big", 2, b"SSND", lead=8),
+    (b"FORM", b"8SVX"): _Layout(12, 4, 4, "big", 2, b"BODY"),
+    (b"FORM", b"16SV"): _Layout(12, 4, 4, "big", 2, b"BODY"),
     (b"FORM", b"AIFC"): _Layout(12, 4, 4, "big", 2, b"SSND", lead=8),
 }
 _W64 = _Layout(40, 16, 8, "little", 8, b"data", own_header=True, form=(16, 8))
@@ -232,6 +237,20 @@ def _chunk(file: BinaryIO, at: int, layout: _Layout) -> tuple[bytes, int]:
 
 def _aligned(at: int, origin: int, layout: _Layout) -> int:
     return at + (origin - at) % layout.align
+
+
+def _check_sphere(file: BinaryIO, start: int, end: int, name: str) -> None:
+    """NIST SPHERE, as in LDC's corpora: text fields state the samples."""
+    header = _read(file, start, 1024).decode("latin-1")
+    size = re.match(r"NIST_1A\s+(\d+)", header)
+    fields = dict(re.findall(r"^(\w+) -i (\d+)\s*$", header, re.MULTILINE))
+    if size is None or "sample_count" not in fields:
+        return
+    companded = re.search(r"^sample_coding -s\d+ \w*[ua]law", header, re.MULTILINE)
+    frame = int(fields.get("channel_count", 1)) * (1 if companded else int(fields.get("sample_n_bytes", 2)))
+    declared, room = int(fields["sample_count"]) * frame, end - start - int(size[1])
+    if room < declared and "shorten" not in header:
+        raise AudioError(f"{name}: cut off, {room} of {declared} bytes are there", "truncated")
 
 
 # --- FLAC -------------------------------------------------------------------------------------------

@@ -24,12 +24,15 @@ from torch import Tensor
 
 from vita_audio.audio.base import AudioError, AudioLike
 from vita_audio.audio.containers import Part, find_parts
-from vita_audio.audio.memory import Clip, check_range, identify
+from vita_audio.audio.memory import MOST_CHANNELS, Clip, check_range, check_rate, identify, one_line
 from vita_audio.audio.mp3 import LENGTH_TOLERANCE
 from vita_audio.audio.resampling import resample
+from vita_audio.files import whole_file
 
 __all__ = ["AudioError", "audio_duration", "load_audio", "resample", "save_audio"]
 
+_UNCHECKED = frozenset({"AVR", "MAT4", "MAT5", "MPC2K", "SDS", "VOC", "WVE", "XI", "SD2"})
+"""Formats that libsndfile reads but whose lengths nothing here checks: a file cut off would be accepted silently."""
 _FFMPEG_ROUNDING = 0.1  # seconds, relative to the length that audioread reports
 
 
@@ -69,7 +72,7 @@ def load_audio(
 
 
 def save_audio(path: str | PathLike[str], waveform: Tensor, rate: int) -> None:
-    """Write a waveform of shape (samples,) or (channels, samples); the suffix sets the format.
+    """Write a waveform of shape (samples,) or (channels, samples), whole or not at all; the suffix sets the format.
 
     Args:
         path: file to write; its folder is created.
@@ -80,17 +83,25 @@ def save_audio(path: str | PathLike[str], waveform: Tensor, rate: int) -> None:
         AudioError: samples are not finite, not floats or far outside [-1, 1], or the file cannot be written.
     """
     path = Path(path)
-    if not waveform.is_floating_point():
+    if not isinstance(waveform, Tensor) or not waveform.is_floating_point():
+        kind = getattr(waveform, "dtype", type(waveform).__name__)
         raise AudioError(
-            f"{path}: not written, the samples are {waveform.dtype}; give floats in [-1, 1]", "dtype"
+            f"{path}: not written, samples are {kind}; give a tensor of floats in [-1, 1]", "dtype"
         )
+    if waveform.dim() not in (1, 2) or (waveform.dim() == 2 and len(waveform) > MOST_CHANNELS):
+        raise AudioError(
+            f"{path}: not written; give (samples,) or (channels, samples), not {tuple(waveform.shape)}",
+            "shape",
+        )
+    check_rate(rate, f"{path}: not written")
     samples = waveform.detach().to("cpu", torch.float32)
     check_range(samples, f"{path}: not written, the waveform")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, samples.clamp(-1, 1).numpy().T, rate)
+        with whole_file(path) as temporary:
+            container = path.suffix[1:] or "without suffix"
+            soundfile.write(temporary, samples.clamp(-1, 1).numpy().T, rate, format=container)
     except (soundfile.LibsndfileError, TypeError, ValueError, OSError) as error:
-        raise AudioError(f"{path}: cannot be written: {error}", "unreadable") from error
+        raise AudioError(f"{path}: cannot be written: {_said(error)}", "unreadable") from error
 
 
 def audio_duration(audio: AudioLike) -> float:
@@ -132,6 +143,12 @@ def _recordings(clip: Clip) -> Iterator[soundfile.SoundFile]:
         for part in find_parts(file, clip.name):
             untouched = clip.path is not None and part == Part(0, size)
             with soundfile.SoundFile(clip.path if untouched else _MemoryFile(part.read(file))) as sound:
+                check_rate(sound.samplerate, clip.name)
+                if sound.format in _UNCHECKED:
+                    raise AudioError(
+                        f"{clip.name}: {sound.format_info} may be cut off, which nothing would tell; convert it to WAV",
+                        "unreadable",
+                    )
                 yield sound
 
 
@@ -166,9 +183,12 @@ def _open(clip: Clip) -> BinaryIO:
 
 def _decode(sound: soundfile.SoundFile, name: str) -> Tensor:
     try:
-        samples = sound.read(dtype="float32", always_2d=True)
+        # Some codecs in WAV (GSM 6.10, G.721) cannot seek, and are read by a stated number of samples.
+        samples = sound.read(-1 if sound.seekable() else sound.frames, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"{name}: damaged or cut off after its header: {error}", "truncated") from error
+        raise AudioError(
+            f"{name}: damaged or cut off after its header: {_said(error)}", "truncated"
+        ) from error
     except (MemoryError, ValueError) as error:  # an impossible length requests too much memory
         raise AudioError(
             f"{name}: its header states {sound.frames} samples: {error}", "unreadable"
@@ -193,7 +213,9 @@ def _read_with_ffmpeg(clip: Clip, cause: Exception) -> tuple[Tensor, int]:
         stream = audioread.audio_open(clip.path, backends)
     except (audioread.DecodeError, EOFError, OSError) as error:
         hint = "" if shutil.which("ffmpeg") else "; if it is M4A, AAC or similar, install ffmpeg"
-        raise AudioError(f"{clip.name}: not a readable audio file: {cause}{hint}", "unreadable") from error
+        raise AudioError(
+            f"{clip.name}: not a readable audio file: {_said(cause)}{hint}", "unreadable"
+        ) from error
     with stream:
         try:
             pcm = np.frombuffer(b"".join(stream), dtype="<i2").reshape(-1, stream.channels)
@@ -206,6 +228,11 @@ def _read_with_ffmpeg(clip: Clip, cause: Exception) -> tuple[Tensor, int]:
                 f"{clip.name}: cut off, {seconds:.1f} of {stream.duration:.1f} s are there", "truncated"
             )
         return waveform, rate
+
+
+def _said(error: Exception) -> str:
+    """libsndfile's words, without the object that it was to open."""
+    return str(error.error_string) if isinstance(error, soundfile.LibsndfileError) else one_line(error)
 
 
 def _is_mp4(path: Path) -> bool:

@@ -7,9 +7,10 @@ read as samples, integers as floats) would silently train a model on noise.
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vita_audio.audio.base import AudioError, AudioLike
 MOST_CHANNELS = 32
 """A 2-D waveform with more columns than this is not (samples, channels)."""
 
+_RATES = (1000, 1_000_000)  # Hz; anything else is a mistake, and would require too much memory
 _LOUDEST = 100.0  # 40 dB over full scale; larger floats are unscaled integers
 # Types whose range determines their scale: (zero level, full scale). Wider integers usually hold narrower samples.
 _INTEGERS = {
@@ -60,15 +62,20 @@ def identify(audio: AudioLike) -> Clip:
         AudioError: it has none of the forms of :data:`AudioLike`, or is ambiguous.
     """
     if isinstance(audio, str | PathLike):
-        name = fspath(audio)
-        return Clip(str(name), path=Path(name))
+        name = os.fsdecode(audio)
+        return Clip(name, path=Path(name))
     if isinstance(audio, bytes | bytearray | memoryview):
         return Clip("audio bytes", encoded=bytes(audio))
     if isinstance(audio, Mapping):
         return _identify_mapping(audio)
     if hasattr(audio, "get_all_samples"):
         decoder: Any = audio
-        samples = decoder.get_all_samples()
+        try:
+            samples = decoder.get_all_samples()
+        except (RuntimeError, ValueError, OSError) as error:  # torchcodec decodes only now
+            raise AudioError(
+                f"in-memory audio: cannot be decoded: {one_line(error)}", "unreadable"
+            ) from error
         return _samples(samples.data, samples.sample_rate)
     if callable(getattr(audio, "read", None)):
         return _identify_file_object(audio)
@@ -105,6 +112,20 @@ def to_piece(samples: Any) -> Tensor:
     return piece
 
 
+def check_rate(rate: int, name: str) -> int:
+    """The sample rate, if a recording can have it.
+
+    Raises:
+        AudioError: reason ``"rate"``.
+    """
+    if not isinstance(rate, int | np.integer) or rate < 1:
+        raise AudioError(f"{name}: sample rate must be a positive number of Hz, got {rate}", "rate")
+    lowest, highest = _RATES
+    if not lowest <= rate <= highest:
+        raise AudioError(f"{name}: a sample rate of {rate} Hz; known are {lowest} to {highest} Hz", "rate")
+    return rate
+
+
 def check_range(waveform: Tensor, name: str) -> None:
     """Refuse samples that are not finite, or that were evidently not scaled to [-1, 1].
 
@@ -133,7 +154,13 @@ def _identify_mapping(audio: Mapping[str, Any]) -> Clip:
             return _samples(audio[key], audio["sampling_rate"])
     path, encoded = audio.get("path"), audio.get("bytes")
     if encoded is not None:
-        return Clip(str(path or "audio bytes"), encoded=bytes(encoded))
+        try:
+            content = bytes(memoryview(encoded))
+        except TypeError as error:
+            raise AudioError(
+                f"in-memory audio: 'bytes' must be bytes, it is {type(encoded).__name__}", "dtype"
+            ) from error
+        return Clip(str(path or "audio bytes"), encoded=content)
     if path is not None:
         return identify(path)
     raise AudioError(
@@ -168,9 +195,14 @@ def _samples(samples: Any, rate: Any) -> Clip:
             f"{name}: expected (waveform, sample_rate), got {type(samples).__name__} and {type(rate).__name__}",
             "shape",
         )
-    if not float(rate).is_integer() or rate < 1:
+    if not float(rate).is_integer():
         raise AudioError(f"{name}: sample rate must be a positive number of Hz, got {rate}", "rate")
-    return Clip(name, waveform=to_waveform(samples, name), rate=int(rate))
+    return Clip(name, waveform=to_waveform(samples, name), rate=check_rate(int(rate), name))
+
+
+def one_line(error: Exception) -> str:
+    """What an exception of another library says, on one line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _is_number(value: Any) -> bool:
@@ -190,6 +222,10 @@ def _to_float(samples: Any, name: str) -> Tensor:
     """float32, scaled, same shape, on the CPU; copied if PyTorch does not support the layout."""
     if not isinstance(samples, Tensor):
         samples = _to_tensor(samples, name)
+    if samples.is_nested or samples.layout != torch.strided or samples.is_meta:
+        raise AudioError(
+            f"{name}: give a dense tensor with its data, not a nested, sparse or meta one", "dtype"
+        )
     samples = samples.detach().cpu()
     if samples.is_floating_point():
         return samples.float()
@@ -201,19 +237,29 @@ def _to_float(samples: Any, name: str) -> Tensor:
         )
     if kind == "int32" and samples.numel() and 0 < int(samples.abs().max()) <= 2**15:
         raise AudioError(f"{name}: int32 samples in the range of int16; convert them to int16", "range")
+    if (
+        kind == "int32"
+        and samples.numel()
+        and 0 < int(samples.abs().max()) <= 2**23
+        and bool((samples % 256).any())
+    ):
+        raise AudioError(f"{name}: int32 samples in the range of 24 bits; multiply them by 256", "range")
     zero, scale = _INTEGERS[kind]
     return ((samples.double() - zero) / scale).float()
 
 
 def _to_tensor(samples: Any, name: str) -> Tensor:
     try:
+        if isinstance(samples, np.ma.MaskedArray) and np.ma.is_masked(samples):
+            raise ValueError("some samples are masked")
         array = np.asarray(samples)
+        if array.dtype == np.longdouble:
+            array = array.astype(np.float64)
         # PyTorch supports neither negative strides nor foreign byte orders.
         array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
         return torch.from_numpy(array)
-    except (TypeError, ValueError) as error:
-        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AudioError(f"{name}: not an array of numbers: {problem}", "dtype") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AudioError(f"{name}: not an array of numbers: {one_line(error)}", "dtype") from error
 
 
 def _to_channels(waveform: Tensor, name: str) -> Tensor:

@@ -6,6 +6,7 @@ equals, token for token, a prefix that the model was trained to continue.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ def speech_to_speech(
     Args:
         voice: speech in the voice to answer with; the voice prompt replaces ``system``.
     """
-    user = Message("user", (f"{text}\n" if text else "", ""))
+    user = Message("user", (_text(text) + "\n" if text else "", ""))
     if voice is not None:
         return Conversation((_VOICE, user), (voice, audio))
     return Conversation((*_system(system), user), (audio,))
@@ -49,7 +50,7 @@ def transcription(audio: AudioLike) -> Conversation:
 
 def synthesis(text: str, voice: AudioLike | None = None) -> Conversation:
     """Text to be read aloud (TTS), in the voice of ``voice``. None: the model's own voice."""
-    user = Message("user", (f"{TTS_PROMPT}\n{text}",))
+    user = Message("user", (f"{TTS_PROMPT}\n" + _text(text),))
     if voice is not None:
         return Conversation((_VOICE, user), (voice,))
     return Conversation((user,))
@@ -95,8 +96,17 @@ def requested_text(message: Message) -> str:
 
 
 def is_blank_request(message: Message) -> bool:
-    """Whether a message asks for a text to be read aloud but contains none."""
-    return TTS_PROMPT in message.text and not requested_text(message)
+    """Whether a message asks for a text to be read aloud but contains no letter, number or symbol."""
+    said = (unicodedata.category(character)[0] in "LNS" for character in requested_text(message))
+    return TTS_PROMPT in message.text and not any(said)
+
+
+def _text(text: str) -> str:
+    if not isinstance(text, str):  # or "None" would be read aloud
+        raise SampleError(
+            Reason.WRONG_TYPE, f"the text must be a string, it is of type {type(text).__name__}"
+        )
+    return text
 
 
 _VOICE = Message.of("system", VOICE_PROMPT)

@@ -186,6 +186,8 @@ def _parse_json(line: str) -> Any:
 
 def _check_message(message: Any, index: int) -> Message:
     if isinstance(message, Message):
+        for text in message.texts:
+            _check_text(text, index)
         return message
     if not isinstance(message, Mapping):
         raise SampleError(Reason.WRONG_TYPE, f"message {index} must be an object, it is {_kind(message)}")
@@ -195,6 +197,10 @@ def _check_message(message: Any, index: int) -> Message:
         raise SampleError(
             Reason.UNKNOWN_ROLE, f"message {index} has role {role!r}; known: {', '.join(_ROLES)}"
         )
+    return Message.of(_ROLES[role], _check_text(content, index))
+
+
+def _check_text(content: Any, index: int) -> str:
     if not isinstance(content, str):
         raise SampleError(
             Reason.WRONG_TYPE, f"content of message {index} must be text, it is {_kind(content)}"
@@ -203,7 +209,7 @@ def _check_message(message: Any, index: int) -> Message:
         raise SampleError(Reason.TOO_LONG, f"content of message {index} has {len(content)} characters")
     if not _is_unicode(content):
         raise SampleError(Reason.WRONG_TYPE, f"content of message {index} is not valid Unicode")
-    return Message.of(_ROLES[role], content)
+    return content
 
 
 def _first_present(entry: Mapping[str, Any], *keys: str) -> Any:

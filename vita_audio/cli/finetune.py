@@ -58,17 +58,20 @@ from vita_audio.training import (
     describe_trainable,
     fit_to_processes,
 )
-from vita_audio.training.checkpoints import load_loader_states, steps_done
+from vita_audio.training.checkpoints import CheckpointStateError, load_loader_states, steps_done
 from vita_audio.training.command_line import parse_arguments
 from vita_audio.training.deepspeed_config import builds_optimizer
 from vita_audio.training.quiet import hush_libraries
-from vita_audio.training.result import check_result
+from vita_audio.training.result import check_checkpoint, check_result
 
 logger = logging.getLogger("finetune_sts")
 
 AT_THE_DOOR = (ValueError, OSError, ImportError)
 """Errors raised by bad input while options, folders, codec, tokenizer and model are opened."""
-WHILE_TRAINING = (MixError, TokenCacheError, ResumeError, TooManyBadSamples, MachineError, FloatingPointError)
+WHILE_TRAINING = (
+    *(MixError, TokenCacheError, ResumeError, TooManyBadSamples, MachineError),
+    *(CheckpointStateError, FloatingPointError),
+)
 """Errors that input may raise later; any other error keeps its traceback."""
 
 
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 1. Options, and whether this machine supports them.
     with told_in_one_line(*AT_THE_DOOR):
         model_args, data_args, stage_args = parse_arguments(argv)
-        check_input_folder(model_args.model_name_or_path)
+        check_input_folder(model_args.model_name_or_path, stage_args.output_dir)
         dtype, attention = choose_numerics(model_args, stage_args)
         check_launch(stage_args)
     hush_libraries()
@@ -108,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if checkpoint is not None:
                 logger.info("continuing from %s", checkpoint)
                 fit_to_processes(checkpoint, stage_args)
+                if steps_done(checkpoint) < stage_args.max_steps:
+                    check_checkpoint(checkpoint, deepspeed=bool(stage_args.deepspeed))
                 for line in describe_changes(checkpoint, run["arguments"]):
                     logger.warning("%s", line)
                 states = load_loader_states(checkpoint)
@@ -115,8 +120,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with told_in_one_line(*AT_THE_DOOR):
             loader.check_ranks_agree()
         if is_first():
-            folder.reopen()
-            write_json(folder.path / RUN_FILE, run)
+            with told_in_one_line(*AT_THE_DOOR):
+                folder.reopen()
+                write_json(folder.path / RUN_FILE, run)
 
         if checkpoint is None or steps_done(checkpoint) < stage_args.max_steps:
             # 5. The model with its heads; 6. what this stage trains.
@@ -135,17 +141,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             with told_in_one_line(*WHILE_TRAINING):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            trainer.save_model()
-            trainer.save_state()
+                trainer.save_model()
+                trainer.save_state()
         elif is_first():
-            folder.take_result(checkpoint)
+            with told_in_one_line(*AT_THE_DOOR):
+                folder.take_result(checkpoint)
 
         # 8. The stage's result is an ordinary model folder; the marker says that it is complete.
         barrier()
         if is_first():
             with told_in_one_line(*AT_THE_DOOR):
                 check_result(folder.path)
-            folder.finish()
+                folder.finish()
 
 
 def choose_numerics(model_args: ModelArguments, stage_args: StageArguments) -> tuple[torch.dtype, str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
+import torch
+
 _MACHINE_ERRORS = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),  # disk full, or not writable
@@ -17,6 +19,8 @@ _MACHINE_ERRORS = frozenset(
         *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     }
 )
+_NO_CPU_MEMORY = "DefaultCPUAllocator: "
+"""Part of PyTorch's message where an allocation fails; it has no type of its own."""
 _NO_ROOM = "Not enough disk space"
 """Start of the error message of ``datasets``, which sets no errno."""
 
@@ -29,10 +33,18 @@ class MachineError(OSError):
 
 
 def machine_fault(error: BaseException) -> str | None:
-    """A description of the machine fault behind an error; None for a fault of the data."""
+    """A description of the machine fault behind an error; None for a fault of the data.
+
+    Running out of memory is a machine fault, except where a reader has named the data as its cause, such as a
+    header that states an absurd length.
+    """
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_CPU_MEMORY in str(error)):
+        return "out of memory"
     for one in _with_causes(error):
         if isinstance(one, MachineError):
             return str(one)
+        if isinstance(one, (torch.OutOfMemoryError, torch.AcceleratorError)):
+            return first_line(one)
         if isinstance(one, OSError) and one.errno in _MACHINE_ERRORS:
             where = f"{one.filename}: " if one.filename else ""
             return f"{where}{one.strerror}"

@@ -191,11 +191,21 @@ class TrainLoader:
                 interruption; otherwise the same samples do, none repeated and none lost.
 
         Raises:
-            ResumeError: the state belongs to another mix, seed or row length, or states are missing.
+            ResumeError: the state belongs to another mix, seed or row length, states are missing, or it is no state.
         """
-        states = [state] if isinstance(state, dict) else list(state)
+        try:
+            self._continue([state] if isinstance(state, dict) else list(state))
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ResumeError(
+                f"the place in the data is damaged ({first_line(error)}); delete this checkpoint to continue from the "
+                "one before it"
+            ) from error
+
+    def _continue(self, states: list[dict[str, Any]]) -> None:
         for one in states:
             self._check_state(one)
+            if not _shards_of([one]):
+                raise KeyError("shard")
         rank, world_size = self._rows.rank, self._rows.world_size
         if len(states) == world_size:
             states = [one for one in states if one["rank"] == rank]

@@ -108,7 +108,7 @@ def read_mix(path: str | Path, data_root: str | Path | None = None) -> list[Sour
     path = Path(path)
     try:
         config = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise MixError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     named = config.get("dataset") if isinstance(config, Mapping) else None
     if not isinstance(named, Mapping) or not named:
@@ -118,6 +118,7 @@ def read_mix(path: str | Path, data_root: str | Path | None = None) -> list[Sour
 
 
 _KNOWN_FIELDS = {"ratio", "num", "data_paths"}
+_HIGHEST_RATIO = 1e6
 
 
 def _read_entry(file: Path, name: str, entry: Any, root: Path) -> list[SourceSpec]:
@@ -146,9 +147,9 @@ def _number(where: str, field: str, value: Any, default: float) -> float:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise MixError(f"{where}: {field!r} must be a number of 0 or more, it is {value!r}")
-    if field == "ratio" and value == math.inf:
-        raise MixError(f"{where}: {field!r} must be finite")
-    return float(value)
+    if field == "ratio" and value > _HIGHEST_RATIO:
+        raise MixError(f"{where}: {field!r} must be finite and at most {_HIGHEST_RATIO:g}, it is {value:g}")
+    return float(min(value, 1e15))  # an integer of hundreds of digits is no float
 
 
 def _expand(where: str, path: str, root: Path, file: Path) -> Path:

@@ -47,7 +47,8 @@ class Rows:
     def __init__(self, path: str | Path, cache_dir: str | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise MissingSource(f"{self.path}: {'is a folder' if self.path.is_dir() else 'no such file'}")
+            what = "is a folder" if self.path.is_dir() else "is no regular file"
+            raise MissingSource(f"{self.path}: {what if self.path.exists() else 'no such file'}")
         try:
             self._table = _open(self.path, cache_dir)
         except (SourceError, MachineError):
@@ -80,8 +81,14 @@ def map_parquet(
 
     ``datasets`` treats paths as patterns and would read ``data1`` for ``data[1]``; resolved files are
     taken literally. Size and time are part of its cache key, so a changed file is read again.
+
+    Raises:
+        SourceError: a path contains ``::``, which the reader's file layer splits.
     """
     absolute = [os.path.abspath(path) for path in paths]
+    for path in absolute:
+        if "::" in path:
+            raise SourceError(f"{path}: Parquet files are not read from paths with '::'; rename it")
     stats = [os.stat(path) for path in absolute]
     versions = [
         (path, f"{stat.st_size} {stat.st_mtime_ns}") for path, stat in zip(absolute, stats, strict=True)
@@ -106,13 +113,18 @@ def _open(path: Path, cache_dir: str | None) -> datasets.Dataset:
         if not {"messages", "conversations"} & set(columns):
             raise SourceError(f"{path}: no column 'messages'; it has {', '.join(table.column_names)}")
         return table.select_columns(columns)
-    table = datasets.Dataset.from_generator(
-        _lines,
-        features=datasets.Features({_LINE: datasets.Value("large_string")}),
-        cache_dir=cache_dir,
-        # Size and time are part of the cache key: a changed file is read again.
-        gen_kwargs={"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns},
-    )
+    try:
+        table = datasets.Dataset.from_generator(
+            _lines,
+            features=datasets.Features({_LINE: datasets.Value("large_string")}),
+            cache_dir=cache_dir,
+            # Size and time are part of the cache's key: a file that changed is read again.
+            gen_kwargs={"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns},
+        )
+    except ValueError:
+        if next(sample_lines(path), None) is None:  # datasets makes no table of no rows
+            return datasets.Dataset.from_dict({_LINE: []})
+        raise
     assert isinstance(table, datasets.Dataset)
     return table
 

@@ -201,8 +201,12 @@ class SpeechReader:
         if not isinstance(self._codec, CodecSpec):
             return self._codec if part == "codes" else self._codec.features
         try:
-            return self._codec.open_discrete() if part == "codes" else self._codec.open_frontend()
-        except Exception as error:  # any error while a codec is loaded
+            if part == "features":
+                return self._codec.open_frontend()
+            codec = self._codec.open_discrete()
+            codec.load_encoder()  # damaged weights are no clip's fault
+            return codec
+        except Exception as error:  # any error of a codec's loader
             raise MachineError(
                 f"the {self.kind} codec cannot make {part}: {first_line(error)}; {_HOW_TO_GIVE[part]}"
             ) from error

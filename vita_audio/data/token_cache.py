@@ -18,6 +18,7 @@ machine.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 CODEC_FILE = "codec.json"
 _SHARD_PATTERN = "tokens-*.parquet"
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FEATURES = datasets.Features(
     {
         "path": datasets.Value("string"),
@@ -152,7 +154,7 @@ class TokenCache:
                 if shards
                 else datasets.Dataset.from_dict({name: [] for name in _FEATURES}, features=_FEATURES)
             )
-            self._index_file = _build_index(folder, shards, self._clips)
+            self._index_file = _find_or_build_index(folder, shards, self._clips, arrow_cache)
         except (OSError, datasets.exceptions.DatasetGenerationError) as error:
             problem = machine_fault(error) or first_line(error)
             raise TokenCacheError(
@@ -244,26 +246,58 @@ def readable_shards(folder: Path) -> Iterator[Path]:
             logger.warning("%s: skipped a damaged token shard: %s", shard, error)
 
 
-def _build_index(folder: Path, shards: list[str], clips: datasets.Dataset) -> Path:
-    """Sorted path hashes with row numbers, shape (2, clips) uint64, in a file next to the shards."""
-    target = folder / f"index-{_shards_key(shards)}.npy"
-    if target.is_file():
-        return target
-    with FileLock(folder / ".index.lock"):
-        if not target.is_file():
-            hashes = np.fromiter(
-                (
-                    path_hash(path)
-                    for batch in clips.select_columns("path").iter(10_000)
-                    for path in batch["path"]
-                ),
-                dtype=np.uint64,
-                count=len(clips),
-            )
-            order = np.argsort(hashes, kind="stable").astype(np.uint64)
-            with whole_file(target) as temporary, temporary.open("wb") as file:
-                np.save(file, np.stack([hashes[order.astype(np.int64)], order]))
-    return target
+def _find_or_build_index(
+    folder: Path, shards: list[str], clips: datasets.Dataset, arrow_cache: str | None
+) -> Path:
+    """Sorted path hashes with row numbers, shape (2, clips) uint64, as a file beside the shards.
+
+    The index of a folder that cannot be written lies in the Arrow cache, which must be written anyway.
+
+    Raises:
+        OSError: neither can be written.
+    """
+    key = _shards_key(shards)
+    own_name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
+    elsewhere = Path(arrow_cache or datasets.config.HF_DATASETS_CACHE)
+    targets = (folder / f"index-{key}.npy", elsewhere / f"token-index-{own_name}-{key}.npy")
+    for target in targets:
+        if _is_index(target, len(clips)):
+            return target
+    try:
+        _build_index(targets[0], clips)
+    except OSError as error:
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        _build_index(targets[1], clips)
+        return targets[1]
+    return targets[0]
+
+
+def _is_index(file: Path, clips: int) -> bool:
+    """Whether a file is an index of so many clips; a damaged one is built again."""
+    try:
+        index = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return index.shape == (2, clips) and index.dtype == np.uint64
+
+
+def _build_index(target: Path, clips: datasets.Dataset) -> None:
+    with FileLock(target.parent / ".index.lock"):
+        if _is_index(target, len(clips)):  # another process was first
+            return
+        hashes = np.fromiter(
+            (
+                path_hash(path)
+                for batch in clips.select_columns("path").iter(10_000)
+                for path in batch["path"]
+            ),
+            dtype=np.uint64,
+            count=len(clips),
+        )
+        order = np.argsort(hashes, kind="stable").astype(np.uint64)
+        with whole_file(target) as temporary, temporary.open("wb") as file:
+            np.save(file, np.stack([hashes[order.astype(np.int64)], order]))
 
 
 def _shards_key(shards: Sequence[str]) -> str:

@@ -55,13 +55,24 @@ def contains_answer(prediction: str, answer: str | Sequence[str], *, whole_words
 def answer_words(text: str) -> list[str]:
     """The tokens of the strict rule: lower-case words without punctuation, numbers as digits.
 
-    "One hundred and twenty", "120" and "一百二十" are all ``["120"]``; "北京" is two words.
+    "One hundred and twenty", "120" and "一百二十" are all ``["120"]``; "北京" is two words. "Twenty-first" is "21st"
+    and holds neither "20" nor "21"; "-5" is "minus five"; "50%" is "fifty percent". Signs that nobody sees, such as
+    zero-width spaces, and vowel marks of Arabic and Hebrew do not count.
     """
-    return with_digits(_words(nfc(text).casefold().replace("’", "'")))
+    text = nfc(text.translate(_HALF_WIDTH)).casefold().replace("’", "'").replace("i\u0307", "i")
+    text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    text = _PERCENT.sub(r"\1 percent", _VOWEL_MARKS.sub("", text))
+    return with_digits(_words(_INITIALS.sub(lambda initials: initials[0].replace(".", ""), text)))
 
 
 _PUNCTUATION = str.maketrans({mark: " " for mark in string.punctuation if mark not in "'\\"})
-_NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+(?:\.\d+)?")
+_NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+(?:\.\d+)?|(?<![\w.])\.\d+")
+_ORDINAL_SUFFIX = re.compile(r"(?:st|nd|rd|th)(?!\w)")
+_SIGN = re.compile(r"(?<!\w)[-−](?=\.?\d)")
+_PERCENT = re.compile(r"([\d\w])\s?(?:%|per cent\b)")
+_INITIALS = re.compile(r"(?<!\w)(?:[^\W\d_]\.){2,}")
+_VOWEL_MARKS = re.compile("[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0640\u064b-\u0652\u0670]")
+_HALF_WIDTH = {0xFF01 + place: chr(0x21 + place) for place in range(94)}
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Tibetan, Burmese, Khmer
     "\u3005-\u3007\u3040-\u30ff\uac00-\ud7af"  # kana; Hangul, whose particles follow without a space
@@ -76,8 +87,14 @@ def _words(text: str) -> Iterator[str]:
     while start < len(text):
         number = _NUMBER.match(text, start)
         if number:
-            yield number[0].replace(",", "")
             start = number.end()
+            ordinal = _ORDINAL_SUFFIX.match(text, start)
+            start = ordinal.end() if ordinal else start
+            digits = number[0].replace(",", "")
+            yield ("0" if digits[0] == "." else "") + digits + ("th" if ordinal else "")
+        elif _SIGN.match(text, start):
+            yield "minus"
+            start += 1
         elif not _is_letter(text[start]):
             start += 1
         else:

@@ -27,7 +27,7 @@ _CHECKPOINT_FILES = (
     "vocab*",
     "merges.txt",
 )
-_COUNTING = 2
+_COUNTING = 3
 """Increased when the same replies would get different scores, so older scores are not reused."""
 
 

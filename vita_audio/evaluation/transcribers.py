@@ -12,6 +12,7 @@ WAV files in several processes.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -123,8 +124,12 @@ def _find_weights(model: str) -> Path:
     """The folder of a model that is given as a folder or as the hub name of a cached model."""
     if (Path(model) / "config.json").is_file():
         return Path(model)
-    # A hub name has two parts; the hub library refuses to look up anything else.
-    cached = try_to_load_from_cache(model, "config.json") if model.count("/") == 1 else None
+    # A name on the hub has two parts; others the hub library refuses to look up.
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model, re.ASCII) is not None
+    try:
+        cached = try_to_load_from_cache(model, "config.json") if is_name else None
+    except ValueError:  # a name that the hub cannot have
+        cached = None
     if not isinstance(cached, str):
         raise ValueError(
             f"{model}: not a folder with Whisper's config.json, and not in the local cache; download it with "

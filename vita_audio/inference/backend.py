@@ -171,6 +171,8 @@ class ReferenceBackend(Backend):
 
     def stream_many(self, requests: Sequence[Request]) -> Generator[tuple[int, Event], None, None]:
         """See :meth:`Backend.stream_many`. All requests of a call share their options, except the seed."""
+        if not requests:
+            return
         options = self._shared_options(requests)
         rows = [
             _Row(request, replace(options, seed=request.options.seed), self._tokenizer, self._codec)

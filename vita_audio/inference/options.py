@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 AUTO_SYSTEM = "auto"
 """Used in place of a system message: the message that the model was trained with."""
 
+_MOST_TOKENS = 1 << 31
 _NEUTRAL: dict[str, Any] = {
     "do_sample": False,
     "temperature": 1.0,
@@ -42,6 +44,9 @@ class GenerationOptions:
         temperature, top_k, top_p: shape of the distribution drawn from; ``top_k=0`` keeps all tokens.
         repetition_penalty: above 1 discourages tokens already generated.
         seed: seed of the draws; each reply gets its own generator. None: torch's global generator.
+
+    Raises:
+        ValueError: a value that is not a number, or out of range.
     """
 
     mode: str | Sequence[int] | Schedule | None = None
@@ -52,6 +57,22 @@ class GenerationOptions:
     top_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("max_new_tokens", 1, _MOST_TOKENS),
+            ("top_k", 0, _MOST_TOKENS),
+            ("seed", -(1 << 63), (1 << 64) - 1),
+        ):
+            value = getattr(self, name)
+            if value is None and name != "max_new_tokens":
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+                raise ValueError(f"{name}={value!r}: give a whole number of {least} or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p!r}: give a share above 0 and up to 1")
+        if self.do_sample not in (None, True, False):
+            raise ValueError(f"do_sample={self.do_sample!r}: give True or False")
 
     @classmethod
     def greedy(cls, mode: str | Sequence[int] | Schedule | None = None, **changes: Any) -> GenerationOptions:

@@ -129,10 +129,16 @@ class MCTPCache(DynamicCache):
         """Append a backbone layer's keys and values, (batch, heads, new, d_head) each; returns everything cached.
 
         Raises:
-            ValueError: the heads have missed an earlier pass.
+            ValueError: the heads have missed an earlier pass, or the number of rows is another.
         """
         if layer_idx == 0:
             self.check()
+            held = getattr(self.layers[0], "keys", None) if self.get_seq_length() else None
+            if held is not None and len(held) != len(key_states):
+                raise ValueError(
+                    f"MCTPCache: it holds {len(held)} rows, the input has {len(key_states)}; give each batch "
+                    "a cache of its own, or batch_repeat_interleave() this one"
+                )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def check(self) -> None:

@@ -29,6 +29,8 @@ SAMPLING_FIELDS = (
     "epsilon_cutoff",
     "eta_cutoff",
 )
+_TRAINING_STATE = ("training_args.", "optimizer.", "scheduler.", "rng_state")
+"""How files begin that lie beside the weights of a checkpoint and are none."""
 _COMPARED_BYTES = 2**24
 
 
@@ -142,9 +144,11 @@ def _refuse_other_formats(folder: Path, shards: Sequence[str]) -> None:
         raise CheckpointError(
             f"{folder}: {len(shards)} weight files without {INDEX}; copy that file from their source"
         )
-    if any(folder.glob("*.bin")):
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith(_TRAINING_STATE))
+    pickled = [file.name for file in files if file.suffix == ".bin"]
+    if pickled:
         raise CheckpointError(
-            f"{folder}: weights in {min(folder.glob('*.bin')).name}, a format that is not supported; convert them with "
+            f"{folder}: weights in {pickled[0]}, a format that is not supported; convert them with "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder), which writes safetensors"
         )
     if (folder / "zero_to_fp32.py").is_file() or any(folder.glob("global_step*")):
@@ -152,11 +156,7 @@ def _refuse_other_formats(folder: Path, shards: Sequence[str]) -> None:
             f"{folder}: a DeepSpeed checkpoint without {WEIGHTS}; in that folder, run "
             "python zero_to_fp32.py --safe_serialization . . to create it"
         )
-    others = sorted(
-        file.name
-        for file in folder.iterdir()
-        if file.suffix in (".safetensors", ".gguf", ".pth", ".pt", ".h5")
-    )
+    others = [file.name for file in files if file.suffix in (".safetensors", ".gguf", ".pth", ".pt", ".h5")]
     if others:
         raise CheckpointError(
             f"{folder}: no {WEIGHTS}, but {others[0]}, which is not supported; use the model in transformers' format"

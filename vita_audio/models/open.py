@@ -178,8 +178,10 @@ def check_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(f"device {str(name)!r}: {one_line(error)}") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta': holds no data; give cpu or cuda")
     return device
 
 

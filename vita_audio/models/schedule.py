@@ -44,7 +44,13 @@ class Schedule:
         """
         if isinstance(value, Schedule):
             return value
-        numbers = _numbers(value) if isinstance(value, str) else list(value)
+        if isinstance(value, str):
+            numbers = _numbers(value)
+        else:
+            try:
+                numbers = list(value)
+            except TypeError:
+                raise ValueError(f"mtp_inference_mode={value!r}: give a name or pairs of numbers") from None
         whole = all(isinstance(count, int) and not isinstance(count, bool) for count in numbers)
         if not numbers or len(numbers) % 2 or not whole or min(numbers[0::2]) < 1 or min(numbers[1::2]) < 0:
             raise ValueError(
@@ -101,11 +107,12 @@ def schedules_for(num_heads: int, names: Sequence[str]) -> list[str]:
 
 
 def _numbers(text: str) -> list[int]:
-    match = _NUMBERS.fullmatch(text.strip())
+    name = text.strip().lower()
+    match = _NUMBERS.fullmatch(name)
     if match:
         return [int(number) for number in re.findall(r"\d+", match[1])]
-    if text.lower() not in SCHEDULES:
+    if name not in SCHEDULES:
         raise ValueError(
             f"mtp_inference_mode={text!r}: use one of {', '.join(SCHEDULES)}, or numbers such as 1 10 4 10"
         )
-    return list(SCHEDULES[text.lower()])
+    return list(SCHEDULES[name])

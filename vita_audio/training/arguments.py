@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import strtobool
 
 from vita_audio.audio import available_kinds, is_continuous_kind
@@ -27,6 +29,7 @@ from vita_audio.training.deepspeed_config import (
     DeepSpeedConfigError,
     builds_optimizer,
     check_deepspeed_config,
+    check_values,
     published_schedule,
     read_deepspeed_config,
     use_pytorch_adam,
@@ -34,9 +37,13 @@ from vita_audio.training.deepspeed_config import (
 from vita_audio.training.machine import check_devices
 from vita_audio.training.published import check_architecture, heads_in_config
 from vita_audio.training.scheduler import SCHEDULER_NAMES, WARMUP_COSINE, build_scheduler
-from vita_audio.training.served import find_unserved
+from vita_audio.training.served import find_out_of_range, find_unserved
 
 logger = logging.getLogger(__name__)
+
+
+_LONGEST_ROW = 2**24
+"""Tokens. A row that no memory holds would be filled for hours first."""
 
 
 class ArgumentError(ValueError):
@@ -107,6 +114,8 @@ class ModelArguments:
                 f"--model_name_or_path {self.model_name_or_path}: no such folder; "
                 "give the base model's folder, or run the previous stage first"
             )
+        if self.mtp_loss_weight is not None and not 0 <= self.mtp_loss_weight < math.inf:
+            raise ArgumentError(f"--mtp_loss_weight {self.mtp_loss_weight}: give a number 0 or more")
         self._count_heads()
         if self.language_model_freeze and self.num_nextn_predict_layers == 0:
             raise ArgumentError(
@@ -184,6 +193,8 @@ class DataArguments:
             raise ArgumentError(f"--dataset_name {self.dataset_name}: no such file; give the mix's YAML")
         if self.model_max_length < 16:
             raise ArgumentError(f"--model_max_length {self.model_max_length}: too short for any document")
+        if self.model_max_length > _LONGEST_ROW:
+            raise ArgumentError(f"--model_max_length {self.model_max_length}: give at most {_LONGEST_ROW}")
         if not 0 <= self.max_error_share <= 1:
             raise ArgumentError(f"--max_error_share {self.max_error_share}: give a share between 0 and 1")
         try:
@@ -259,17 +270,13 @@ class StageArguments(TrainingArguments):
             raise ArgumentError(
                 f"--max_steps {self.max_steps}: rows are endless, so give the number of steps"
             )
-        if self.mtp_learning_rate_multiplier <= 0:
-            raise ArgumentError(
-                f"--mtp_learning_rate_multiplier {self.mtp_learning_rate_multiplier}: must be above 0"
-            )
         if self.loss_average not in ("global", "rank"):
             raise ArgumentError(f"--loss_average {self.loss_average}: give global or rank")
         if self.loss_average == "rank":  # also if the arguments were already processed once
             self.average_tokens_across_devices = True
-        unserved = find_unserved(self)
-        if unserved is not None:
-            raise ArgumentError(unserved)
+        problem = find_out_of_range(self) or find_unserved(self)
+        if problem is not None:
+            raise ArgumentError(problem)
         self._read_scheduler()
         try:
             self._prepare_deepspeed_and_device()
@@ -285,6 +292,7 @@ class StageArguments(TrainingArguments):
             self.lr_scheduler_type = name
         super().__post_init__()
         self.lr_scheduler_type = name
+        self._check_reports()
         self._check_agreement_with_deepspeed()
 
     def _prepare_deepspeed_and_device(self) -> None:
@@ -292,7 +300,7 @@ class StageArguments(TrainingArguments):
         replaced = []
         self.use_cpu = self.use_cpu or strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")) == 1
         if self.deepspeed:
-            name = self.deepspeed if isinstance(self.deepspeed, str) else "(a dict)"
+            name = self._deepspeed_name = self.deepspeed if isinstance(self.deepspeed, str) else "(a dict)"
             config = read_deepspeed_config(self.deepspeed)
             self._check_groups(config, name)
             half_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else None
@@ -386,6 +394,16 @@ class StageArguments(TrainingArguments):
             f'{self.lr_scheduler_type}, such as {{"{example}": 0.1}}: {error}'
         )
 
+    def _check_reports(self) -> None:
+        """transformers looks for the packages after the model is loaded."""
+        available = get_available_reporting_integrations()
+        for name in self.report_to or ():
+            if name not in available:
+                raise ArgumentError(
+                    f"--report_to {name}: no such tracker is installed; give one of "
+                    f"{', '.join([*available, 'none'])}, or install the package"
+                )
+
     def _check_agreement_with_deepspeed(self) -> None:
         """Compare the config with the flags. transformers does so only after the model is loaded, in eight lines."""
         if self.deepspeed and self.hf_deepspeed_config.mismatches:
@@ -393,6 +411,11 @@ class StageArguments(TrainingArguments):
                 self.hf_deepspeed_config.mismatches[0].removeprefix("- ds ").replace(" vs hf ", ", but --")
             )
             raise ArgumentError(f'--deepspeed has {mismatch}; set the config\'s value to "auto"')
+        if self.deepspeed:
+            try:
+                check_values(self.hf_deepspeed_config.config, self._deepspeed_name)
+            except DeepSpeedConfigError as error:
+                raise ArgumentError(str(error)) from error
 
 
 _NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")

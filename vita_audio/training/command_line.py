@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
+from vita_audio.files import parse_settings
 from vita_audio.training.arguments import (
     ArgumentError,
     DataArguments,
@@ -103,7 +104,7 @@ def _is_below_one(values: list[str]) -> bool:
 
 def _words_of_json(file: str) -> list[str]:
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = parse_settings(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ArgumentError(f"{file}: cannot be read; give a JSON file of arguments") from error
     except ValueError as error:

@@ -10,6 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from vita_audio.files import parse_settings
+
 _ADAM = ("adam", "adamw")
 _ADAM_FLAGS = {
     "lr": "--learning_rate",
@@ -17,6 +21,9 @@ _ADAM_FLAGS = {
     "eps": "--adam_epsilon",
     "weight_decay": "--weight_decay",
 }
+
+_UNTESTED = "zero_allow_untested_optimizer"
+_SECTIONS = {"zero_optimization", "optimizer", "scheduler", "bf16", "fp16"}
 
 _DEEPSPEED_WARMUP_COSINE = {"warmup_min_ratio": 0.0, "cos_min_ratio": 0.0001, "warmup_type": "log"}
 """Arguments of DeepSpeed's WarmupCosineLR and their defaults there."""
@@ -35,8 +42,8 @@ def read_deepspeed_config(config: str | dict[str, Any]) -> dict[str, Any]:
     if isinstance(config, dict):
         return json.loads(json.dumps(config))
     try:
-        text = config if config.startswith("{") else Path(config).read_text(encoding="utf-8")
-        content = json.loads(text)
+        text = config if config.lstrip().startswith("{") else Path(config).read_text(encoding="utf-8-sig")
+        content = parse_settings(text)
     except OSError as error:
         raise DeepSpeedConfigError(
             f"--deepspeed {config}: cannot be read; give a file of scripts/deepspeed"
@@ -47,6 +54,9 @@ def read_deepspeed_config(config: str | dict[str, Any]) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise DeepSpeedConfigError(f"--deepspeed {config}: must be a JSON object; correct the file")
+    for key in _SECTIONS & content.keys():
+        if not isinstance(content[key], dict):
+            raise DeepSpeedConfigError(f"--deepspeed {config}: {key} must be a JSON object; correct the file")
     return content
 
 
@@ -83,6 +93,47 @@ def check_deepspeed_config(config: dict[str, Any], name: str, *, half_precision:
         raise DeepSpeedConfigError(
             f'--deepspeed {name}: has no {key}, so {flag} would have no effect; set it to "auto"'
         )
+
+
+def check_values(config: dict[str, Any], name: str) -> None:
+    """Let DeepSpeed itself look at the values, which it would do after the model is loaded and in many lines.
+
+    Args:
+        config: with the flags filled in; what is still ``"auto"`` waits for the model.
+        name: how messages call it.
+
+    Raises:
+        DeepSpeedConfigError: DeepSpeed refuses it.
+    """
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
+
+    if "optimizer" in config:
+        optimizer = str(config["optimizer"].get("type"))
+        if optimizer.lower() not in DEEPSPEED_OPTIMIZERS:
+            if not hasattr(torch.optim, optimizer):
+                raise DeepSpeedConfigError(
+                    f"--deepspeed {name}: there is no optimizer {optimizer}; give AdamW"
+                )
+            if _section(config, "zero_optimization").get("stage") and not config.get(_UNTESTED):
+                raise DeepSpeedConfigError(
+                    f"--deepspeed {name}: {optimizer} is not tried with ZeRO; give AdamW, or set {_UNTESTED} to true"
+                )
+    known = _without_auto(config)
+    known.pop("train_batch_size", None)  # follows from the others and the number of processes
+    try:
+        DeepSpeedConfig(known)
+    except Exception as error:  # pydantic's, assertions and others
+        raise DeepSpeedConfigError(
+            f"--deepspeed {name}: DeepSpeed refuses it: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
+
+
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if value != "auto"
+    }
 
 
 def builds_optimizer(config: dict[str, Any]) -> bool:

@@ -1,13 +1,22 @@
-"""Checks that a stage's result can be loaded, before the stage is marked as finished."""
+"""Checks that a result can be loaded, before its stage is marked as finished, and a checkpoint, before a run resumes.
+
+A checkpoint is marked when it is complete, and may be damaged later. transformers ignores a missing optimizer and
+missing weights, so the run would continue with fresh moments, or with the base model's weights.
+"""
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import torch
 
 from vita_audio import models
 from vita_audio.models.folder import StoredTensor, read_config, read_header, weight_files
+
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+_READ_WHOLE = 2**26
+"""Bytes of the largest file of which every byte is checked."""
 
 
 class ResultError(ValueError):
@@ -40,3 +49,51 @@ def check_result(folder: str | Path) -> None:
             f"{found}; the last checkpoint holds the training state. With ZeRO-3 set "
             "stage3_gather_16bit_weights_on_model_save"
         )
+
+
+def check_checkpoint(checkpoint: str | Path, *, deepspeed: bool) -> None:
+    """All that a run needs to go on from a checkpoint must be there, and no file may be cut short.
+
+    Args:
+        checkpoint: its folder.
+        deepspeed: whether DeepSpeed reads it.
+
+    Raises:
+        ResultError: something is missing or cut short; the message says what, and what to do.
+    """
+    checkpoint = Path(checkpoint)
+    problem = _problem_of_training_state(checkpoint, deepspeed)
+    if problem is None:
+        try:
+            check_result(checkpoint)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    if problem is not None:
+        raise ResultError(f"{problem}; delete {checkpoint} to continue from the one before it")
+
+
+def _problem_of_training_state(checkpoint: Path, deepspeed: bool) -> str | None:
+    needed = (
+        [checkpoint / "latest"] if deepspeed else [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
+    )
+    for file in needed:
+        if not file.is_file():
+            return f"{file}: not found"
+    if deepspeed:
+        named = needed[0].read_text(encoding="utf-8", errors="replace").strip()
+        if not named or not (checkpoint / named).is_dir():
+            return f"{needed[0]}: names {named!r}, and there is no such folder"
+    for file in sorted(checkpoint.rglob("*")):
+        # training_args.bin says for people what was run; nothing reads it.
+        if file.suffix in _TORCH_SUFFIXES and file.name != "training_args.bin" and not _is_whole(file):
+            return f"{file}: damaged or cut short"
+    return None
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether what torch.save wrote, a ZIP archive, is all there; of a large one the end alone is looked at."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return file.stat().st_size > _READ_WHOLE or archive.testzip() is None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False

@@ -149,13 +149,18 @@ class RunFolder:
         (self.path / FINISHED_MARKER).touch()
 
 
-def check_input_folder(model: str | Path) -> None:
-    """Refuse an unfinished stage or an incomplete checkpoint as the input of a stage.
+def check_input_folder(model: str | Path, output_dir: str | Path) -> None:
+    """Refuse as the input of a stage: an unfinished stage, an incomplete checkpoint, the stage's own output folder.
 
     Raises:
         RunFolderError: it is one of these.
     """
     model = Path(model)
+    if model.resolve() == Path(output_dir).resolve():
+        raise RunFolderError(
+            f"--output_dir {output_dir}: is the folder of --model_name_or_path, whose weights would be overwritten; "
+            "give another folder"
+        )
     if checkpoints(model) and not (model / FINISHED_MARKER).is_file():
         whole = [folder for folder in checkpoints(model) if is_complete(folder)]
         instead = f", or give {whole[-1]}" if whole else ""

@@ -6,6 +6,7 @@ A flag that is accepted and then ignored is worse than one that is refused. So :
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -24,6 +25,56 @@ class Option:
 
     allowed: tuple[Any, ...] | None = None
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may have.
+
+    Attributes:
+        low: the lowest.
+        high: what it must stay below.
+        without_low: whether ``low`` itself is left out.
+    """
+
+    low: float
+    high: float = math.inf
+    without_low: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies in it; one that is not a number never does."""
+        return self.low <= value < self.high and not (self.without_low and value == self.low)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.without_low else f"{self.low:g} or more"
+        return low if self.high == math.inf else f"{low} and below {self.high:.10g}"
+
+
+RANGES = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), Range(0)),
+    **dict.fromkeys(("dataloader_num_workers", "save_total_limit"), Range(0)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Range(0, 1)),
+    **dict.fromkeys(("gradient_accumulation_steps", "per_device_train_batch_size"), Range(1)),
+    **dict.fromkeys(
+        ("adam_epsilon", "ddp_timeout", "mtp_learning_rate_multiplier"), Range(0, without_low=True)
+    ),
+    **dict.fromkeys(("save_steps", "logging_steps"), Range(0, without_low=True)),
+    "seed": Range(0, 2**32),  # NumPy's
+}
+"""What transformers and PyTorch take without a look, or refuse after the model is loaded."""
+_INTERVALS = {"save_steps": "save_strategy", "logging_steps": "logging_strategy"}
+
+
+def find_out_of_range(arguments: TrainingArguments) -> str | None:
+    """One line about the first number that makes no sense; None if there is none."""
+    for name, range_ in RANGES.items():
+        value = getattr(arguments, name)
+        if value is None or (name in _INTERVALS and _plain(getattr(arguments, _INTERVALS[name])) == "no"):
+            continue
+        if not range_.holds(value):
+            otherwise = f", or --{_INTERVALS[name]} no" if name in _INTERVALS else ""
+            return f"--{name} {value}: give a number {range_}{otherwise}"
+    return None
 
 
 def find_unserved(arguments: TrainingArguments) -> str | None:

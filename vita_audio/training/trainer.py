@@ -9,11 +9,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import (
@@ -28,6 +31,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 
+from vita_audio.data.faults import MachineError, first_line, machine_fault
 from vita_audio.files import write_json
 from vita_audio.provenance import RUN_FILE
 from vita_audio.training.arguments import StageArguments
@@ -38,6 +42,7 @@ from vita_audio.training.callbacks import (
     StopOnBadGradients,
 )
 from vita_audio.training.checkpoints import (
+    CheckpointStateError,
     delete_old_checkpoints,
     mark_complete,
     mark_incomplete,
@@ -47,6 +52,9 @@ from vita_audio.training.continuation import PlannedRates
 from vita_audio.training.model_card import write_model_card
 from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
+
+_TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")
+"""In the messages of torch.save where it cannot write; they have no type of their own."""
 
 
 class ResumableLoader(Protocol):
@@ -99,10 +107,24 @@ class SpeechTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """Train to ``max_steps``, from the start or from a complete checkpoint's folder."""
-        if resume_from_checkpoint is not None:
-            self.add_callback(_ObeyArguments(self._planned_rates))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        """Train to ``max_steps``, from the start or from a complete checkpoint's folder.
+
+        Raises:
+            CheckpointStateError: the checkpoint cannot be loaded.
+        """
+        if resume_from_checkpoint is None:
+            return super().train(None, *args, **kwargs)
+        loaded = _ObeyArguments(self._planned_rates)
+        self.add_callback(loaded)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except Exception as error:  # any error of a reader, as long as the checkpoint is being read
+            if loaded.reached or isinstance(error, CheckpointStateError) or machine_fault(error) is not None:
+                raise
+            raise CheckpointStateError(
+                f"{resume_from_checkpoint}: cannot be loaded: {first_line(error)}; "
+                "delete it to continue from the one before it"
+            ) from error
 
     def get_train_dataloader(self) -> Any:  # the Trainer's signature expects a DataLoader
         """This rank's loader, which shards and shuffles itself."""
@@ -206,12 +228,18 @@ class SpeechTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Save a self-contained folder: weights, config, tokenizer, model card."""
-        super().save_model(output_dir, *args, **kwargs)
-        if self.args.should_save:
-            write_model_card(output_dir or self.args.output_dir, self._run)
+        folder = output_dir or self.args.output_dir
+        with _writing(folder):
+            super().save_model(output_dir, *args, **kwargs)
+            if self.args.should_save:
+                write_model_card(folder, self._run)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with _writing(folder):
+            self._write_checkpoint(folder, model, trial)
+
+    def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
             mark_incomplete(folder)
         self.accelerator.wait_for_everyone()
@@ -225,14 +253,36 @@ class SpeechTrainer(Trainer):
             delete_old_checkpoints(self.args.output_dir, self._checkpoints_to_keep)
 
 
+@contextmanager
+def _writing(folder: str | Path) -> Iterator[None]:
+    """A disk that fails or is full, as one line.
+
+    Raises:
+        MachineError: the folder cannot be written.
+    """
+    try:
+        yield
+    except MachineError:
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
+            raise
+        raise MachineError(
+            f"{folder}: cannot be written: {first_line(error)}; make room there, and start the stage again: it "
+            "continues from its last whole checkpoint"
+        ) from error
+
+
 class _ObeyArguments(TrainerCallback):
     """Restores this run's rates after a checkpoint is loaded and before the first step."""
 
     def __init__(self, planned: list[PlannedRates]) -> None:
         self._planned = planned
+        self.reached = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.reached = True
         for rates in self._planned:
             rates.restore()

@@ -146,6 +146,10 @@ class GLM4VoiceTokenizer(AudioTokenizer):
             Vocoder, lambda: Vocoder.from_pretrained(self._decoder_folder(), device=self.device)
         )
 
+    def load_encoder(self) -> None:
+        """See :meth:`AudioTokenizer.load_encoder`."""
+        _ = self.encoder
+
     def encode(self, audio: AudioLike) -> list[int]:
         """Speech to codes, 12.5 a second; see :meth:`AudioTokenizer.encode`."""
         return self.encode_batch([audio])[0]

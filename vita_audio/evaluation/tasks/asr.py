@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from vita_audio.chat import prompts
 from vita_audio.evaluation.benchmarks import Bench, BenchmarkItem, Utterance, gather, read_test_set
 from vita_audio.evaluation.metrics import corpus_error_rate, word_tokens
+from vita_audio.evaluation.normalisers import plain_words
 from vita_audio.evaluation.tasks.task import AnyPath, Column, Items, Scores, need_utterances
 
 _TOKENS_BEYOND_PROMPT = 32
@@ -54,7 +55,7 @@ class SpeechRecognition:
 
 
 def _check(item: BenchmarkItem) -> None:
-    if not word_tokens(item.answer):
+    if not word_tokens(item.answer) or not plain_words(item.answer):
         raise ValueError(f"the reference {item.answer!r} contains no words")
     if not item.conversation.messages[-1].num_audios:
         raise ValueError("the last question contains no <|audio|>, so there is nothing to transcribe")

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from vita_audio.chat import default_data_root, locate_file, prompts
 from vita_audio.evaluation.benchmarks import (
-    Bench,
     BenchmarkItem,
     Utterance,
     every_nth,
@@ -22,13 +21,13 @@ from vita_audio.evaluation.benchmarks import (
 )
 from vita_audio.evaluation.metrics import seed_tts_error_rate, seed_tts_tokens
 from vita_audio.evaluation.tasks.task import AnyPath, Column, Items, Scores, need_utterances
-from vita_audio.evaluation.tasks.tts import check_text, is_reading_request, requested_text
+from vita_audio.evaluation.tasks.tts import Reading, check_text, requested_text
 
 LANGUAGES = ("zh", "en")
 
 
 @dataclass(frozen=True)
-class SeedTTS:
+class SeedTTS(Reading):
     """Seed-TTS in one language.
 
     Attributes:
@@ -53,13 +52,6 @@ class SeedTTS:
         items = self._read_list(path, data_root or default_data_root(path), limit)
         refuse_repeated_ids(items, path)
         return items
-
-    def is_as_trained(self, item: BenchmarkItem) -> bool:
-        return is_reading_request(item)
-
-    def run(self, bench: Bench, items: Sequence[BenchmarkItem]) -> list[Utterance]:
-        """Synthesise and recognise every item."""
-        return bench.spoken(items, requested_text)
 
     def score(self, utterances: Sequence[Utterance]) -> Scores:
         """``seed_tts_wer``, the mean of the utterances' rates; one without speech counts as 1."""

@@ -19,8 +19,19 @@ from vita_audio.evaluation.normalisers import Normaliser, normaliser, plain_word
 from vita_audio.evaluation.tasks.task import AnyPath, Column, Items, Scores, need_utterances
 
 
+class Reading:
+    """What all tasks of reading aloud share."""
+
+    def is_as_trained(self, item: BenchmarkItem) -> bool:
+        return is_reading_request(item)
+
+    def run(self, bench: Bench, items: Sequence[BenchmarkItem]) -> list[Utterance]:
+        """Synthesise and recognise every item."""
+        return bench.spoken(items, requested_text)
+
+
 @dataclass(frozen=True)
-class SpeechSynthesis:
+class SpeechSynthesis(Reading):
     """TTS.
 
     Attributes:
@@ -41,13 +52,6 @@ class SpeechSynthesis:
 
     def read(self, path: AnyPath, data_root: AnyPath | None = None, limit: int | None = None) -> Items:
         return read_test_set(path, data_root, limit, check=check_text)
-
-    def is_as_trained(self, item: BenchmarkItem) -> bool:
-        return is_reading_request(item)
-
-    def run(self, bench: Bench, items: Sequence[BenchmarkItem]) -> list[Utterance]:
-        """Synthesise and recognise every item."""
-        return bench.spoken(items, requested_text)
 
     def score(self, utterances: Sequence[Utterance]) -> Scores:
         """``tts_wer`` counts utterances without speech as wholly deleted; ``tts_wer_answered``
