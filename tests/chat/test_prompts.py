@@ -170,7 +170,7 @@ def test_the_last_message_determines_the_task():
 @pytest.mark.parametrize("text", ["\u200b", "\ufeff\u2060", "...", "?!", "—", "\x00", "\u0300"])
 def test_a_text_of_which_nothing_can_be_said_is_refused(text, goldens):
     conversation = prompts.synthesis(text)
-    with pytest.raises(ValueError, match="blank; give some words"):
+    with pytest.raises(ValueError, match="blank; provide some words"):
         build_prompt(conversation.messages, (), goldens.tokenizer("glm4voice"), None)
 
 

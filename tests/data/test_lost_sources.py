@@ -294,7 +294,7 @@ def test_damaged_codec_weights_stop_the_run_before_a_sample_is_lost(open_mix, te
     shutil.copytree(GLM4VOICE, tmp_path / "codec")
     (tmp_path / "codec" / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(
-        ValueError, match=r"cannot make codes: .*model\.safetensors: .*; the mix holds speech"
+        ValueError, match=r"cannot make codes: .*model\.safetensors: .*; the mix contains speech"
     ):
         open_mix(CodecSpec("glm4voice", str(tmp_path / "codec")), texts=texts, speech=[spoken("a.wav")])
 

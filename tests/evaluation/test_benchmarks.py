@@ -347,7 +347,7 @@ def test_references_without_words_are_refused(tmp_path, tiny_world, write_lines)
     asr, tts = (json.loads(json.dumps(tiny_world.samples[task])) for task in ("asr", "tts"))
     for mark in ("。", "...", "\u200b"):
         asr["messages"][-1]["content"] = mark
-        with pytest.raises(ValueError, match=r"set\.jsonl:1: .*the reference .* holds no words"):
+        with pytest.raises(ValueError, match=r"set\.jsonl:1: .*the reference .* contains no words"):
             ASR.read(write_lines(tmp_path / "set.jsonl", [asr]), tiny_world.data_dir)
     asr["messages"][-1]["content"] = "。"
     tts["messages"][0]["content"] = "Convert the text to speech.\n…"
