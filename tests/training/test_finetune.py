@@ -436,7 +436,7 @@ def finished(tiny_world):
         ("scheduler.pt", _torn, "scheduler.pt: damaged or cut short"),
         ("rng_state.pth", _flipped, "rng_state.pth: damaged or cut short"),
         ("model.safetensors", Path.unlink, "weight files are missing"),
-        ("model.safetensors", _torn, "cut short"),
+        ("model.safetensors", _torn, "truncated"),
         ("config.json", Path.unlink, "config.json: not found"),
         (
             "loader_state/rank_00000.json",
