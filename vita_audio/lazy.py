@@ -26,8 +26,24 @@ class LazyClass:
         self.__dict__.update(known)
 
     def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._load(), attribute)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._load()(*args, **kwargs)
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        return (self._load(),)
+
+    def __instancecheck__(self, instance: object) -> bool:
+        return isinstance(instance, self._load())
+
+    def __subclasscheck__(self, subclass: type) -> bool:
+        return issubclass(subclass, self._load())
+
+    def _load(self) -> type:
         module, name = self.__dict__["_home"]
-        return getattr(getattr(import_module(module), name), attribute)
+        loaded: type = getattr(import_module(module), name)
+        return loaded
 
 
 def when_imported(module: str, action: Callable[[ModuleType], None]) -> None:
