@@ -16,6 +16,16 @@ if [[ ! -f $CHECKPOINT/checkpoint.complete || ! -f $CHECKPOINT/latest ]]; then
   echo "$CHECKPOINT: not a complete checkpoint of a DeepSpeed run; give OUTPUT_DIR/checkpoint-N" >&2
   exit 2
 fi
+# DeepSpeed's conversion would return the weights of such a run in another order.
+if "$PYTHON" - "$CHECKPOINT/run.json" <<'PYTHON_END'
+import json, sys
+config = json.load(open(sys.argv[1], encoding="utf-8"))["arguments"].get("deepspeed") or {}
+sys.exit(not (isinstance(config, dict) and config.get("zero_optimization", {}).get("round_robin_gradients")))
+PYTHON_END
+then
+  echo "$CHECKPOINT: written with round_robin_gradients, which DeepSpeed cannot convert; continue with as many processes" >&2
+  exit 2
+fi
 TAG=$(<"$CHECKPOINT/latest")
 UNIVERSAL=$CHECKPOINT/${TAG}_universal
 rm -rf "$UNIVERSAL" "$CHECKPOINT/latest_universal" # left by an interrupted conversion

@@ -112,6 +112,25 @@ def test_a_converted_checkpoint_continues_on_another_number_of_processes_with_th
     assert got == pytest.approx(want, abs=1e-5)
 
 
+def test_a_checkpoint_whose_weights_deepspeed_would_reorder_is_not_converted(tmp_path):
+    checkpoint = tmp_path / "checkpoint-3"
+    checkpoint.mkdir()
+    (checkpoint / "checkpoint.complete").touch()
+    (checkpoint / "latest").write_text("global_step3")
+    deepspeed = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+    (checkpoint / "run.json").write_text(json.dumps({"arguments": {"deepspeed": deepspeed}}))
+    run = subprocess.run(
+        ["bash", "scripts/deepspeed/convert_checkpoint.sh", checkpoint],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert "written with round_robin_gradients" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
 def test_ten_skipped_steps_in_a_row_stop_the_run(tiny_world, tmp_path):
     tool = tmp_path / "bad_gradients.py"
     tool.write_text(BAD_GRADIENTS)
