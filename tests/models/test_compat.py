@@ -222,7 +222,7 @@ def test_a_field_of_ours_survives_in_a_generation_config(tmp_path):
 
 
 def test_a_trainer_writes_checkpoints_by_the_methods_we_use():
-    assert hasattr(Trainer, "_get_output_dir"), "Trainer has no _get_output_dir: see compat.run_folder"
+    assert hasattr(Trainer, "_get_output_dir"), "Trainer chooses its folder in another way: see SpeechTrainer"
     parameters = list(inspect.signature(Trainer._save_checkpoint).parameters)
     assert parameters == ["self", "model", "trial"], (
         f"Trainer._save_checkpoint takes {parameters}: see SpeechTrainer"

@@ -179,11 +179,6 @@ def has_unfinished_sequences(
 # -- training ---------------------------------------------------------------------------------------------
 
 
-def run_folder(trainer: Any, trial: Any) -> str:
-    """Folder in which a Trainer writes its ``checkpoint-*`` folders."""
-    return trainer._get_output_dir(trial)
-
-
 def disable_shared_memory_allreduce() -> None:
     """Keep DeepSpeed from compiling a shared-memory all-reduce on CPUs; only its inference engine uses it."""
     import deepspeed
