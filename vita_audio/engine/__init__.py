@@ -1,0 +1,8 @@
+"""Rounds at the machine's limit: many requests at once, lossless when asked; the algorithm of ``models.generation``."""
+
+from vita_audio.engine.engine import Engine
+from vita_audio.engine.requests import Finished, Handle, Request, Sampling, Stats, Tokens
+from vita_audio.engine.sessions import Session
+from vita_audio.engine.weights import AudioRows
+
+__all__ = ["AudioRows", "Engine", "Finished", "Handle", "Request", "Sampling", "Session", "Stats", "Tokens"]

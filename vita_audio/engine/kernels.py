@@ -1,0 +1,81 @@
+"""The two operations that take the time of a pass: matrix products with few rows, and attention over a cache.
+
+A pass of decoding multiplies 1 to 30 rows with every weight, so it runs at the speed at which weights are read. On
+CPUs PyTorch's own product is far from that speed for few rows, oneDNN's with weights in its blocked layout is close
+to it (docs/engine.md has the figures). The blocked copy doubles the memory of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+SMALLEST_PACKED = 1 << 19
+"""Bytes of a float32 matrix from which oneDNN's product is faster than PyTorch's; below, its call costs more."""
+
+
+class Product:
+    """y = x W^T + b for a fixed weight, on its device.
+
+    Args:
+        weights: (out_i, in) each; they are joined along their outputs.
+        biases: (out_i,) each, or None for all.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None):
+        weight = weights[0].detach() if len(weights) == 1 else torch.cat([each.detach() for each in weights])
+        self.in_features = weight.shape[1]
+        self.out_features = weight.shape[0]
+        self.bias: Tensor | None = None
+        if biases is not None and any(bias is not None for bias in biases):
+            parts = [
+                weights[i].new_zeros(len(weights[i])) if bias is None else bias.detach()
+                for i, bias in enumerate(biases)
+            ]
+            self.bias = torch.cat(parts)
+        self._weight = weight
+        self._packed: Tensor | None = pack(weight)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a call reads."""
+        size = self._weight.element_size()
+        return size * self.in_features * self.out_features
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """(…, in) -> (…, out); ``add`` (…, out) is added to the result."""
+        if self._packed is None:
+            y = linear(x, self._weight, self.bias)
+            return y if add is None else y.add_(add)
+        if add is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, add, self._packed, self.bias, "add")
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """A weight (out, in) in oneDNN's blocked layout; None where PyTorch's own product is the better one."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return None
+    if weight.dtype == torch.float32:
+        if weight.numel() * weight.element_size() < SMALLEST_PACKED:
+            return None
+    elif weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 11)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of few queries over a cache, grouped queries folded into the rows.
+
+    Args:
+        query: (rows, kv_heads, queries, d_head).
+        key, value: (rows, kv_heads, length, d_head), of any strides.
+        mask: (rows, 1, queries, length), added to the scores; None: everything is seen.
+
+    Returns:
+        (rows, kv_heads, queries, d_head).
+    """
+    return scaled_dot_product_attention(query, key, value, mask)

@@ -1,0 +1,266 @@
+"""One round: the backbone reads what is new and makes its tokens, then the heads make theirs.
+
+A round runs for several rows at once. Each takes part in as many passes as its schedule says; the state has these
+numbers on the device, and everything that fixes the shapes of a round stands in its :class:`Plan`. Nothing is read
+back to the host inside a round, with one exception: on a CPU, where this costs nothing, a projection looks whether all
+rows are inside speech and then reads the rows of speech only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vita_audio.engine.sampling import (
+    Rules,
+    between_markers,
+    distribution,
+    only_speech,
+    pick,
+    project,
+)
+from vita_audio.engine.speculation import accept_greedy, accept_sampled
+from vita_audio.engine.state import State
+from vita_audio.engine.steps import backbone_pass, emit, head_window, run_head
+from vita_audio.engine.weights import Weights
+
+BURST = 4
+"""Backbone passes of one round, at most; longer runs of a schedule take several rounds."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shapes of a round.
+
+    Attributes:
+        first, last: the rows ``first`` … ``last`` - 1 take part.
+        width: the most tokens that a row's first backbone pass reads.
+        head_width: the most positions that a row's heads compute.
+        length: the cached positions that passes read, at least those of the longest row at the end of the round.
+        backbone_steps, head_steps: passes of the row that takes most.
+        lossless: some row has drafts or will have.
+        heads_speak: every row's heads choose speech tokens only.
+        speech: some row reads the rows of speech where it can.
+    """
+
+    first: int
+    last: int
+    width: int
+    head_width: int
+    length: int
+    backbone_steps: int
+    head_steps: int
+    lossless: bool = False
+    heads_speak: bool = False
+    speech: bool = False
+
+    @property
+    def rows(self) -> slice:
+        """The rows that take part."""
+        return slice(self.first, self.last)
+
+
+@dataclass
+class Modes:
+    """Options of rows on the device, (rows,) bool each.
+
+    Attributes:
+        lossless: see :class:`~vita_audio.engine.requests.Request`.
+        between: reads the rows of speech between the markers. heads_speak: for all tokens of heads as well.
+        check: its restricted choices are checked.
+    """
+
+    lossless: Tensor
+    between: Tensor
+    heads_speak: Tensor
+    check: Tensor
+
+
+@dataclass
+class Checks:
+    """Restricted choices that no full projection has checked yet, and what checks found.
+
+    Attributes:
+        hidden: (rows, steps, d). tokens: (rows, steps) ids; -1: nothing to check.
+        disagreements: (rows,) counts.
+    """
+
+    hidden: Tensor
+    tokens: Tensor
+    disagreements: Tensor
+
+    @classmethod
+    def of(cls, weights: Weights, rows: int) -> Checks:
+        """Room for the tokens of a round of ``rows`` rows."""
+        steps = BURST + weights.num_heads
+        return cls(
+            hidden=torch.zeros(rows, steps, weights.d, dtype=weights.dtype, device=weights.device),
+            tokens=torch.full((rows, steps), -1, device=weights.device),
+            disagreements=torch.zeros(rows, dtype=torch.long, device=weights.device),
+        )
+
+    def of_rows(self, rows: slice) -> Checks:
+        """The same for some rows, sharing memory."""
+        return Checks(self.hidden[rows], self.tokens[rows], self.disagreements[rows])
+
+    def note(self, slot: int, hidden: Tensor, tokens: Tensor, wanted: Tensor) -> None:
+        """Remember one choice of each row: states (rows, d), ids (rows,); -1 where it is not ``wanted``."""
+        self.hidden[:, slot] = hidden
+        self.tokens[:, slot] = torch.where(wanted, tokens, -1)
+
+    def compare(self, best: Tensor) -> None:
+        """Count the remembered tokens that differ from the best of all rows, (rows * steps,), and forget them."""
+        differ = (self.tokens >= 0) & (self.tokens != best.view_as(self.tokens))
+        self.disagreements += differ.sum(dim=1)
+        self.tokens.fill_(-1)
+
+
+@dataclass
+class Round:
+    """Runs one round.
+
+    Attributes:
+        rules, modes: options of the plan's rows.
+        used: (rows, vocabulary) bool, the tokens that the repetition penalty counts; None: nobody has one.
+        draft_probabilities: (rows, heads, vocabulary), what drafts were drawn from; None: nobody draws drafts.
+        checks: None: nobody wants checks.
+        prompt: (rows, width, d), inputs of the first backbone pass that are not plain embeddings; else None.
+    """
+
+    weights: Weights
+    state: State
+    plan: Plan
+    rules: Rules
+    modes: Modes
+    used: Tensor | None = None
+    draft_probabilities: Tensor | None = None
+    checks: Checks | None = None
+    prompt: Tensor | None = None
+    _draws: int = field(default=0, init=False)
+
+    def run(self) -> None:
+        """Make the round's tokens and move the rows' lengths; all results are in the state."""
+        weights, state, plan = self.weights, self.state, self.plan
+        rows = plan.rows
+        passes, head_passes = state.backbone_steps[rows], state.head_steps[rows]
+        for step in range(plan.backbone_steps):
+            width, prompt = (plan.width, self.prompt) if step == 0 else (1, None)
+            hidden = backbone_pass(weights, state, rows, passes > step, width, plan.length, prompt)
+            if step == 0 and plan.lossless:
+                self._verify(hidden)
+            else:
+                self._choose(hidden[:, -1], passes > step, step)
+        if not plan.head_steps:
+            return
+        permanent = self.used
+        if plan.lossless and permanent is not None:
+            self.used = permanent.clone()  # a draft counts once it is accepted
+        window, hidden = head_window(weights, state, rows, head_passes, plan.head_width, plan.length)
+        for index in range(plan.head_steps):
+            hidden = run_head(weights, state, index, hidden, window)
+            tokens = self._choose(hidden[:, -1], head_passes > index, index, by_head=True)
+            if plan.lossless and permanent is not None:
+                count(permanent, tokens, (head_passes > index) & ~self.modes.lossless)
+        self._settle(head_passes)
+
+    def _settle(self, head_passes: Tensor) -> None:
+        """Move the lengths of the heads that ran, and note the drafts."""
+        state, rows, lossless = self.state, self.plan.rows, self.modes.lossless
+        # A lossless row's last positions were computed from drafts: with K heads, K positions.
+        verified = (state.seen[rows] - self.weights.num_heads * lossless).clamp(min=0)
+        ran = torch.arange(self.weights.num_heads, device=verified.device) < head_passes[:, None]
+        state.seen_heads[rows] = torch.where(ran, verified[:, None], state.seen_heads[rows])
+        state.drafts[rows] = head_passes * lossless
+
+    def _choose(self, hidden: Tensor, active: Tensor, step: int, by_head: bool = False) -> Tensor:
+        """Choose a token for each row from its hidden state, (rows, d), and append it to the active rows."""
+        weights, rules = self.weights, self.rules
+        restricted = self._restricted(by_head)
+        audio_only = restricted is not None and self._only_speech(restricted | ~active, by_head)
+        first_id = weights.audio_rows.begin if audio_only and weights.audio_rows is not None else 0
+        checking = self.checks is not None and not by_head and step == 0 and not audio_only
+        if self.checks is not None and checking:
+            # The full projection reads the weights anyway: a few more states cost nothing.
+            pending = self.checks.hidden.flatten(0, 1)
+            every = project(weights, torch.cat([hidden, pending]), None, False)
+            self.checks.compare(every[len(hidden) :].argmax(dim=1))
+            logits = every[: len(hidden)]
+            if restricted is not None:
+                logits = only_speech(weights, logits, restricted)
+        else:
+            logits = project(weights, hidden, restricted, audio_only)
+        if rules.plain:
+            tokens = logits.argmax(dim=1) + first_id
+        else:
+            probabilities = distribution(logits, rules, self.used, first_id)
+            self._draws += 1
+            uniforms = self.state.uniforms[self.plan.rows, self._draws - 1]
+            tokens = pick(probabilities, uniforms) + first_id
+            if by_head and self.draft_probabilities is not None:
+                drafted = self.draft_probabilities[:, step]
+                drafted.zero_()
+                drafted[:, first_id : first_id + logits.shape[1]] = probabilities
+        emit(self.state, self.plan.rows, active, tokens)
+        if self.used is not None:
+            count(self.used, tokens, active)
+        if self.checks is not None and restricted is not None:
+            slot = BURST + step if by_head else step
+            self.checks.note(slot, hidden, tokens, restricted & active & self.modes.check)
+        return tokens
+
+    def _verify(self, hidden: Tensor) -> None:
+        """Accept drafts and choose the token that follows; rows without drafts choose their next token.
+
+        Args:
+            hidden: (rows, width, d).
+        """
+        weights, state, plan = self.weights, self.state, self.plan
+        rows, num_heads = plan.rows, weights.num_heads
+        drafts = state.drafts[rows]
+        confirmed = state.known[rows] - drafts
+        # Column i of what follows belongs to the token after the first i drafts.
+        columns = torch.arange(num_heads + 1, device=drafts.device)
+        ids = state.tokens[rows].gather(1, confirmed[:, None] + columns[:-1])
+        places = (plan.width - 1 - drafts[:, None] + columns).clamp(max=plan.width - 1)
+        wanted = hidden.gather(1, places[:, :, None].expand(-1, -1, weights.d))
+        logits = project(weights, wanted.flatten(0, 1), None, False).unflatten(0, (len(drafts), -1))
+        if self.rules.plain:
+            accepted, following = accept_greedy(ids, drafts, logits.argmax(dim=2))
+        else:
+            p = torch.stack([self._target(logits[:, i], ids[:, :i]) for i in range(num_heads + 1)], dim=1)
+            q = torch.zeros_like(p[:, 1:]) if self.draft_probabilities is None else self.draft_probabilities
+            self._draws = num_heads + 1
+            accepted, following = accept_sampled(ids, drafts, p, q, state.uniforms[rows, : num_heads + 1])
+        state.known[rows] = state.seen[rows] = confirmed + accepted
+        emit(state, rows, state.backbone_steps[rows] > 0, following)
+        if self.used is not None:
+            for i in range(num_heads):
+                count(self.used, ids[:, i], accepted > i)
+            count(self.used, following, state.backbone_steps[rows] > 0)
+
+    def _target(self, logits: Tensor, drafts: Tensor) -> Tensor:
+        """The backbone's distribution (rows, vocabulary) after these drafts, (rows, n)."""
+        used = None if self.used is None else self.used.scatter(1, drafts, True)
+        return distribution(logits, self.rules, used, 0)
+
+    def _restricted(self, by_head: bool) -> Tensor | None:
+        """Which rows choose among speech tokens now, (rows,) bool; None for none."""
+        if not self.plan.speech:
+            return None
+        state, rows = self.state, self.plan.rows
+        last = state.tokens[rows].gather(1, state.known[rows][:, None] - 1).squeeze(1)
+        restricted = between_markers(self.weights, last) & self.modes.between
+        return restricted | self.modes.heads_speak if by_head else restricted
+
+    def _only_speech(self, restricted: Tensor, by_head: bool) -> bool:
+        if by_head and self.plan.heads_speak:
+            return True
+        return restricted.device.type == "cpu" and bool(restricted.all())
+
+
+def count(used: Tensor, tokens: Tensor, active: Tensor) -> None:
+    """Mark one token of each active row as used: (rows, vocabulary), (rows,), (rows,) bool."""
+    place = tokens[:, None]
+    used.scatter_(1, place, used.gather(1, place) | active[:, None])

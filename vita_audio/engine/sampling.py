@@ -1,0 +1,130 @@
+"""From hidden states to tokens, on the device: projection onto the vocabulary or its speech rows, rules, draws.
+
+The rules are those of transformers' processors, in their order: repetition penalty, temperature, top-k, top-p. A draw
+is a function of a distribution and a number in [0, 1): each request brings its own numbers, so its tokens do not
+depend on its company. Greedy choice is a distribution with one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vita_audio.engine.requests import Sampling
+from vita_audio.engine.weights import Weights
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The sampling options of some rows.
+
+    Attributes:
+        sampled: (rows,) bool; the others are greedy.
+        temperature, top_p, penalty: (rows,) float32. top_k: (rows,), 0 keeps all.
+        plain: every row is greedy, without a penalty.
+        largest_k: of all rows; 0 without top-k.
+        has_top_p: some row cuts by probability.
+    """
+
+    sampled: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    penalty: Tensor
+    plain: bool
+    largest_k: int
+    has_top_p: bool
+
+    @classmethod
+    def of(cls, options: Sequence[Sampling], device: torch.device) -> Rules:
+        """Rules for rows with these options."""
+        drawn = [each for each in options if each.do_sample]
+        return cls(
+            sampled=torch.tensor([each.do_sample for each in options], device=device),
+            temperature=torch.tensor([each.temperature for each in options], device=device),
+            top_k=torch.tensor([each.top_k for each in options], device=device),
+            top_p=torch.tensor([each.top_p for each in options], device=device),
+            penalty=torch.tensor([each.repetition_penalty for each in options], device=device),
+            plain=not drawn and all(each.repetition_penalty == 1 for each in options),
+            largest_k=max((each.top_k for each in drawn), default=0),
+            has_top_p=any(each.top_p < 1 for each in drawn),
+        )
+
+
+def project(weights: Weights, hidden: Tensor, restricted: Tensor | None, audio_only: bool) -> Tensor:
+    """Logits of hidden states.
+
+    Args:
+        hidden: (rows, d), normed.
+        restricted: (rows,) bool: rows that may choose speech tokens only; None for none.
+        audio_only: all rows are restricted: read the rows of speech alone.
+
+    Returns:
+        (rows, vocabulary), or (rows, speech rows) with ``audio_only``.
+    """
+    if audio_only:
+        assert weights.audio_head is not None
+        return weights.audio_head(hidden)
+    logits = weights.lm_head(hidden)
+    return logits if restricted is None else only_speech(weights, logits, restricted)
+
+
+def only_speech(weights: Weights, logits: Tensor, restricted: Tensor) -> Tensor:
+    """Logits (rows, vocabulary) with minus infinity for the text ids of restricted rows, (rows,) bool."""
+    assert weights.audio_rows is not None
+    text = torch.arange(logits.shape[1], device=logits.device) < weights.audio_rows.begin
+    return logits.masked_fill(restricted[:, None] & text, -torch.inf)
+
+
+def between_markers(weights: Weights, last: Tensor) -> Tensor:
+    """Whether the tokens ``last``, of any shape, leave their rows inside speech."""
+    assert weights.audio_rows is not None
+    return (last >= weights.audio_rows.begin) & (last != weights.audio_rows.end)
+
+
+def distribution(logits: Tensor, rules: Rules, used: Tensor | None, first_id: int) -> Tensor:
+    """Probabilities of the next token under the rules.
+
+    Args:
+        logits: (rows, n), of the ids from ``first_id`` on.
+        used: (rows, vocabulary) bool, for the penalty; None: nobody has one.
+
+    Returns:
+        (rows, n) float32.
+    """
+    scores = logits.float()
+    if used is not None:
+        ours = used[:, first_id : first_id + scores.shape[1]]
+        penalty = rules.penalty[:, None]
+        scores = torch.where(ours, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    best = torch.zeros_like(scores).scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0)
+    scores = scores / rules.temperature[:, None]
+    if rules.largest_k:
+        k = min(rules.largest_k, scores.shape[1])
+        kth = scores.topk(k).values.gather(1, (rules.top_k.clamp(1, k) - 1)[:, None])
+        scores = scores.masked_fill((rules.top_k > 0)[:, None] & (scores < kth), -torch.inf)
+    if rules.has_top_p:
+        ordered, ids = scores.sort(dim=1)
+        cut = ordered.softmax(dim=1).cumsum(dim=1) <= 1 - rules.top_p[:, None]
+        cut[:, -1] = False
+        cut &= (rules.top_p < 1)[:, None]
+        scores = scores.masked_fill(cut.scatter(1, ids, cut), -torch.inf)
+    return torch.where(rules.sampled[:, None], scores.softmax(dim=1), best)
+
+
+def pick(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one index per row by inverting the distribution function.
+
+    Args:
+        probabilities: (rows, n), not necessarily of sum 1.
+        uniforms: (rows,) float64 in [0, 1).
+
+    Returns:
+        (rows,) indices; one of probability 0 is never chosen.
+    """
+    sums = probabilities.double().cumsum(dim=1)
+    target = uniforms[:, None] * sums[:, -1:]
+    return torch.searchsorted(sums, target, right=True).squeeze(1).clamp(max=probabilities.shape[1] - 1)

@@ -1,0 +1,154 @@
+"""The state of all rows: static caches on the device, and where each row stands.
+
+Nothing here grows or moves while a round runs, so a round can be captured as a CUDA graph. A row is one place in
+every tensor; rows in use are always the first ones, see :meth:`State.swap`.
+
+The cache index of a token is its position. Forgetting the end of a row is therefore lowering its lengths, and keys
+beyond a row's length are never seen: every query sees the positions up to its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vita_audio.engine.weights import Weights
+
+
+class State:
+    """Caches of every layer and head, the tokens, and the lengths of ``rows`` rows.
+
+    Attributes:
+        caches: for each layer, then each head, (rows, length + 1, 2 kv, d_head): keys, then values. What a pass
+            must not keep is written to the last place, which no query sees.
+        tokens: (rows, length + spare) ids; ``known`` of each row are valid.
+        hidden: (rows, length + 1, d), the backbone's normed output, the input of the heads.
+        known: (rows,) tokens, of which the last ``drafts`` (rows,) are not verified yet.
+        seen: (rows,) positions that the backbone has computed.
+        seen_heads: (rows, heads) positions that each head has computed; falling from head to head.
+        backbone_steps, head_steps: (rows,) passes that a row takes part in this round.
+        uniforms: (rows, draws) numbers in [0, 1) for this round.
+    """
+
+    def __init__(self, weights: Weights, rows: int, length: int, draws: int):
+        device, dtype = weights.device, weights.dtype
+        self.rows, self.length = rows, length
+        heads = 2 * weights.kv
+        self.caches = [
+            zeros((rows, length + 1, heads, weights.head_size), dtype, device)
+            for _ in range(weights.num_layers + weights.num_heads)
+        ]
+        self.hidden = zeros((rows, length + 1, weights.d), dtype, device)
+        # A head reads as many tokens ahead as its number, also at places that are not kept.
+        self.tokens = torch.zeros(rows, length + weights.num_heads + 2, dtype=torch.long, device=device)
+        self.known = torch.zeros(rows, dtype=torch.long, device=device)
+        self.seen = torch.zeros_like(self.known)
+        self.seen_heads = torch.zeros(rows, weights.num_heads, dtype=torch.long, device=device)
+        self.drafts = torch.zeros_like(self.known)
+        self.backbone_steps = torch.zeros_like(self.known)
+        self.head_steps = torch.zeros_like(self.known)
+        self.uniforms = torch.zeros(rows, draws, dtype=torch.float64, device=device)
+        self.cos, self.sin = weights.rotary(length + 1)
+
+    @property
+    def lengths(self) -> tuple[Tensor, ...]:
+        """Everything that says where a row stands."""
+        return self.known, self.seen, self.seen_heads, self.drafts
+
+    def set(self, row: int, known: int, seen: int, seen_heads: Sequence[int]) -> None:
+        """Put a row where it has ``known`` verified tokens; what was computed from ``seen`` on is forgotten."""
+        self.known[row], self.seen[row], self.drafts[row] = known, seen, 0
+        self.seen_heads[row] = torch.tensor(seen_heads, dtype=torch.long)
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange two rows that hold at most ``length`` tokens each."""
+        if one == other:
+            return
+        places = [one, other]
+        for tensor in (*self.caches, self.hidden):
+            tensor[places, :length] = tensor[places[::-1], :length]
+        for tensor in (self.tokens, *self.lengths):
+            tensor[places] = tensor[places[::-1]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes reserved for caches; on a CPU only what was written takes memory."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.caches, self.hidden))
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of zeros. On a CPU its pages take memory when they are first written to."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = int(np.prod(shape)) * torch.empty((), dtype=dtype).element_size()
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The positions that a pass computes, the same number in each row, the last one at the right.
+
+    Attributes:
+        rows: which rows take part.
+        positions: (rows, width); 0 where a row has fewer.
+        write: (rows, width) places in the caches.
+        cos, sin: (rows, width, queries + 2 kv, d_head), see :func:`vita_audio.engine.steps.run_layer`.
+        masks: for each reach of attention (None: all) what is added to the scores, (rows, 1, groups * width, length).
+        length: positions of the caches that are read.
+    """
+
+    rows: slice
+    positions: Tensor
+    write: Tensor
+    cos: Tensor
+    sin: Tensor
+    masks: dict[int | None, Tensor | None]
+    length: int
+
+
+def window_of(
+    weights: Weights, state: State, rows: slice, first: Tensor, end: Tensor, width: int, length: int
+) -> Window:
+    """The window of positions ``first`` … ``end`` - 1 of each row.
+
+    Args:
+        first, end: (rows,); at most ``width`` apart. A row with first = end takes no part.
+        width: positions computed in each row.
+        length: positions of the caches to read, at least the largest ``end``.
+    """
+    columns = torch.arange(width - 1, -1, -1, device=end.device)
+    positions = end[:, None] - 1 - columns
+    write = torch.where(positions >= first[:, None], positions, state.length)
+    positions = positions.clamp(min=0)
+    cos, sin = state.cos[positions], state.sin[positions]
+    shape = (*positions.shape, weights.queries + weights.kv, weights.head_size)
+    kept = (*positions.shape, weights.kv, weights.head_size)
+    groups = weights.queries // weights.kv
+    reaches = {layer.window for layer in (*weights.layers, *(head.layer for head in weights.heads))}
+    return Window(
+        rows=rows,
+        positions=positions,
+        write=write,
+        cos=torch.cat([cos[:, :, None].expand(shape), cos.new_ones(kept)], dim=2),
+        sin=torch.cat([sin[:, :, None].expand(shape), sin.new_zeros(kept)], dim=2),
+        masks={reach: causal_mask(positions, length, reach, groups, weights.dtype) for reach in reaches},
+        length=length,
+    )
+
+
+def causal_mask(positions: Tensor, length: int, reach: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores: 0 for the positions that a query sees, minus infinity elsewhere.
+
+    Returns:
+        (rows, 1, groups * width, length); the queries of a group are the outer dimension.
+    """
+    keys = torch.arange(length, device=positions.device)
+    hidden = keys > positions[:, :, None]
+    if reach is not None:
+        hidden |= keys <= positions[:, :, None] - reach
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf)
+    return mask[:, None].expand(-1, groups, -1, -1).flatten(1, 2)[:, None]

@@ -1,0 +1,170 @@
+"""A model's weights as the engine reads them: products that follow each other on one input are joined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm
+
+from vita_audio.engine.kernels import Product
+
+if TYPE_CHECKING:
+    from vita_audio.models import Qwen2MTPForCausalLM
+
+STATIC_ROPE = ("default", "linear", "yarn", "llama3")
+"""Rotary embeddings that depend on the position alone."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm over the last dimension."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer.
+
+    Attributes:
+        qkv: queries, keys and values in one product.
+        gate_up: both inputs of the gated MLP in one product.
+        window: positions that the layer's attention reaches back; None: all.
+    """
+
+    input_norm: Norm
+    qkv: Product
+    out: Product
+    mlp_norm: Norm
+    gate_up: Product
+    down: Product
+    window: int | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights that a pass reads."""
+        return sum(each.num_bytes for each in (self.qkv, self.out, self.gate_up, self.down))
+
+
+@dataclass(frozen=True)
+class Head:
+    """An MCTP head: its fusion of embedding and state, and its layer."""
+
+    embed_norm: Norm
+    hidden_norm: Norm
+    proj: Product
+    layer: Layer
+
+
+@dataclass(frozen=True)
+class AudioRows:
+    """The part of the vocabulary that speech uses, and its markers.
+
+    Attributes:
+        begin: id of ``<|begin_of_audio|>``; the rows of speech are those from here on.
+        end: id of ``<|end_of_audio|>``.
+    """
+
+    begin: int
+    end: int
+
+
+class Weights:
+    """All weights of a model of the family, ready for :mod:`vita_audio.engine.steps`.
+
+    Args:
+        model: on its device, in evaluation mode.
+        audio_rows: the speech part of the vocabulary; None: it is never projected alone.
+
+    Raises:
+        ValueError: the engine cannot run this model.
+    """
+
+    def __init__(self, model: Qwen2MTPForCausalLM, audio_rows: AudioRows | None = None):
+        config: Any = model.config
+        kind = config.rope_parameters.get("rope_type", "default")
+        if kind not in STATIC_ROPE:
+            raise ValueError(f"rope_type {kind}: the engine needs one of {', '.join(STATIC_ROPE)}; use generate()")
+        self.num_layers = config.num_backbone_layers
+        self.num_heads = config.num_nextn_predict_layers
+        self.d = config.hidden_size
+        self.queries = config.num_attention_heads
+        self.kv = config.num_key_value_heads
+        self.head_size = getattr(config, "head_dim", None) or self.d // self.queries
+        self.embedding: Tensor = model.get_input_embeddings().weight.detach()
+        self.vocab_size = len(self.embedding)
+        self.norm = _norm(model.model.norm)
+        layers: Any = model.model.layers
+        self.layers = [_layer(layers[i], config, config.layer_type(i)) for i in range(self.num_layers)]
+        self.heads = [
+            Head(
+                _norm(head.embed_norm),
+                _norm(head.hidden_norm),
+                Product([head.proj.weight]),
+                _layer(head.layer, config, config.layer_type(self.num_layers + head.index)),
+            )
+            for head in model.heads
+        ]
+        self.lm_head = Product([model.lm_head.weight])
+        self.audio_rows = audio_rows
+        self.audio_head = None if audio_rows is None else Product([model.lm_head.weight[audio_rows.begin :]])
+        self._rotary: Any = model.model.rotary_emb
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and caches."""
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of weights and caches."""
+        return self.embedding.device
+
+    @property
+    def backbone_bytes(self) -> int:
+        """Bytes of weights that a pass of the backbone and the LM head reads."""
+        return sum(layer.num_bytes for layer in self.layers) + self.lm_head.num_bytes
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of weights that one head and the LM head, over speech where it can, read."""
+        if not self.heads:
+            return 0
+        head = self.heads[0]
+        projection = self.lm_head if self.audio_head is None else self.audio_head
+        return head.proj.num_bytes + head.layer.num_bytes + projection.num_bytes
+
+    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, (length, d_head) each, of positions 0 … length - 1.
+
+        The sign of the rotation is in sin: x * cos + roll(x, d_head / 2) * sin rotates.
+        """
+        positions = torch.arange(length, device=self.device)[None]
+        cos, sin = (part[0] for part in self._rotary(self.embedding[:1], positions))
+        half = self.head_size // 2
+        return cos, torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight.detach(), module.variance_epsilon)
+
+
+def _layer(module: Any, config: Any, layer_type: str) -> Layer:
+    attention, mlp = module.self_attn, module.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return Layer(
+        input_norm=_norm(module.input_layernorm),
+        qkv=Product([each.weight for each in projections], [each.bias for each in projections]),
+        out=Product([attention.o_proj.weight], [attention.o_proj.bias]),
+        mlp_norm=_norm(module.post_attention_layernorm),
+        gate_up=Product([mlp.gate_proj.weight, mlp.up_proj.weight]),
+        down=Product([mlp.down_proj.weight]),
+        window=config.sliding_window if layer_type == "sliding_attention" else None,
+    )
