@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vita_audio.engine.graphs import Graphs
 from vita_audio.engine.requests import Finished, Handle, Reason, Request, Tokens
-from vita_audio.engine.rounds import BURST, Checks, Modes, Plan, Round
-from vita_audio.engine.sampling import Rules
+from vita_audio.engine.rounds import BURST, Checks, Modes, Plan, Round, Shapes
+from vita_audio.engine.sampling import Drawing, Rules
 from vita_audio.engine.scheduler import Scheduler, segments
 from vita_audio.engine.sessions import Session
 from vita_audio.engine.speculation import DraftLength
@@ -67,26 +68,6 @@ class Running:
         return len(self.tokens) - self.seen
 
 
-@dataclass(frozen=True)
-class Group:
-    """Options of rows that run together.
-
-    Attributes:
-        rules, modes: of each row.
-        lossless: some row has drafts. heads_speak: all rows' heads only speak. speech: some row reads speech rows
-            alone where it can. check: some row wants that checked. penalty: some row has one. draws: some row samples.
-    """
-
-    rules: Rules
-    modes: Modes
-    lossless: bool
-    heads_speak: bool
-    speech: bool
-    check: bool
-    penalty: bool
-    draws: bool
-
-
 class Engine:
     """Runs the rounds of many requests on one model.
 
@@ -126,7 +107,10 @@ class Engine:
         self._idle: list[Session | None] = [None] * max_rows
         """Sessions without a request by the row that they hold; None for the rows in use and the free ones."""
         self._waiting: deque[Handle] = deque()
-        self._groups: dict[tuple[int, ...], Group] = {}
+        self._rules = Rules.of(max_rows, self._weights.device)
+        self._modes = Modes.of(max_rows, self._weights.device)
+        self._graphs = Graphs(self._weights.device)
+        self._shapes = Shapes(heads, length, exact=on_cpu)
         self._used: Tensor | None = None
         self._draft_probabilities: Tensor | None = None
         self._checks: Checks | None = None
@@ -283,7 +267,9 @@ class Engine:
         if request.audio_rows not in ("auto", "on", "off"):
             raise ValueError(f"audio_rows={request.audio_rows!r}: use auto, on or off")
         if request.audio_rows != "off" and self._weights.audio_rows is None:
-            raise ValueError(f"audio_rows={request.audio_rows}: this engine was not told which rows are speech")
+            raise ValueError(
+                f"audio_rows={request.audio_rows}: this engine was not told which rows are speech"
+            )
         if request.lossless and not self._weights.num_heads:
             raise ValueError("lossless: the model has no heads to draft with; use the schedule vanilla")
         if request.embeds is not None and request.embeds.shape != (len(request.prompt), self._weights.d):
@@ -311,12 +297,16 @@ class Engine:
                 seen=session.seen,
                 seen_heads=list(session.seen_heads),
                 rounds=segments(Schedule.parse(request.schedule), self._weights.num_heads, BURST),
-                draft_length=DraftLength(self._weights.num_heads, self._draft_cost()) if request.lossless else None,
+                draft_length=DraftLength(self._weights.num_heads, self._draft_cost())
+                if request.lossless
+                else None,
                 generator=_generator(sampling.seed) if sampling.do_sample else None,
             )
             handle.stats.prompt_tokens, handle.stats.cached_tokens = len(running.tokens), running.seen
             self._state.tokens[row, : len(running.tokens)] = torch.tensor(running.tokens)
             self._state.set(row, len(running.tokens), running.seen, running.seen_heads)
+            self._rules.set(row, sampling)
+            self._modes.set(row, request)
             if request.sampling.repetition_penalty != 1:
                 if self._used is None:
                     shape = (self._state.rows, self._weights.vocab_size)
@@ -332,7 +322,6 @@ class Engine:
                 self._checks.tokens[row] = -1
                 self._checks.disagreements[row] = 0
             self._rows.append(running)
-            self._groups.clear()
 
     def _take_row(self, session: Session) -> int:
         """Bring a session's caches, or empty ones, to the first row that is not in use."""
@@ -397,16 +386,11 @@ class Engine:
             moved = self._rows[last]
             length = max(len(moved.tokens) + moved.drafts, len(running.tokens))
             self._state.swap(row, last, length + 1)
-            for tensor in (self._used, self._draft_probabilities):
-                if tensor is not None:
-                    tensor[[row, last]] = tensor[[last, row]]
-            if self._checks is not None:
-                for tensor in (self._checks.hidden, self._checks.tokens, self._checks.disagreements):
-                    tensor[[row, last]] = tensor[[last, row]]
+            for tensor in self._row_tensors():
+                tensor[[row, last]] = tensor[[last, row]]
             self._rows[row] = moved
             moved.session.row = row
         self._rows.pop()
-        self._groups.clear()
         keep = running.request.session is session and not session.closed
         session.used_at = time.perf_counter()
         if keep:
@@ -415,6 +399,14 @@ class Engine:
         else:
             session.forget()
         self._finish_handle(running.handle, reason)
+
+    def _row_tensors(self) -> list[Tensor]:
+        """What belongs to requests, by row, besides the state."""
+        tensors = [*self._rules.tensors(), *self._modes.tensors()]
+        tensors += [each for each in (self._used, self._draft_probabilities) if each is not None]
+        if self._checks is not None:
+            tensors += [self._checks.hidden, self._checks.tokens, self._checks.disagreements]
+        return tensors
 
     def _finish_handle(self, handle: Handle, reason: Reason) -> None:
         handle.stats.seconds = time.perf_counter() - handle.submitted
@@ -429,7 +421,7 @@ class Engine:
         first = running.seen
         last = min(first + chunk, len(running.tokens) - 1)
         embeds = running.request.embeds
-        part = None if embeds is None else embeds[None, first:last].to(self._weights.embedding)
+        part = None if embeds is None else embeds[first:last].to(self._weights.embedding)
         heads = self._heads_in_use(running)
         prompt_pass(self._weights, self._state, row, first, last, part)
         running.seen = last
@@ -454,40 +446,35 @@ class Engine:
     def _run_round(self, first: int, last: int) -> None:
         """Run a round of the rows ``first`` … ``last`` - 1, but for those whose prompt is not computed yet."""
         alone = last - first == 1
-        members = [
-            (row, self._rows[row]) for row in range(first, last) if alone or self._rows[row].started
-        ]
+        members = [(row, self._rows[row]) for row in range(first, last) if alone or self._rows[row].started]
         for row, running in members:
             running.step = self._next_step(running)
             heads = running.step[1]
             if heads and running.seen - running.seen_heads[heads - 1] > LARGEST_LAG:
                 self._catch_up(row, heads, running.seen)
-        group = self._group_of(first, last, members)
-        plan = self._plan(first, last, members, group)
+        plan = self._plan(first, last, members)
         state, rows = self._state, plan.rows
         steps = [[0, 0] for _ in range(first, last)]
         for row, running in members:
             steps[row - first] = list(running.step)
         counts = torch.tensor(steps, device=self._weights.device)
         state.backbone_steps[rows], state.head_steps[rows] = counts[:, 0], counts[:, 1]
-        prompt = None
-        if alone and not members[0][1].started:
-            prompt = self._prompt_end(members[0][1])
-        if group.draws:
-            self._draw(first, last)
-        Round(
+        self._draw(first, last)
+        turn = Round(
             self._weights,
             state,
             plan,
-            group.rules,
-            group.modes,
-            used=self._used[rows] if self._used is not None and group.penalty else None,
+            self._rules.of_rows(rows),
+            self._modes.of_rows(rows),
+            used=self._used[rows] if self._used is not None and plan.drawing.penalty else None,
             draft_probabilities=self._draft_probabilities[rows]
-            if self._draft_probabilities is not None and group.lossless and not group.rules.plain
+            if self._draft_probabilities is not None and plan.lossless and not plan.drawing.plain
             else None,
-            checks=self._checks.of_rows(rows) if self._checks is not None and group.check else None,
-            prompt=prompt,
-        ).run()
+            checks=self._checks.of_rows(rows) if self._checks is not None and plan.check else None,
+            prompt=self._prompt_end(members[0][1]) if alone and not members[0][1].started else None,
+        )
+        self._graphs.run(self._shapes.key("read", plan), turn.read)
+        self._graphs.run(self._shapes.key("go_on", plan), turn.go_on)
         self._collect(first, last, members)
 
     def _next_step(self, running: Running) -> tuple[int, int]:
@@ -495,9 +482,7 @@ class Engine:
             return next(running.rounds)
         return 1, running.draft_length.best()
 
-    def _plan(
-        self, first: int, last: int, members: Sequence[tuple[int, Running]], group: Group
-    ) -> Plan:
+    def _plan(self, first: int, last: int, members: Sequence[tuple[int, Running]]) -> Plan:
         ends, widths, head_widths = [], [], []
         for _, running in members:
             known = len(running.tokens) + running.drafts
@@ -507,54 +492,29 @@ class Engine:
             widths.append(known - running.seen)
             if heads:
                 head_widths.append(seen - running.seen_heads[heads - 1])
+        requests = [running.request for _, running in members]
+        lossless = any(request.lossless for request in requests)
         return Plan(
             first,
             last,
-            width=max(widths),
-            head_width=max(head_widths, default=0),
-            length=max(ends),
+            width=self._shapes.width(max(widths)),
+            head_width=self._shapes.head_width(max(head_widths, default=0)),
+            length=self._shapes.length(max(ends)),
             backbone_steps=max(running.step[0] for _, running in members),
             head_steps=max(running.step[1] for _, running in members),
-            lossless=group.lossless,
-            heads_speak=group.heads_speak,
-            speech=group.speech,
+            together=len(members) == last - first and len({running.step for _, running in members}) == 1,
+            exact=last - first == 1 and not lossless and self._shapes.exact,
+            lossless=lossless,
+            heads_speak=all(request.audio_rows == "on" for request in requests),
+            speech=any(request.audio_rows != "off" for request in requests),
+            check=any(request.audio_rows == "auto" and not request.lossless for request in requests),
+            drawing=Drawing.of([request.sampling for request in requests]),
         )
-
-    def _group_of(self, first: int, last: int, members: Sequence[tuple[int, Running]]) -> Group:
-        """Options of rows ``first`` … ``last`` - 1 as tensors; kept until somebody joins or leaves."""
-        key = (first, last, *(row for row, _ in members))
-        if (group := self._groups.get(key)) is not None:
-            return group
-        requests = [running.request for running in self._rows[first:last]]
-        taking_part = [running.request for _, running in members]
-        device = self._weights.device
-
-        def mark(values: list[bool]) -> Tensor:
-            return torch.tensor(values, device=device)
-
-        lossless = [request.lossless for request in requests]
-        group = Group(
-            rules=Rules.of([request.sampling for request in requests], device),
-            modes=Modes(
-                lossless=mark(lossless),
-                between=mark([request.audio_rows != "off" for request in requests]),
-                heads_speak=mark([request.audio_rows == "on" for request in requests]),
-                check=mark([request.audio_rows == "auto" and not request.lossless for request in requests]),
-            ),
-            lossless=any(request.lossless for request in taking_part),
-            heads_speak=all(request.audio_rows == "on" for request in taking_part),
-            speech=any(request.audio_rows != "off" for request in taking_part),
-            check=any(request.audio_rows == "auto" and not request.lossless for request in taking_part),
-            penalty=any(request.sampling.repetition_penalty != 1 for request in taking_part),
-            draws=any(request.sampling.do_sample for request in taking_part),
-        )
-        self._groups[key] = group
-        return group
 
     def _prompt_end(self, running: Running) -> Tensor | None:
-        """Inputs of the last chunk of a prompt, (1, width, d), if they are not plain embeddings."""
+        """Inputs of the last chunk of a prompt, (width, d), if they are not plain embeddings."""
         embeds = running.request.embeds
-        return None if embeds is None else embeds[None, running.seen :].to(self._weights.embedding)
+        return None if embeds is None else embeds[running.seen :].to(self._weights.embedding)
 
     def _draw(self, first: int, last: int) -> None:
         """Each row's own random numbers for one round."""
@@ -593,7 +553,6 @@ class Engine:
                 running.drafts = heads
             if not running.started:
                 running.started = True
-                self._groups.clear()
             reason = self._take(running, ids, accepted)
             if reason is not None:
                 ended.append((running, reason))

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
-SMALLEST_PACKED = 1 << 19
-"""Bytes of a float32 matrix from which oneDNN's product is faster than PyTorch's; below, its call costs more."""
+SMALLEST_PACKED = 1 << 18
+"""Bytes of a float32 matrix from which oneDNN's product can be the faster one; below, its call costs more."""
+SMALLEST_PACKED_ROW = 1 << 21
+"""The same for a single row, where PyTorch has a matrix-vector product without a copy of its own."""
 
 
 class Product:
@@ -36,8 +38,10 @@ class Product:
                 for i, bias in enumerate(biases)
             ]
             self.bias = torch.cat(parts)
-        self._weight = weight
+        self._weight, self._transposed = weight, weight.t()
         self._packed: Tensor | None = pack(weight)
+        small = weight.dtype == torch.float32 and weight.numel() * weight.element_size() < SMALLEST_PACKED_ROW
+        self._fewest_rows = 2 if small else 1
 
     @property
     def num_bytes(self) -> int:
@@ -46,10 +50,12 @@ class Product:
         return size * self.in_features * self.out_features
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """(…, in) -> (…, out); ``add`` (…, out) is added to the result."""
-        if self._packed is None:
-            y = linear(x, self._weight, self.bias)
-            return y if add is None else y.add_(add)
+        """(n, in) -> (n, out); ``add`` (n, out) is added to the result, in products without a bias."""
+        if self._packed is None or len(x) < self._fewest_rows:
+            offset = self.bias if add is None else add
+            return (
+                torch.mm(x, self._transposed) if offset is None else torch.addmm(offset, x, self._transposed)
+            )
         if add is None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, add, self._packed, self.bias, "add")

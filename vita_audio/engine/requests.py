@@ -70,7 +70,7 @@ class Request:
         sampling: how tokens are chosen.
         lossless: the reply is the backbone's alone (Vanilla's), token for token, or in distribution when sampling.
         audio_rows: read only the vocabulary's rows of speech where they suffice. ``off``: never. ``auto``: between
-            the markers of speech. ``on``: there, and for every token from a head. docs/engine.md says when each is exact.
+            the markers of speech. ``on``: there, and for every token from a head. See docs/engine.md.
         max_new_tokens: longest reply.
         stop_tokens: ids that end the reply. The one that did is its last token.
         embeds: (time, d), the backbone's inputs where the prompt is not plain embeddings of its ids.

@@ -8,12 +8,15 @@ rows are inside speech and then reads the rows of speech only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from vita_audio.engine.requests import Request
 from vita_audio.engine.sampling import (
+    Drawing,
     Rules,
     between_markers,
     distribution,
@@ -30,6 +33,9 @@ BURST = 4
 """Backbone passes of one round, at most; longer runs of a schedule take several rounds."""
 
 
+PLAIN = Drawing()
+
+
 @dataclass(frozen=True)
 class Plan:
     """The shapes of a round.
@@ -40,9 +46,13 @@ class Plan:
         head_width: the most positions that a row's heads compute.
         length: the cached positions that passes read, at least those of the longest row at the end of the round.
         backbone_steps, head_steps: passes of the row that takes most.
+        together: all rows take part in all passes.
+        exact: there is one row, and ``length`` is its length at the last backbone pass.
         lossless: some row has drafts or will have.
         heads_speak: every row's heads choose speech tokens only.
         speech: some row reads the rows of speech where it can.
+        check: some row wants its choices among them checked.
+        drawing: what the sampling options have in common.
     """
 
     first: int
@@ -52,9 +62,13 @@ class Plan:
     length: int
     backbone_steps: int
     head_steps: int
+    together: bool = False
+    exact: bool = False
     lossless: bool = False
     heads_speak: bool = False
     speech: bool = False
+    check: bool = False
+    drawing: Drawing = PLAIN
 
     @property
     def rows(self) -> slice:
@@ -62,7 +76,42 @@ class Plan:
         return slice(self.first, self.last)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Shapes:
+    """The shapes that rounds may have. On a CPU all, on a GPU few, so that each is recorded once.
+
+    Attributes:
+        num_heads: of the model.
+        longest: the state's length.
+        exact: shapes are what they must be at least.
+    """
+
+    num_heads: int
+    longest: int
+    exact: bool
+
+    def width(self, needed: int) -> int:
+        """Tokens of the first backbone pass: one, a full round, or a prompt."""
+        full = self.num_heads + 1
+        return needed if self.exact or needed == 1 or needed > full else full
+
+    def head_width(self, needed: int) -> int:
+        """Positions of the heads' window: a round of one backbone pass, of a burst, a lossless one, a short prompt."""
+        sizes = (0, self.num_heads + 1, self.num_heads + BURST, 2 * self.num_heads + 1, 64)
+        return needed if self.exact else next((size for size in sizes if size >= needed), needed)
+
+    def length(self, needed: int) -> int:
+        """Cached positions that are read."""
+        return needed if self.exact else min(max(256, 1 << (needed - 1).bit_length()), self.longest)
+
+    def key(self, part: str, plan: Plan) -> Hashable | None:
+        """Names a recording of a round's part; None for shapes that seldom come back."""
+        if part == "read":
+            return None if plan.width > self.num_heads + 1 else (part, plan)
+        return None if plan.head_width > 64 else (part, replace(plan, width=0))
+
+
+@dataclass(frozen=True)
 class Modes:
     """Options of rows on the device, (rows,) bool each.
 
@@ -76,6 +125,26 @@ class Modes:
     between: Tensor
     heads_speak: Tensor
     check: Tensor
+
+    @classmethod
+    def of(cls, rows: int, device: torch.device) -> Modes:
+        """All off."""
+        return cls(*(torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(4)))
+
+    def set(self, row: int, request: Request) -> None:
+        """Give a row its request's options."""
+        self.lossless[row] = request.lossless
+        self.between[row] = request.audio_rows != "off"
+        self.heads_speak[row] = request.audio_rows == "on"
+        self.check[row] = request.audio_rows == "auto" and not request.lossless
+
+    def of_rows(self, rows: slice) -> Modes:
+        """The same for some rows, sharing memory."""
+        return Modes(self.lossless[rows], self.between[rows], self.heads_speak[rows], self.check[rows])
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return self.lossless, self.between, self.heads_speak, self.check
 
 
 @dataclass
@@ -119,14 +188,14 @@ class Checks:
 
 @dataclass
 class Round:
-    """Runs one round.
+    """One round: :meth:`read`, then :meth:`go_on`.
 
     Attributes:
         rules, modes: options of the plan's rows.
         used: (rows, vocabulary) bool, the tokens that the repetition penalty counts; None: nobody has one.
         draft_probabilities: (rows, heads, vocabulary), what drafts were drawn from; None: nobody draws drafts.
         checks: None: nobody wants checks.
-        prompt: (rows, width, d), inputs of the first backbone pass that are not plain embeddings; else None.
+        prompt: (rows * width, d), inputs of the first backbone pass that are not plain embeddings; else None.
     """
 
     weights: Weights
@@ -140,30 +209,46 @@ class Round:
     prompt: Tensor | None = None
     _draws: int = field(default=0, init=False)
 
-    def run(self) -> None:
-        """Make the round's tokens and move the rows' lengths; all results are in the state."""
+    def read(self) -> None:
+        """The first backbone pass and the token that it makes."""
+        plan, passes = self.plan, self.state.backbone_steps[self.plan.rows]
+        active = None if plan.together else passes > 0
+        length = plan.length - (plan.backbone_steps - 1) if plan.exact else plan.length
+        hidden = backbone_pass(
+            self.weights, self.state, plan.rows, active, plan.width, length, plan.exact, self.prompt
+        )
+        if plan.lossless:
+            self._verify(hidden)
+        else:
+            self._choose(hidden[:, -1], active, 0)
+
+    def go_on(self) -> None:
+        """The other backbone passes and the heads. All results are in the state."""
+        plan, rows = self.plan, self.plan.rows
+        passes, head_passes = self.state.backbone_steps[rows], self.state.head_steps[rows]
+        self._draws = self.weights.num_heads + 1 if plan.lossless else 1
+        for step in range(1, plan.backbone_steps):
+            active = None if plan.together else passes > step
+            length = plan.length - (plan.backbone_steps - 1 - step) if plan.exact else plan.length
+            hidden = backbone_pass(self.weights, self.state, rows, active, 1, length, plan.exact)
+            self._choose(hidden[:, -1], active, step)
+        if plan.head_steps:
+            self._run_heads(head_passes)
+        self._settle(head_passes)
+
+    def _run_heads(self, head_passes: Tensor) -> None:
         weights, state, plan = self.weights, self.state, self.plan
-        rows = plan.rows
-        passes, head_passes = state.backbone_steps[rows], state.head_steps[rows]
-        for step in range(plan.backbone_steps):
-            width, prompt = (plan.width, self.prompt) if step == 0 else (1, None)
-            hidden = backbone_pass(weights, state, rows, passes > step, width, plan.length, prompt)
-            if step == 0 and plan.lossless:
-                self._verify(hidden)
-            else:
-                self._choose(hidden[:, -1], passes > step, step)
-        if not plan.head_steps:
-            return
-        permanent = self.used
+        rows, permanent = plan.rows, self.used
         if plan.lossless and permanent is not None:
             self.used = permanent.clone()  # a draft counts once it is accepted
         window, hidden = head_window(weights, state, rows, head_passes, plan.head_width, plan.length)
+        shape = window.positions.shape
         for index in range(plan.head_steps):
             hidden = run_head(weights, state, index, hidden, window)
-            tokens = self._choose(hidden[:, -1], head_passes > index, index, by_head=True)
+            active = None if plan.together else head_passes > index
+            tokens = self._choose(hidden.unflatten(0, shape)[:, -1], active, index, by_head=True)
             if plan.lossless and permanent is not None:
                 count(permanent, tokens, (head_passes > index) & ~self.modes.lossless)
-        self._settle(head_passes)
 
     def _settle(self, head_passes: Tensor) -> None:
         """Move the lengths of the heads that ran, and note the drafts."""
@@ -174,11 +259,11 @@ class Round:
         state.seen_heads[rows] = torch.where(ran, verified[:, None], state.seen_heads[rows])
         state.drafts[rows] = head_passes * lossless
 
-    def _choose(self, hidden: Tensor, active: Tensor, step: int, by_head: bool = False) -> Tensor:
-        """Choose a token for each row from its hidden state, (rows, d), and append it to the active rows."""
-        weights, rules = self.weights, self.rules
+    def _choose(self, hidden: Tensor, active: Tensor | None, step: int, by_head: bool = False) -> Tensor:
+        """Choose a token for each row from its hidden state, (rows, d); append it to the active rows (None: all)."""
+        weights = self.weights
         restricted = self._restricted(by_head)
-        audio_only = restricted is not None and self._only_speech(restricted | ~active, by_head)
+        audio_only = restricted is not None and self._only_speech(restricted, active, by_head)
         first_id = weights.audio_rows.begin if audio_only and weights.audio_rows is not None else 0
         checking = self.checks is not None and not by_head and step == 0 and not audio_only
         if self.checks is not None and checking:
@@ -191,13 +276,13 @@ class Round:
                 logits = only_speech(weights, logits, restricted)
         else:
             logits = project(weights, hidden, restricted, audio_only)
-        if rules.plain:
+        if self.plan.drawing.plain:
             tokens = logits.argmax(dim=1) + first_id
         else:
-            probabilities = distribution(logits, rules, self.used, first_id)
-            self._draws += 1
-            uniforms = self.state.uniforms[self.plan.rows, self._draws - 1]
-            tokens = pick(probabilities, uniforms) + first_id
+            probabilities = distribution(logits, self.rules, self.plan.drawing, self.used, first_id)
+            draw = self._draws if by_head or step else 0
+            self._draws = draw + 1
+            tokens = pick(probabilities, self.state.uniforms[self.plan.rows, draw]) + first_id
             if by_head and self.draft_probabilities is not None:
                 drafted = self.draft_probabilities[:, step]
                 drafted.zero_()
@@ -207,7 +292,8 @@ class Round:
             count(self.used, tokens, active)
         if self.checks is not None and restricted is not None:
             slot = BURST + step if by_head else step
-            self.checks.note(slot, hidden, tokens, restricted & active & self.modes.check)
+            wanted = restricted & self.modes.check
+            self.checks.note(slot, hidden, tokens, wanted if active is None else wanted & active)
         return tokens
 
     def _verify(self, hidden: Tensor) -> None:
@@ -226,12 +312,11 @@ class Round:
         places = (plan.width - 1 - drafts[:, None] + columns).clamp(max=plan.width - 1)
         wanted = hidden.gather(1, places[:, :, None].expand(-1, -1, weights.d))
         logits = project(weights, wanted.flatten(0, 1), None, False).unflatten(0, (len(drafts), -1))
-        if self.rules.plain:
+        if plan.drawing.plain:
             accepted, following = accept_greedy(ids, drafts, logits.argmax(dim=2))
         else:
             p = torch.stack([self._target(logits[:, i], ids[:, :i]) for i in range(num_heads + 1)], dim=1)
             q = torch.zeros_like(p[:, 1:]) if self.draft_probabilities is None else self.draft_probabilities
-            self._draws = num_heads + 1
             accepted, following = accept_sampled(ids, drafts, p, q, state.uniforms[rows, : num_heads + 1])
         state.known[rows] = state.seen[rows] = confirmed + accepted
         emit(state, rows, state.backbone_steps[rows] > 0, following)
@@ -243,7 +328,7 @@ class Round:
     def _target(self, logits: Tensor, drafts: Tensor) -> Tensor:
         """The backbone's distribution (rows, vocabulary) after these drafts, (rows, n)."""
         used = None if self.used is None else self.used.scatter(1, drafts, True)
-        return distribution(logits, self.rules, used, 0)
+        return distribution(logits, self.rules, self.plan.drawing, used, 0)
 
     def _restricted(self, by_head: bool) -> Tensor | None:
         """Which rows choose among speech tokens now, (rows,) bool; None for none."""
@@ -254,13 +339,15 @@ class Round:
         restricted = between_markers(self.weights, last) & self.modes.between
         return restricted | self.modes.heads_speak if by_head else restricted
 
-    def _only_speech(self, restricted: Tensor, by_head: bool) -> bool:
+    def _only_speech(self, restricted: Tensor, active: Tensor | None, by_head: bool) -> bool:
         if by_head and self.plan.heads_speak:
             return True
+        if active is not None:
+            restricted = restricted | ~active
         return restricted.device.type == "cpu" and bool(restricted.all())
 
 
-def count(used: Tensor, tokens: Tensor, active: Tensor) -> None:
-    """Mark one token of each active row as used: (rows, vocabulary), (rows,), (rows,) bool."""
+def count(used: Tensor, tokens: Tensor, active: Tensor | None) -> None:
+    """Mark one token of each active row (None: all) as used: (rows, vocabulary), (rows,), (rows,) bool."""
     place = tokens[:, None]
-    used.scatter_(1, place, used.gather(1, place) | active[:, None])
+    used.scatter_(1, place, True if active is None else used.gather(1, place) | active[:, None])

@@ -19,14 +19,11 @@ from vita_audio.engine.weights import Weights
 
 @dataclass(frozen=True)
 class Rules:
-    """The sampling options of some rows.
+    """The sampling options of rows, on the device.
 
     Attributes:
         sampled: (rows,) bool; the others are greedy.
         temperature, top_p, penalty: (rows,) float32. top_k: (rows,), 0 keeps all.
-        plain: every row is greedy, without a penalty.
-        largest_k: of all rows; 0 without top-k.
-        has_top_p: some row cuts by probability.
     """
 
     sampled: Tensor
@@ -34,23 +31,64 @@ class Rules:
     top_k: Tensor
     top_p: Tensor
     penalty: Tensor
-    plain: bool
-    largest_k: int
-    has_top_p: bool
 
     @classmethod
-    def of(cls, options: Sequence[Sampling], device: torch.device) -> Rules:
-        """Rules for rows with these options."""
-        drawn = [each for each in options if each.do_sample]
+    def of(cls, rows: int, device: torch.device) -> Rules:
+        """Greedy rows."""
+        ones = torch.ones(rows, device=device)
         return cls(
-            sampled=torch.tensor([each.do_sample for each in options], device=device),
-            temperature=torch.tensor([each.temperature for each in options], device=device),
-            top_k=torch.tensor([each.top_k for each in options], device=device),
-            top_p=torch.tensor([each.top_p for each in options], device=device),
-            penalty=torch.tensor([each.repetition_penalty for each in options], device=device),
-            plain=not drawn and all(each.repetition_penalty == 1 for each in options),
+            sampled=torch.zeros(rows, dtype=torch.bool, device=device),
+            temperature=ones,
+            top_k=torch.zeros(rows, dtype=torch.long, device=device),
+            top_p=ones.clone(),
+            penalty=ones.clone(),
+        )
+
+    def set(self, row: int, options: Sampling) -> None:
+        """Give a row its options."""
+        self.sampled[row] = options.do_sample
+        self.temperature[row] = options.temperature
+        self.top_k[row] = options.top_k
+        self.top_p[row] = options.top_p
+        self.penalty[row] = options.repetition_penalty
+
+    def of_rows(self, rows: slice) -> Rules:
+        """The same for some rows, sharing memory."""
+        return Rules(
+            self.sampled[rows], self.temperature[rows], self.top_k[rows], self.top_p[rows], self.penalty[rows]
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return self.sampled, self.temperature, self.top_k, self.top_p, self.penalty
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What the sampling options of a round's rows have in common; it fixes which operations run.
+
+    Attributes:
+        plain: every row is greedy, without a penalty.
+        penalty: some row has one.
+        largest_k: the largest top-k of a sampled row; 0 without.
+        top_p: some sampled row cuts by probability.
+    """
+
+    plain: bool = True
+    penalty: bool = False
+    largest_k: int = 0
+    top_p: bool = False
+
+    @classmethod
+    def of(cls, options: Sequence[Sampling]) -> Drawing:
+        """For rows with these options."""
+        drawn = [each for each in options if each.do_sample]
+        penalty = any(each.repetition_penalty != 1 for each in options)
+        return cls(
+            plain=not drawn and not penalty,
+            penalty=penalty,
             largest_k=max((each.top_k for each in drawn), default=0),
-            has_top_p=any(each.top_p < 1 for each in drawn),
+            top_p=any(each.top_p < 1 for each in drawn),
         )
 
 
@@ -85,7 +123,9 @@ def between_markers(weights: Weights, last: Tensor) -> Tensor:
     return (last >= weights.audio_rows.begin) & (last != weights.audio_rows.end)
 
 
-def distribution(logits: Tensor, rules: Rules, used: Tensor | None, first_id: int) -> Tensor:
+def distribution(
+    logits: Tensor, rules: Rules, drawing: Drawing, used: Tensor | None, first_id: int
+) -> Tensor:
     """Probabilities of the next token under the rules.
 
     Args:
@@ -102,11 +142,11 @@ def distribution(logits: Tensor, rules: Rules, used: Tensor | None, first_id: in
         scores = torch.where(ours, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
     best = torch.zeros_like(scores).scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0)
     scores = scores / rules.temperature[:, None]
-    if rules.largest_k:
-        k = min(rules.largest_k, scores.shape[1])
+    if drawing.largest_k:
+        k = min(drawing.largest_k, scores.shape[1])
         kth = scores.topk(k).values.gather(1, (rules.top_k.clamp(1, k) - 1)[:, None])
         scores = scores.masked_fill((rules.top_k > 0)[:, None] & (scores < kth), -torch.inf)
-    if rules.has_top_p:
+    if drawing.top_p:
         ordered, ids = scores.sort(dim=1)
         cut = ordered.softmax(dim=1).cumsum(dim=1) <= 1 - rules.top_p[:, None]
         cut[:, -1] = False

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -66,5 +64,3 @@ class Session:
         valid = max(length - num_heads, 0)
         self.seen_heads = [min(seen, valid) for seen in self.seen_heads]
         self.embeds = None if self.embeds is None else self.embeds[:length]
-
-

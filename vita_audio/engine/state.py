@@ -23,7 +23,7 @@ class State:
     """Caches of every layer and head, the tokens, and the lengths of ``rows`` rows.
 
     Attributes:
-        caches: for each layer, then each head, (rows, length + 1, 2 kv, d_head): keys, then values. What a pass
+        caches: for each layer, then each head, (2, rows, kv, length + 1, d_head): keys, then values. What a pass
             must not keep is written to the last place, which no query sees.
         tokens: (rows, length + spare) ids; ``known`` of each row are valid.
         hidden: (rows, length + 1, d), the backbone's normed output, the input of the heads.
@@ -37,9 +37,8 @@ class State:
     def __init__(self, weights: Weights, rows: int, length: int, draws: int):
         device, dtype = weights.device, weights.dtype
         self.rows, self.length = rows, length
-        heads = 2 * weights.kv
         self.caches = [
-            zeros((rows, length + 1, heads, weights.head_size), dtype, device)
+            zeros((2, rows, weights.kv, length + 1, weights.head_size), dtype, device)
             for _ in range(weights.num_layers + weights.num_heads)
         ]
         self.hidden = zeros((rows, length + 1, weights.d), dtype, device)
@@ -53,6 +52,13 @@ class State:
         self.head_steps = torch.zeros_like(self.known)
         self.uniforms = torch.zeros(rows, draws, dtype=torch.float64, device=device)
         self.cos, self.sin = weights.rotary(length + 1)
+        # Constants of windows, made once.
+        self.columns = torch.arange(length, device=device)
+        self.row_places = torch.arange(rows, device=device)[:, None] * (length + 1)
+        keys = torch.arange(weights.kv, device=device) * (length + 1)
+        self.head_places = torch.cat([keys, keys + rows * weights.kv * (length + 1)])
+        self.ones = torch.ones(1, 1, 1, dtype=dtype, device=device)
+        self.zeros = torch.zeros_like(self.ones)
 
     @property
     def lengths(self) -> tuple[Tensor, ...]:
@@ -69,8 +75,9 @@ class State:
         if one == other:
             return
         places = [one, other]
-        for tensor in (*self.caches, self.hidden):
-            tensor[places, :length] = tensor[places[::-1], :length]
+        for cache in self.caches:
+            cache[:, places, :, :length] = cache[:, places[::-1], :, :length]
+        self.hidden[places, :length] = self.hidden[places[::-1], :length]
         for tensor in (self.tokens, *self.lengths):
             tensor[places] = tensor[places[::-1]]
 
@@ -90,20 +97,21 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 @dataclass(frozen=True)
 class Window:
-    """The positions that a pass computes, the same number in each row, the last one at the right.
+    """The positions that a pass computes, the same number in each row, the last one at the right; n = rows * width.
 
     Attributes:
         rows: which rows take part.
         positions: (rows, width); 0 where a row has fewer.
-        write: (rows, width) places in the caches.
-        cos, sin: (rows, width, queries + 2 kv, d_head), see :func:`vita_audio.engine.steps.run_layer`.
+        places: (n,) in all rows' positions in one, (rows * (length + 1)). cache_places: (n * 2 kv,) in a cache's.
+        cos, sin: (n, queries + 2 kv, d_head), see :func:`vita_audio.engine.steps.run_layer`.
         masks: for each reach of attention (None: all) what is added to the scores, (rows, 1, groups * width, length).
         length: positions of the caches that are read.
     """
 
     rows: slice
     positions: Tensor
-    write: Tensor
+    places: Tensor
+    cache_places: Tensor
     cos: Tensor
     sin: Tensor
     masks: dict[int | None, Tensor | None]
@@ -111,7 +119,14 @@ class Window:
 
 
 def window_of(
-    weights: Weights, state: State, rows: slice, first: Tensor, end: Tensor, width: int, length: int
+    weights: Weights,
+    state: State,
+    rows: slice,
+    first: Tensor,
+    end: Tensor,
+    width: int,
+    length: int,
+    exact: bool = False,
 ) -> Window:
     """The window of positions ``first`` … ``end`` - 1 of each row.
 
@@ -119,34 +134,46 @@ def window_of(
         first, end: (rows,); at most ``width`` apart. A row with first = end takes no part.
         width: positions computed in each row.
         length: positions of the caches to read, at least the largest ``end``.
+        exact: there is one row, and ``length`` is its ``end``.
     """
-    columns = torch.arange(width - 1, -1, -1, device=end.device)
-    positions = end[:, None] - 1 - columns
-    write = torch.where(positions >= first[:, None], positions, state.length)
+    positions = end[:, None] - width + state.columns[:width]
+    places = torch.where(positions >= first[:, None], positions, state.length)
     positions = positions.clamp(min=0)
-    cos, sin = state.cos[positions], state.sin[positions]
-    shape = (*positions.shape, weights.queries + weights.kv, weights.head_size)
-    kept = (*positions.shape, weights.kv, weights.head_size)
+    cache_places = (state.row_places[rows] * weights.kv + places)[:, :, None] + state.head_places
+    flat = positions.flatten()
+    cos, sin = state.cos[flat][:, None], state.sin[flat][:, None]
+    rotated = (len(flat), weights.queries + weights.kv, weights.head_size)
+    kept = (len(flat), weights.kv, weights.head_size)
     groups = weights.queries // weights.kv
-    reaches = {layer.window for layer in (*weights.layers, *(head.layer for head in weights.heads))}
     return Window(
         rows=rows,
         positions=positions,
-        write=write,
-        cos=torch.cat([cos[:, :, None].expand(shape), cos.new_ones(kept)], dim=2),
-        sin=torch.cat([sin[:, :, None].expand(shape), sin.new_zeros(kept)], dim=2),
-        masks={reach: causal_mask(positions, length, reach, groups, weights.dtype) for reach in reaches},
+        places=(state.row_places[rows] + places).flatten(),
+        cache_places=cache_places.flatten(),
+        cos=torch.cat([cos.expand(rotated), state.ones.expand(kept)], dim=1),
+        sin=torch.cat([sin.expand(rotated), state.zeros.expand(kept)], dim=1),
+        masks={
+            reach: None
+            if exact and width == 1 and reach is None
+            else causal_mask(positions, state.columns[:length], reach, groups, weights.dtype)
+            for reach in weights.reaches
+        },
         length=length,
     )
 
 
-def causal_mask(positions: Tensor, length: int, reach: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+def causal_mask(
+    positions: Tensor, keys: Tensor, reach: int | None, groups: int, dtype: torch.dtype
+) -> Tensor:
     """What is added to the scores: 0 for the positions that a query sees, minus infinity elsewhere.
+
+    Args:
+        positions: (rows, width) of queries. keys: (length,) positions.
+        reach: how far back a query sees; None: to the start.
 
     Returns:
         (rows, 1, groups * width, length); the queries of a group are the outer dimension.
     """
-    keys = torch.arange(length, device=positions.device)
     hidden = keys > positions[:, :, None]
     if reach is not None:
         hidden |= keys <= positions[:, :, None] - reach

@@ -19,39 +19,38 @@ def run_layer(weights: Weights, layer: Layer, cache: Tensor, x: Tensor, window: 
     """One decoder layer over a window; keys and values go to the cache.
 
     Args:
-        cache: (rows, length + 1, 2 kv, d_head), of the window's rows.
-        x: (rows, width, d).
+        cache: (2, all rows, kv, length + 1, d_head).
+        x: (n, d).
 
     Returns:
-        (rows, width, d).
+        (n, d).
     """
-    rows, width, _ = x.shape
-    queries, kv, size = weights.queries, weights.kv, weights.head_size
-    qkv = layer.qkv(layer.input_norm(x)).view(rows, width, queries + 2 * kv, size)
+    rows, width = window.positions.shape
+    queries, kv, size, length = weights.queries, weights.kv, weights.head_size, window.length
+    groups = queries // kv
+    qkv = layer.qkv(layer.input_norm(x)).view(-1, queries + 2 * kv, size)
     # Values have cos 1 and sin 0: one operation less than to take them apart first.
     qkv = torch.addcmul(qkv * window.cos, qkv.roll(size // 2, -1), window.sin)
-    cache[_rows(rows, x.device), window.write] = qkv[:, :, queries:]
-    seen = cache[:, : window.length]
-    groups = queries // kv
-    query = qkv[:, :, :queries].view(rows, width, kv, groups, size).permute(0, 2, 3, 1, 4)
+    cache.view(-1, size).index_copy_(0, window.cache_places, qkv[:, queries:].reshape(-1, size))
+    query = qkv[:, :queries].view(rows, width, kv, groups, size).permute(0, 2, 3, 1, 4)
     heard = attend(
         query.reshape(rows, kv, groups * width, size),
-        seen[:, :, :kv].transpose(1, 2),
-        seen[:, :, kv:].transpose(1, 2),
+        cache[0, window.rows, :, :length],
+        cache[1, window.rows, :, :length],
         window.masks[layer.window],
     )
-    heard = heard.view(rows, kv, groups, width, size).permute(0, 3, 1, 2, 4).reshape(rows, width, queries * size)
+    heard = heard.view(rows, kv, groups, width, size).permute(0, 3, 1, 2, 4).reshape(-1, queries * size)
     x = layer.out(heard, add=x)
     gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, dim=-1)
     return layer.down(silu(gate).mul_(up), add=x)
 
 
 def run_backbone(weights: Weights, state: State, x: Tensor, window: Window) -> Tensor:
-    """All backbone layers over a window. Takes inputs (rows, width, d), returns the normed output, and keeps it."""
+    """All backbone layers over a window. Takes inputs (n, d), returns the normed output, and keeps it."""
     for layer, cache in zip(weights.layers, state.caches, strict=False):
-        x = run_layer(weights, layer, cache[window.rows], x, window)
+        x = run_layer(weights, layer, cache, x, window)
     x = weights.norm(x)
-    state.hidden[window.rows][_rows(len(x), x.device), window.write] = x
+    state.hidden.view(-1, weights.d).index_copy_(0, window.places, x)
     return x
 
 
@@ -62,15 +61,17 @@ def run_head(weights: Weights, state: State, index: int, hidden: Tensor, window:
     tokens that it reads.
 
     Args:
-        hidden: (rows, width, d): for head 0 the backbone's normed output, else the head before's.
+        hidden: (n, d): for head 0 the backbone's normed output, else the head before's.
 
     Returns:
-        (rows, width, d), normed; its last position predicts the token after those known.
+        (n, d), normed; the last position of a row predicts the token after those known.
     """
     head = weights.heads[index]
-    tokens = state.tokens[window.rows].gather(1, window.positions + (index + 1))
-    fused = torch.cat([head.embed_norm(embedding(tokens, weights.embedding)), head.hidden_norm(hidden)], dim=-1)
-    cache = state.caches[weights.num_layers + index][window.rows]
+    tokens = state.tokens[window.rows].gather(1, window.positions + (index + 1)).flatten()
+    fused = torch.cat(
+        [head.embed_norm(embedding(tokens, weights.embedding)), head.hidden_norm(hidden)], dim=-1
+    )
+    cache = state.caches[weights.num_layers + index]
     return weights.norm(run_layer(weights, head.layer, cache, head.proj(fused), window))
 
 
@@ -78,29 +79,32 @@ def backbone_pass(
     weights: Weights,
     state: State,
     rows: slice,
-    active: Tensor,
+    active: Tensor | None,
     width: int,
     length: int,
+    exact: bool = False,
     prompt: Tensor | None = None,
 ) -> Tensor:
     """The backbone over the tokens that it has not seen.
 
     Args:
-        active: (rows,) bool, the rows that take part.
+        active: (rows,) bool, the rows that take part; None: all.
         width: the most unseen tokens of a row.
-        length: at least the most known tokens of a row.
-        prompt: (rows, width, d), inputs that are not plain embeddings.
+        length, exact: see :func:`~vita_audio.engine.state.window_of`.
+        prompt: (rows * width, d), inputs that are not plain embeddings.
 
     Returns:
         (rows, width, d), normed.
     """
     known, seen = state.known[rows], state.seen[rows]
-    window = window_of(weights, state, rows, torch.where(active, seen, known), known, width, length)
+    first = seen if active is None else torch.where(active, seen, known)
+    window = window_of(weights, state, rows, first, known, width, length, exact)
     if prompt is None:
-        prompt = embedding(state.tokens[rows].gather(1, window.positions), weights.embedding)
+        tokens = state.tokens[rows].gather(1, window.positions).flatten()
+        prompt = embedding(tokens, weights.embedding)
     hidden = run_backbone(weights, state, prompt, window)
-    state.seen[rows] = torch.where(active, known, seen)
-    return hidden
+    seen.copy_(known if active is None else torch.where(active, known, seen))
+    return hidden.unflatten(0, window.positions.shape)
 
 
 def head_window(
@@ -115,7 +119,7 @@ def head_window(
         passes: (rows,), the heads that each row uses; 0: it takes no part.
 
     Returns:
-        The window, and the backbone's output there, (rows, width, d).
+        The window, and the backbone's output there, (rows * width, d).
     """
     seen = state.seen[rows]
     # Lengths fall from head to head, so the last head in use has the shortest.
@@ -125,9 +129,9 @@ def head_window(
 
 
 def gather_hidden(state: State, window: Window) -> Tensor:
-    """The backbone's normed output at the positions of a window, (rows, width, d)."""
-    places = window.positions[:, :, None].expand(-1, -1, state.hidden.shape[2])
-    return state.hidden[window.rows].gather(1, places)
+    """The backbone's normed output at the positions of a window, (n, d)."""
+    places = (state.row_places[window.rows] + window.positions).flatten()
+    return state.hidden.flatten(0, 1)[places]
 
 
 def prompt_pass(
@@ -136,11 +140,11 @@ def prompt_pass(
     """The backbone over positions ``first`` … ``last`` - 1 of one row.
 
     Args:
-        embeds: (1, last - first, d), inputs that are not plain embeddings.
+        embeds: (last - first, d), inputs that are not plain embeddings.
     """
     window = _span(weights, state, row, first, last)
     if embeds is None:
-        embeds = embedding(state.tokens[row : row + 1, first:last], weights.embedding)
+        embeds = embedding(state.tokens[row, first:last], weights.embedding)
     run_backbone(weights, state, embeds, window)
     state.seen[row] = last
 
@@ -159,14 +163,9 @@ def _span(weights: Weights, state: State, row: int, first: int, last: int) -> Wi
     return window_of(weights, state, slice(row, row + 1), ends[:1], ends[1:], last - first, last)
 
 
-def emit(state: State, rows: slice, active: Tensor, tokens: Tensor) -> None:
-    """Append one token, (rows,), to each active row."""
+def emit(state: State, rows: slice, active: Tensor | None, tokens: Tensor) -> None:
+    """Append one token, (rows,), to each active row; None: all are."""
     known = state.known[rows]
-    spare = state.tokens.shape[1] - 1
-    place = torch.where(active, known, spare)
+    place = known if active is None else torch.where(active, known, state.tokens.shape[1] - 1)
     state.tokens[rows].scatter_(1, place[:, None], tokens[:, None])
-    state.known[rows] = known + active
-
-
-def _rows(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, device=device)[:, None]
+    known.add_(1 if active is None else active)

@@ -91,7 +91,9 @@ class Weights:
         config: Any = model.config
         kind = config.rope_parameters.get("rope_type", "default")
         if kind not in STATIC_ROPE:
-            raise ValueError(f"rope_type {kind}: the engine needs one of {', '.join(STATIC_ROPE)}; use generate()")
+            raise ValueError(
+                f"rope_type {kind}: the engine needs one of {', '.join(STATIC_ROPE)}; use generate()"
+            )
         self.num_layers = config.num_backbone_layers
         self.num_heads = config.num_nextn_predict_layers
         self.d = config.hidden_size
@@ -112,6 +114,7 @@ class Weights:
             )
             for head in model.heads
         ]
+        self.reaches = {layer.window for layer in (*self.layers, *(head.layer for head in self.heads))}
         self.lm_head = Product([model.lm_head.weight])
         self.audio_rows = audio_rows
         self.audio_head = None if audio_rows is None else Product([model.lm_head.weight[audio_rows.begin :]])
