@@ -124,7 +124,7 @@ def test_a_missing_file_a_folder_and_an_empty_file_get_different_errors(tmp_path
 
 def test_a_broken_array_is_named(tmp_path):
     (tmp_path / "a.json").write_text('[{"messages": 1},')
-    with pytest.raises(SampleFileError, match=r"a\.json: starts like a JSON array but is none"):
+    with pytest.raises(SampleFileError, match=r"a\.json: starts like a JSON array but is not one"):
         questions(tmp_path / "a.json")
 
 

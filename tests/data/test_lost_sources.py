@@ -226,7 +226,7 @@ def test_a_full_disk_stops_the_run_instead_of_dropping_a_data_set(tmp_path, text
     mix = write_lines(tmp_path / "mix.yaml", [f"dataset: {{s: {{data_paths: [small.jsonl, a.{suffix}]}}}}"])
     with full_disk(200_000), pytest.raises(MachineError) as stop:
         Mix(read_mix(mix), 0, cache_dir=str(tmp_path / "arrow"))
-    assert f"a.{suffix}: cannot be opened, because of this machine: " in str(stop.value)
+    assert f"a.{suffix}: cannot be opened because this machine failed: " in str(stop.value)
     assert (
         f"its Arrow copy goes to {tmp_path / 'arrow'}: free some space there, or set HF_DATASETS_CACHE"
         in str(stop.value)
@@ -269,7 +269,7 @@ def test_a_fault_of_the_machine_while_a_sample_is_read_is_not_the_samples(open_m
 
     loader = open_mix(Codec(), speech=[spoken("a.wav")] * 9, texts=texts[:9], max_audio_seconds=float("inf"))
     message = stopped(loader)
-    assert "stopped by this machine" in message
+    assert "because this machine failed" in message
     assert "the disk is gone" in message
     assert loader.report.skipped.total() == 0
 
@@ -306,7 +306,7 @@ def test_a_token_cache_that_cannot_be_indexed_is_named(tmp_path, monkeypatch):
     write_identity(tmp_path / identity.folder_name, identity)
     write_shard(tmp_path / identity.folder_name, "x", [CachedClip("a.wav", "0", 1, 1.0, [1])])
     with pytest.raises(
-        TokenCacheError, match=r"mel_vq-one: cannot be opened, because of this machine: .*free some space"
+        TokenCacheError, match=r"mel_vq-one: cannot be opened because this machine failed: .*free some space"
     ):
         TokenCache.find(tmp_path, "mel_vq", arrow_cache="/dev/null/arrow")
 
@@ -329,7 +329,7 @@ def test_compressed_lines_are_samples(tmp_path, text_sample, arrow_cache):
         ("a.csv", b"x,y\n", r"\.csv files are not read; convert it"),
         ("a.jsonl.gz", b"\x1f\x8b" + b"\0" * 50, "its compressed data is damaged"),
         ("a.parquet", b"PAR1" + b"\0" * 50, "cannot be read: ArrowInvalid"),
-        ("a.json", b"[{", "starts like a JSON array but is none"),
+        ("a.json", b"[{", "starts like a JSON array but is not one"),
     ],
 )
 def test_a_file_that_is_there_and_cannot_be_read_is_refused_and_not_left_out(

@@ -152,7 +152,7 @@ def test_foreign_prompts_a_missing_grammar_and_the_system_message_are_said(
     (row,) = json.loads((tmp_path / "out" / "scores.json").read_text())
     notes = " ".join(row["notes"])
     assert "foreign: 1 of 1 prompts differ in wording from the training data" in notes
-    assert "sqa: heard by pocketsphinx without a grammar" in notes
+    assert "sqa: transcribed by pocketsphinx without a grammar" in notes
     assert "sqa: questions without a system message were asked with no system message" in notes
     assert row["sets"]["sqa"]["system"] is None
     said = " ".join((tmp_path / "out" / "scores.md").read_text().split())

@@ -55,8 +55,8 @@ def test_the_table_is_readable_in_80_columns_and_says_what_matters():
 
 
 def test_a_note_about_several_sets_is_printed_once():
-    heard = [f"{name}: heard by whisper" for name in ("clean", "other", "clean")]
-    assert "* clean, other: heard by whisper\n" in markdown(
+    heard = [f"{name}: transcribed by whisper" for name in ("clean", "other", "clean")]
+    assert "* clean, other: transcribed by whisper\n" in markdown(
         [ROW | {"notes": heard}, ROW | {"notes": heard[:1]}]
     )
 

@@ -55,7 +55,7 @@ def test_data_options_out_of_range_are_refused(mix, field, value, message):
         ({"zero_optimization": 2}, "zero_optimization must be a JSON object"),
         ({"optimizer": None}, "optimizer must be a JSON object"),
         ({"optimizer": {"type": "Foo", "params": {}}}, "there is no optimizer Foo"),
-        ({"optimizer": {"type": "SGD", "params": {}}}, "SGD is not tried with ZeRO"),
+        ({"optimizer": {"type": "SGD", "params": {}}}, "SGD is not tested with ZeRO"),
     ],
 )
 def test_what_deepspeed_would_refuse_after_the_model_is_loaded_is_refused_before(tmp_path, change, message):

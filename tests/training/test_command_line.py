@@ -442,6 +442,6 @@ def test_where_cpus_are_chosen_what_works_there_is_taken_and_said(needed, caplog
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without GPU")
 def test_missing_gpus_are_not_silently_replaced_by_cpus(needed, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU")
-    assert "--ddp_backend nccl: this machine shows no NVIDIA GPU" in refusal(
+    assert "--ddp_backend nccl: this machine has no visible NVIDIA GPU" in refusal(
         [*needed, "--ddp_backend", "nccl"]
     )

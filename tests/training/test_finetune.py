@@ -360,7 +360,7 @@ def test_wrong_options_are_reported_without_the_list_of_all_options(refusal):
 def test_missing_hardware_is_reported_before_the_model_is_loaded(refusal, monkeypatch):
     monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
     if not torch.cuda.is_available():
-        assert "--ddp_backend nccl: this machine shows no NVIDIA GPU" in refusal(
+        assert "--ddp_backend nccl: this machine has no visible NVIDIA GPU" in refusal(
             ddp_backend="nccl", use_cpu=None
         )
     assert "flash_attention_2 needs" in refusal(attn_implementation="flash_attention_2", use_cpu=None)
@@ -431,10 +431,10 @@ def finished(tiny_world):
     ("name", "damage", "said"),
     [
         ("optimizer.pt", Path.unlink, "optimizer.pt: not found"),
-        ("optimizer.pt", _torn, "optimizer.pt: damaged or cut short"),
-        ("optimizer.pt", _flipped, "optimizer.pt: damaged or cut short"),
-        ("scheduler.pt", _torn, "scheduler.pt: damaged or cut short"),
-        ("rng_state.pth", _flipped, "rng_state.pth: damaged or cut short"),
+        ("optimizer.pt", _torn, "optimizer.pt: damaged or truncated"),
+        ("optimizer.pt", _flipped, "optimizer.pt: damaged or truncated"),
+        ("scheduler.pt", _torn, "scheduler.pt: damaged or truncated"),
+        ("rng_state.pth", _flipped, "rng_state.pth: damaged or truncated"),
         ("model.safetensors", Path.unlink, "weight files are missing"),
         ("model.safetensors", _torn, "truncated"),
         ("config.json", Path.unlink, "config.json: not found"),

@@ -384,7 +384,7 @@ class PackedRows(IterableDataset):
             fault = machine_fault(error)
             if fault is not None:
                 raise MachineError(
-                    f"{spec.path}, row {place.row}: stopped by this machine: {fault}"
+                    f"{spec.path}, row {place.row}: cannot be read because this machine failed: {fault}"
                 ) from error
             if isinstance(error, SampleError):
                 self._skip(report, place, error.reason, str(error))

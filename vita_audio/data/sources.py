@@ -150,6 +150,6 @@ def _explain(path: Path, cache_dir: str | None, error: Exception) -> Exception:
         return SourceError(f"{path}: cannot be read: {first_line(error)}")
     cache = cache_dir or datasets.config.HF_DATASETS_CACHE
     return MachineError(
-        f"{path}: cannot be opened, because of this machine: {fault}; its Arrow copy goes to {cache}: "
+        f"{path}: cannot be opened because this machine failed: {fault}; its Arrow copy goes to {cache}: "
         "free some space there, or set HF_DATASETS_CACHE to a writable folder"
     )
