@@ -51,5 +51,5 @@ def test_a_chunk_is_complete_with_its_eighth_code_or_its_end_marker():
     assert pieces == [tuple(range(8)), "a", (8, 9), "a"]
 
 
-def test_padding_rows_of_the_embedding_are_no_text():
+def test_padding_rows_of_the_embedding_are_not_text():
     assert split_reply([len(TOKENIZER), FIRST + 3], TOKENIZER) == ("", [3])

@@ -165,7 +165,7 @@ def test_speech_is_noticed_anywhere_in_a_file(open_mix, texts, tmp_path):
         open_mix(CodecSpec("mel_vq", str(tmp_path / "gone")), mixed=texts[:330] + [spoken("a.wav")] * 70)
 
 
-def test_heard_speech_needs_the_front_end_before_the_first_step(tmp_path, goldens, arrow_cache, write_lines):
+def test_user_speech_needs_the_front_end_before_the_first_step(tmp_path, goldens, arrow_cache, write_lines):
     heard = {"messages": [{"role": "user", "content": "<|audio|>"}, {"role": "assistant", "content": "yes"}]}
     write_lines(tmp_path / "heard.jsonl", [heard | {"audios": ["a.wav"]}])
     mix = write_lines(tmp_path / "mix.yaml", ["dataset: {heard: {data_paths: [heard.jsonl]}}"])
@@ -181,7 +181,9 @@ def test_heard_speech_needs_the_front_end_before_the_first_step(tmp_path, golden
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_codec_that_opens_no_more_stops_the_run_and_costs_no_sample(open_mix, tmp_path, texts, num_workers):
+def test_a_codec_that_no_longer_opens_stops_the_run_and_loses_no_sample(
+    open_mix, tmp_path, texts, num_workers
+):
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).standard_normal(24_000) * 0.1, 16_000)
     MelVQTokenizer.fit([str(tmp_path / "a.wav")], MelVQConfig(codebook_size=8), epochs=1).save_pretrained(
         tmp_path / "codec"
@@ -240,9 +242,7 @@ def test_an_arrow_cache_that_cannot_be_written_stops_the_run(tmp_path, text_samp
         Rows(tmp_path / "a.jsonl", place)
 
 
-def test_a_file_that_may_not_be_read_stops_the_run(
-    tmp_path, text_sample, write_lines, monkeypatch, arrow_cache
-):
+def test_an_unreadable_file_stops_the_run(tmp_path, text_sample, write_lines, monkeypatch, arrow_cache):
     write_lines(tmp_path / "a.jsonl", [text_sample("x")])
 
     def refuse(*_, **__):
@@ -255,7 +255,7 @@ def test_a_file_that_may_not_be_read_stops_the_run(
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EMFILE, errno.ESTALE, errno.EACCES])
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_a_fault_of_the_machine_while_a_sample_is_read_is_not_the_samples(open_mix, texts, number, wrapped):
+def test_a_machine_fault_while_a_sample_is_read_is_not_blamed_on_the_sample(open_mix, texts, number, wrapped):
     class Codec:
         kind = "glm4voice"
 
@@ -280,7 +280,7 @@ def test_faults_of_data_are_not_faults_of_the_machine():
     assert "disk space" in machine_fault(OSError("Not enough disk space. Needed: 5 GB"))
 
 
-def test_memory_that_runs_out_is_the_machines_fault_unless_a_header_asked_for_it():
+def test_running_out_of_memory_is_a_machine_fault_unless_a_header_caused_it():
     with pytest.raises(RuntimeError) as too_much:
         torch.empty(2**50)
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), too_much.value):
@@ -359,7 +359,7 @@ def test_a_pipe_is_not_waited_for(tmp_path, arrow_cache):
         Rows(tmp_path / "pipe.jsonl", arrow_cache)
 
 
-def test_a_parquet_path_that_would_be_taken_apart_is_named(tmp_path, text_sample, arrow_cache):
+def test_a_parquet_path_that_datasets_would_split_is_named(tmp_path, text_sample, arrow_cache):
     import datasets
 
     datasets.Dataset.from_list([text_sample("x")]).to_parquet(tmp_path / "a.parquet")

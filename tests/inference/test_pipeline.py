@@ -35,7 +35,7 @@ def options(mode: str = "boost", **changes) -> GenerationOptions:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_text_is_read_with_the_codes_learnt(pipeline, tiny_world, mode):
+def test_a_text_is_read_aloud_with_the_learnt_codes(pipeline, tiny_world, mode):
     reply = pipeline.synthesize(READING, options=options(mode))
     assert reply.text == READING
     assert reply.codes == tiny_world.codec.encode(tiny_world.audio("reading.wav"))
@@ -51,7 +51,7 @@ def test_only_the_reply_is_decoded(pipeline, tiny_world, mode):
     assert reply.sample_rate == tiny_world.codec.sample_rate
 
 
-def test_speech_is_written_down_without_speaking(pipeline, tiny_world):
+def test_speech_is_transcribed_without_a_spoken_reply(pipeline, tiny_world):
     reply = pipeline.transcribe(tiny_world.audio("question.wav"), options=options())
     assert (reply.text, reply.codes, reply.waveform) == ("the blue key", [], None)
     assert reply.timings.first_chunk is None
@@ -157,7 +157,7 @@ def test_either_stop_token_ends_the_reply_and_generation(pipeline, stop):
     assert (reply.token_ids, reply.timings.new_tokens, passes) == ([], 1, 1)
 
 
-def test_the_decoder_that_is_given_is_opened(tiny_world):
+def test_the_given_decoder_is_opened(tiny_world):
     with pytest.raises(ValueError, match=r"^decoder_folder: no such folder"):
         SpeechPipeline.from_pretrained(tiny_world.model_dir, "glm4voice", flow_path="decoder_folder")
 
@@ -190,14 +190,14 @@ def test_seeded_replies_are_the_same_alone_in_a_batch_in_threads_and_read_in_tur
     assert [reply.token_ids for reply in ends] == alone
 
 
-def test_rows_of_a_batch_with_other_seeds_draw_other_tokens(pipeline):
+def test_rows_of_a_batch_with_different_seeds_draw_different_tokens(pipeline):
     prompt = pipeline.prompt(prompts.synthesis(READING))
     seeded = [Request(prompt, options(do_sample=True, temperature=5.0, seed=seed)) for seed in (1, 2, 1)]
     first, second, third = collect(pipeline.backend.stream_many(seeded), 3)
     assert first.token_ids == third.token_ids != second.token_ids
 
 
-def test_requests_with_other_options_do_not_share_a_batch(pipeline):
+def test_requests_with_different_options_do_not_share_a_batch(pipeline):
     prompt = pipeline.prompt(prompts.synthesis(READING))
     with pytest.raises(ValueError, match="share their options"):
         list(
@@ -207,7 +207,7 @@ def test_requests_with_other_options_do_not_share_a_batch(pipeline):
         )
 
 
-def test_what_a_call_leaves_open_the_checkpoint_decides_and_the_reply_says_what_was_used(pipeline):
+def test_the_checkpoint_sets_what_a_call_leaves_open_and_the_reply_states_what_was_used(pipeline):
     stored = pipeline.model.generation_config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stored, "mtp_inference_mode", [1, 4, 3, 8, 4, 10], raising=False)
@@ -228,12 +228,12 @@ def test_a_repetition_penalty_reaches_the_model(pipeline):
     )
 
 
-def test_the_reply_says_which_system_message_was_used(pipeline):
+def test_the_reply_states_which_system_message_was_used(pipeline):
     assert pipeline.chat("hi", "Speak.", options()).system == "Speak."
     assert pipeline.chat("hi", options=options()).system is None
 
 
-def test_an_error_inside_generation_reaches_the_listener(pipeline):
+def test_an_error_inside_generation_reaches_the_caller(pipeline):
     bad = GenerationOptions(do_sample=True, temperature=-1.0)
     with pytest.raises(ValueError, match="temperature"):
         list(pipeline.stream(prompts.synthesis(READING), bad))

@@ -86,7 +86,7 @@ def test_every_size_in_configs_is_a_qwen2_5_with_heads_added(path):
 
 
 @pytest.mark.parametrize("path", SIZES, ids=lambda path: path.stem)
-def test_every_size_in_configs_turns_its_positions_as_qwen2_5_does(path):
+def test_every_size_in_configs_has_the_rotary_embedding_of_qwen2_5(path):
     config = AutoConfig.from_pretrained(path)
     assert config.rope_parameters == {"rope_theta": 1e6, "rope_type": "default"}
     head_size = config.hidden_size // config.num_attention_heads
@@ -156,7 +156,7 @@ def test_ten_heads_grow_from_one_by_copying_the_head_before(plain, tmp_path, cap
     assert torch.equal(ten(IDS).logits, one(IDS).logits)
 
 
-def test_nothing_grows_when_nothing_lacks(caplog):
+def test_nothing_grows_when_nothing_is_missing(caplog):
     model = load_with_heads(GOLDENS / "checkpoint", 3)
     assert "grown" not in caplog.text
     assert_same(model, AutoModelForCausalLM.from_pretrained(GOLDENS / "checkpoint"))
@@ -277,7 +277,7 @@ def other_width(folder):
         (other_width, "has shape"),
     ],
 )
-def test_a_folder_that_cannot_serve_is_refused_in_one_line(plain, damage, message):
+def test_an_unusable_folder_is_refused_in_one_line(plain, damage, message):
     damage(plain)
     with pytest.raises(CheckpointError, match=message) as error:
         load_with_heads(plain, 1)

@@ -115,7 +115,7 @@ def test_the_next_stage_keeps_the_encoder_of_the_checkpoint(plain_qwen2, tmp_pat
     assert torch.equal(copied, first.model.layers[1].mlp.up_proj.weight)
 
 
-def test_each_family_grows_with_its_own_way_of_detaching(plain_qwen2, tmp_path):
+def test_each_family_grows_with_its_own_detaching(plain_qwen2, tmp_path):
     discrete = load_with_heads(plain_qwen2, 1)
     assert not discrete.config.mtp_detach_backbone
     discrete.save_pretrained(tmp_path / "discrete")

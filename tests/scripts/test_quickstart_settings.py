@@ -95,7 +95,7 @@ def run(request, tmp_path_factory, held) -> Run:
     return run_quickstart(folder, "--smoke", "--variant", request.param, **held, SOMETHING="from-the-shell")
 
 
-def test_no_variable_of_the_shell_reaches_a_stage_or_the_evaluation(run, held):
+def test_variables_of_the_shell_do_not_reach_a_stage_or_the_evaluation(run, held):
     assert len(held) > 40
     for word in (
         "make_spoken_arithmetic",
@@ -111,7 +111,7 @@ def test_no_variable_of_the_shell_reaches_a_stage_or_the_evaluation(run, held):
         assert "from-the-shell" not in " ".join(call.values()), call["ARGUMENTS"]
 
 
-def test_what_the_machine_needs_reaches_every_step(tmp_path):
+def test_variables_that_the_machine_needs_reach_every_step(tmp_path):
     machine = {"HF_HOME": "/caches/hf", "https_proxy": "http://proxy:1", "TMPDIR": str(tmp_path)}
     run = run_quickstart(tmp_path, "--smoke", **machine)
     for call in run.calls:

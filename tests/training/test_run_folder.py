@@ -76,7 +76,7 @@ def test_rotation_keeps_the_newest_complete_checkpoints_regardless_of_incomplete
 
 
 @pytest.mark.parametrize("keep", [None, 0])
-def test_without_a_limit_every_whole_checkpoint_stays(tmp_path, keep):
+def test_without_a_limit_every_complete_checkpoint_is_kept(tmp_path, keep):
     for step in (10, 20, 30):
         make_checkpoint(tmp_path, step)
     delete_old_checkpoints(tmp_path, keep)
@@ -84,7 +84,7 @@ def test_without_a_limit_every_whole_checkpoint_stays(tmp_path, keep):
     assert len(names(tmp_path)) == 3
 
 
-def test_folders_that_only_look_like_checkpoints_are_left_alone(tmp_path):
+def test_folders_that_only_look_like_checkpoints_are_kept(tmp_path):
     for name in ("checkpoint-best", "my-checkpoint-3", "checkpoint-7-copy"):
         (tmp_path / name).mkdir()
     make_checkpoint(tmp_path, 10)
@@ -113,7 +113,7 @@ def test_starting_over_deletes_checkpoints_and_results_and_keeps_the_users_files
     assert names(tmp_path) == [".lock", "finetune.sh", "log_node0.txt", "mix.yaml", "notes.md"]
 
 
-def test_a_finished_stage_goes_on_when_more_steps_are_wanted(tmp_path):
+def test_a_finished_stage_continues_when_more_steps_are_requested(tmp_path):
     checkpoint = make_checkpoint(tmp_path, 20)
     finish(tmp_path, 20)
     folder = RunFolder(tmp_path)
@@ -123,7 +123,7 @@ def test_a_finished_stage_goes_on_when_more_steps_are_wanted(tmp_path):
     assert folder.finished_steps() is None
 
 
-def test_a_finished_stage_without_its_checkpoint_says_what_to_do_about_more_steps(tmp_path):
+def test_a_finished_stage_without_its_checkpoint_says_how_to_train_more_steps(tmp_path):
     finish(tmp_path, 20)
     with pytest.raises(
         RunFolderError, match=r"finished after 20 steps, and no checkpoint .* --model_name_or_path"
@@ -140,7 +140,7 @@ def test_a_damaged_trainer_state_is_named(tmp_path):
         RunFolder(tmp_path).finished_steps()
 
 
-def test_an_unfinished_stage_is_no_input_but_its_whole_checkpoint_is(tmp_path):
+def test_an_unfinished_stage_is_refused_as_input_but_its_complete_checkpoint_is_accepted(tmp_path):
     whole = make_checkpoint(tmp_path, 10)
     with pytest.raises(RunFolderError, match=f"this stage is not finished; .* or give {whole}"):
         check_input_folder(tmp_path, "elsewhere")
@@ -149,13 +149,13 @@ def test_an_unfinished_stage_is_no_input_but_its_whole_checkpoint_is(tmp_path):
     check_input_folder(tmp_path, "elsewhere")
 
 
-def test_a_torn_checkpoint_is_no_input(tmp_path):
+def test_an_incomplete_checkpoint_is_refused_as_input(tmp_path):
     torn = make_checkpoint(tmp_path, 10, complete=False)
     (torn / "loader_state").mkdir()
     with pytest.raises(RunFolderError, match="not written completely"):
         check_input_folder(torn, "elsewhere")
 
 
-def test_a_plain_model_folder_is_input(tmp_path):
+def test_a_plain_model_folder_is_accepted_as_input(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     check_input_folder(tmp_path, "elsewhere")

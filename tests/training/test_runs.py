@@ -53,12 +53,12 @@ def succeed(*args, **options):
 
 
 def said(run):
-    """What the run said about why it ended."""
+    """The lines in which the run states why it ended."""
     return [line for line in run.stderr.splitlines() if line.startswith(("finetune_sts: ", "launch: "))]
 
 
 @pytest.mark.parametrize("deepspeed", [ZERO2, ZERO2_OURS], ids=["deepspeeds_optimizer", "our_optimizer"])
-def test_a_lower_rate_has_effect_when_a_deepspeed_run_is_started_again(tiny_world, tmp_path, deepspeed):
+def test_a_lower_rate_takes_effect_when_a_deepspeed_run_is_restarted(tiny_world, tmp_path, deepspeed):
     common = {
         "deepspeed": deepspeed,
         "decay_norms": deepspeed == ZERO2,  # DeepSpeed's own optimizer decays them

@@ -146,7 +146,7 @@ def _recordings(clip: Clip) -> Iterator[soundfile.SoundFile]:
                 check_rate(sound.samplerate, clip.name)
                 if sound.format in _UNCHECKED:
                     raise AudioError(
-                        f"{clip.name}: {sound.format_info} files that are cut off cannot be detected; convert it to WAV",
+                        f"{clip.name}: {sound.format_info} files may be cut off unnoticed; convert it to WAV",
                         "unreadable",
                     )
                 yield sound
