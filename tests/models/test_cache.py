@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from vita_audio.models import MCTPCache, Qwen2MTPConfig, Qwen2MTPForCausalLM
+from vita_audio.models import MCTPCache
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "mctp"
 PROMPT = torch.tensor([[5, 91, 17, 402, 33, 250, 8, 77, 120, 64]])
@@ -151,27 +151,13 @@ def test_beam_search_with_such_a_cache_keeps_its_rows_in_step(model):
     assert cache.heads[0].length == cache.get_seq_length()
 
 
-def test_a_window_that_has_dropped_positions_refuses_a_crop_and_further_use():
-    torch.manual_seed(0)
-    config = Qwen2MTPConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_nextn_predict_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_sliding_window=True,
-        sliding_window=4,
-        max_window_layers=1,
-    )
-    model = Qwen2MTPForCausalLM(config).eval()
-    cache = MCTPCache(config)
-    first = generate(model, PROMPT, [1, 1], past_key_values=cache)
+def test_a_window_that_has_dropped_positions_refuses_a_crop_and_further_use(windowed):
+    cache = MCTPCache(windowed.config)
+    first = generate(windowed, PROMPT, [1, 1], past_key_values=cache)
     with pytest.raises((RuntimeError, ValueError), match="activate_past_recording"):
         cache.crop(-2)
     with pytest.raises(ValueError, match="its heads have seen"):
-        generate(model, torch.cat([first, TURN], dim=1), [1, 1], past_key_values=cache)
+        generate(windowed, torch.cat([first, TURN], dim=1), [1, 1], past_key_values=cache)
 
 
 def test_a_cache_with_another_number_of_rows_is_refused_in_one_line(model):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 import vita_audio  # noqa: F401
@@ -37,20 +37,10 @@ def meta_model(config):
 
 
 @pytest.fixture(params=["whole", "sharded"])
-def plain(request, tmp_path):
+def plain(request, tmp_path, save_qwen2):
     """A plain Qwen2 of three layers, in one file or several."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
     size = "40KB" if request.param == "sharded" else "1GB"
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "plain", max_shard_size=size)
-    return tmp_path / "plain"
+    return save_qwen2(tmp_path / "plain", max_shard_size=size, num_hidden_layers=3)
 
 
 def assert_same(first, second):
@@ -172,17 +162,8 @@ def test_the_schedule_of_a_trained_model_is_its_default_after_loading(plain, tmp
         model.set_default_mode([1, 3, 2])
 
 
-def test_tied_embeddings_stay_tied(tmp_path):
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "plain")
+def test_tied_embeddings_stay_tied(tmp_path, save_qwen2):
+    save_qwen2(tmp_path / "plain", vocab_size=64, tie_word_embeddings=True)
     model = load_with_heads(tmp_path / "plain", 2)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert resize_vocabulary(model, 70) == 72

@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from vita_audio.models import (
     CheckpointError,
@@ -25,20 +25,8 @@ BOTH = [open_model, lambda path: load_with_heads(path, 1)]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A plain Qwen2 of two layers."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("made")
-    config = Qwen2Config(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    return folder
+def made(tmp_path_factory, save_qwen2):
+    return save_qwen2(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture

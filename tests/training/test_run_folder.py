@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -15,15 +12,6 @@ from vita_audio.training.checkpoints import (
     mark_complete,
 )
 from vita_audio.training.run_folder import RunFolder, RunFolderError, check_input_folder
-
-HOLD = """
-import sys, time
-from vita_audio.training.run_folder import RunFolder
-with RunFolder(sys.argv[1]) as folder:
-    folder.lock()
-    print("locked", flush=True)
-    time.sleep(600)
-"""
 
 
 def make_checkpoint(run, step, complete=True):
@@ -45,18 +33,15 @@ def names(run):
     return sorted(path.name for path in run.iterdir())
 
 
-def test_a_second_run_is_refused_with_the_name_of_the_owner_until_the_owner_dies(tmp_path):
-    owner = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
-    try:
-        assert owner.stdout.readline() == "locked\n"
-        with (
-            pytest.raises(RunFolderError, match=rf"process {owner.pid} on \S+ is training into this folder"),
-            RunFolder(tmp_path) as folder,
-        ):
-            folder.lock()
-    finally:
-        owner.send_signal(signal.SIGKILL)
-        owner.wait()
+def test_a_second_run_is_refused_with_the_name_of_the_owner_until_the_owner_dies(
+    tmp_path, owned_by_another_process
+):
+    with (
+        owned_by_another_process(tmp_path) as owner,
+        pytest.raises(RunFolderError, match=rf"process {owner.pid} on \S+ is training into this folder"),
+        RunFolder(tmp_path) as folder,
+    ):
+        folder.lock()
     with RunFolder(tmp_path) as folder:
         folder.lock()  # a lock file that a dead run left blocks nobody
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
