@@ -20,6 +20,8 @@ from vita_audio.inference import (
     collect,
     prompts,
 )
+from vita_audio.inference.backend import num_positions
+from vita_audio.models import Qwen2MTPConfig
 
 MODES = ["vanilla", "balance", "boost", "turbo"]
 READING = "the quiet river runs"
@@ -141,6 +143,27 @@ def test_closing_a_stream_stops_generation(pipeline):
         assert list(events) == []
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
+
+
+def test_prompts_and_replies_beyond_the_positions_of_the_model_are_refused_in_one_line(pipeline, monkeypatch):
+    passes = []
+    length = len(pipeline.prompt(prompts.synthesis(READING)).input_ids)
+    with pipeline.model.model.register_forward_hook(lambda *_: passes.append(1)):
+        monkeypatch.setattr(pipeline.model.config, "max_position_embeddings", length)
+        with pytest.raises(ValueError, match=rf"^the prompt has {length} tokens, .*; shorten the prompt$"):
+            pipeline.synthesize(READING, options=options())
+        monkeypatch.setattr(pipeline.model.config, "max_position_embeddings", length + 119)
+        with pytest.raises(ValueError, match=r"give max_new_tokens=119 or less, not 120, or shorten[^\n]*$"):
+            list(pipeline.stream(prompts.synthesis(READING), options()))
+        assert passes == []
+        monkeypatch.setattr(pipeline.model.config, "max_position_embeddings", length + 120)
+        assert pipeline.synthesize(READING, options=options()).text == READING
+
+
+def test_rotary_scaling_adds_positions():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+    assert num_positions(Qwen2MTPConfig(max_position_embeddings=32768)) == 32768
+    assert num_positions(Qwen2MTPConfig(max_position_embeddings=32768, rope_parameters=yarn)) == 131_072
 
 
 @pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])

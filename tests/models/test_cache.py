@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from vita_audio.models import MCTPCache
 
@@ -80,6 +80,19 @@ def test_a_prompt_that_the_cache_already_holds_is_refused_in_one_line(model):
         generate(model, PROMPT, MODES[0], past_key_values=cache)
     cache.crop(PROMPT.shape[1] - 1 - cache.get_seq_length())
     assert generate(model, PROMPT, MODES[0], past_key_values=cache).equal(generate(model, PROMPT, MODES[0]))
+
+
+@pytest.mark.parametrize("kind", [MCTPCache, DynamicCache])
+@pytest.mark.parametrize("length", [10, 3])
+def test_a_prompt_shorter_than_its_cache_is_refused_by_every_loop(model, kind, length):
+    cache = kind(config=model.config)
+    generate(model, PROMPT, "vanilla", past_key_values=cache)
+    held = cache.get_seq_length()
+    with pytest.raises(
+        ValueError, match=rf"already holds {held} positions and the prompt has {length};[^\n]+$"
+    ):
+        generate(model, PROMPT[:, :length], "vanilla", past_key_values=cache)
+    assert cache.get_seq_length() == held
 
 
 def test_a_plain_forward_after_a_crop_has_the_same_positions(model):

@@ -1,11 +1,13 @@
 """Generation in rounds against the golden tokens, alone and in batches, with and without caches."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import vita_audio  # noqa: F401
@@ -226,6 +228,19 @@ def test_a_cache_without_the_state_of_heads_is_refused(model):
     )
     with pytest.raises(ValueError, match="lacks the state of the heads"):
         new_tokens(model, output.sequences, past_key_values=output.past_key_values)
+
+
+@pytest.mark.parametrize("mode", ["vanilla", [1, 3]], ids=str)
+def test_generation_beyond_the_positions_of_the_model_warns_once(model, mode, monkeypatch):
+    monkeypatch.setattr(model.config, "max_position_embeddings", PROMPT.shape[1] + 2)
+    said = []
+    logger = logging.getLogger("transformers.generation.stopping_criteria")
+    monkeypatch.setattr(logger, "handle", lambda record: said.append(record.getMessage()))
+    transformers.utils.logging.warning_once.cache_clear()
+    for _ in range(2):
+        new_tokens(model, PROMPT, mtp_inference_mode=mode, max_new_tokens=8)
+    assert len(said) == 1
+    assert "exceeded the model's predefined maximum length" in said[0]
 
 
 def test_a_static_cache_gives_the_same_tokens(model):
