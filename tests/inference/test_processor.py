@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,19 @@ def test_inputs_feed_generate_and_replies_come_back_as_text_and_sound(world, tin
         assert rate == reply.sample_rate
     assert any(reply.codes for reply in replies)
     assert world.processor.decode(new[0]) == tokenizer.decode(new[0])
+    one = int(new[0, 0])
+    for ids in (one, np.int64(one), new[0, 0], [one], new[:1, :1]):
+        assert world.processor.decode(ids) in (tokenizer.decode([one]), [tokenizer.decode([one])])
+    labels = new[0].clone()
+    labels[3] = -100
+    for read in (
+        world.processor.decode,
+        partial(world.processor.decode, skip_special_tokens=True),
+        world.processor.split,
+        lambda ids: world.processor.batch_decode([ids]),
+    ):
+        with pytest.raises(ValueError, match=r"^token id -100 is not valid; [^\n]+$"):
+            read(labels)
     with pytest.raises(ValueError, match="begin with the prompt"):
         world.processor.decode_speech(generated[0])
     with pytest.raises(ValueError, match="one row at a time"):
