@@ -11,6 +11,7 @@ import torch
 
 from vita_audio.audio.resampling import resample
 from vita_audio.constants import OMNI_SYSTEM_PROMPT
+from vita_audio.inference import SpeechPipeline
 from vita_audio.inference.options import default_system
 from vita_audio.inference.s2s import S2SInference
 from vita_audio.models import Qwen2MTPConfig, Qwen2MTPSenseVoiceConfig
@@ -132,3 +133,11 @@ def test_the_given_decoder_is_opened(tiny_world):
     folder = Path(__file__).parents[1] / "goldens" / "glm4voice" / "tokenizer_block20"
     with pytest.raises(ValueError, match=r"^decoder_folder: no such folder"):
         S2SInference(tiny_world.model_dir, folder, "glm4voice", "decoder_folder")
+
+
+@pytest.mark.parametrize("kind", [None, "cosyvoice"])
+def test_a_codec_without_a_known_kind_is_refused_in_one_line(tiny_world, kind):
+    for opened in (S2SInference, SpeechPipeline.from_pretrained):
+        arguments = {"audio_tokenizer_type": kind, "audio_tokenizer_path": tiny_world.codec_dir}
+        with pytest.raises(ValueError, match=rf"^unknown audio tokenizer type {kind!r}; known: [^\n]+$"):
+            opened(tiny_world.model_dir, **arguments)

@@ -55,10 +55,9 @@ class S2SInference:
         audio_tokenizer_type: str,
         flow_path: str | PathLike[str] | None = None,
     ) -> None:
-        frontend = None
+        codec = CodecOptions(audio_tokenizer_type, audio_tokenizer_path, flow_path)
         if is_continuous_kind(audio_tokenizer_type):
-            frontend = find_frontend(audio_tokenizer_path, model_name_or_path)
-        codec = CodecOptions(audio_tokenizer_type, audio_tokenizer_path, flow_path, frontend)
+            codec = replace(codec, frontend_path=find_frontend(audio_tokenizer_path, model_name_or_path))
         self.pipeline = SpeechPipeline.open(model_name_or_path, codec)
 
     def run_infer(
