@@ -242,6 +242,37 @@ def test_an_arrow_cache_that_cannot_be_written_stops_the_run(tmp_path, text_samp
         Rows(tmp_path / "a.jsonl", place)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_read_only_arrow_cache_is_used_if_it_holds_the_files(
+    tmp_path, text_sample, write_lines, monkeypatch, arrow_cache, suffix
+):
+    import datasets
+
+    for name in ("prepared", "new"):
+        samples = [text_sample(f"{name} {index}", "ok") for index in range(9)]
+        write_lines(tmp_path / f"{name}.jsonl", samples)
+        datasets.Dataset.from_list(samples).to_parquet(tmp_path / f"{name}.parquet")
+
+    def read(name):
+        rows = Rows(tmp_path / f"{name}.{suffix}", arrow_cache)
+        return [rows[index] for index in range(len(rows))]
+
+    expected = read("prepared")
+
+    class Lock(datasets.builder.FileLock):
+        def __init__(self, path, *args, **kwargs):
+            if str(path).startswith(str(arrow_cache)):
+                raise OSError(errno.EROFS, "Read-only file system", path)
+            super().__init__(path, *args, **kwargs)
+
+    monkeypatch.setattr(datasets.builder, "FileLock", Lock)
+    assert read("prepared") == expected
+    with pytest.raises(
+        MachineError, match=rf"new\.{suffix}: .*Read-only file system; its Arrow copy goes to [^\n]+$"
+    ):
+        read("new")
+
+
 def test_an_unreadable_file_stops_the_run(tmp_path, text_sample, write_lines, monkeypatch, arrow_cache):
     write_lines(tmp_path / "a.jsonl", [text_sample("x")])
 

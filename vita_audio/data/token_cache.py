@@ -18,7 +18,6 @@ machine.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -32,7 +31,7 @@ import numpy as np
 import pyarrow.parquet
 from filelock import FileLock
 
-from vita_audio.data.faults import MachineError, first_line, machine_fault
+from vita_audio.data.faults import NOT_WRITABLE, MachineError, first_line, machine_fault
 from vita_audio.data.sources import map_parquet
 from vita_audio.files import whole_file, write_json
 
@@ -40,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 CODEC_FILE = "codec.json"
 _SHARD_PATTERN = "tokens-*.parquet"
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FEATURES = datasets.Features(
     {
         "path": datasets.Value("string"),
@@ -266,7 +264,7 @@ def _find_or_build_index(
     try:
         _build_index(targets[0], clips)
     except OSError as error:
-        if error.errno not in _NOT_WRITABLE:
+        if error.errno not in NOT_WRITABLE:
             raise
         _build_index(targets[1], clips)
         return targets[1]
