@@ -138,8 +138,9 @@ def test_it_ends_with_commands_to_paste_that_talk_to_the_model(run):
     program = re.search(r"<<'PY'\n(.*?)\nPY\n", talk, re.DOTALL)[1]
     compile(program, "pasted", "exec")
     assert all((REPOSITORY / page).is_file() for page in re.findall(r"docs/\w+\.md", talk))
+    assert args.system_prompt == "auto", "the checkpoint states that it was trained without a system message"
+    assert "system=" not in program
     assert f'from_pretrained("{result}"' in program
     if args.audio_tokenizer_type.startswith("sensevoice"):
         assert args.frontend_path == str(run.out / "sensevoice")
-        assert args.system_prompt == "none", "the model was trained without one"
         assert 'frontend_path="' in program
