@@ -117,6 +117,16 @@ def test_all_recordings_of_joined_files_are_read(tmp_path, format_name):
     check_all_is_heard(tmp_path, both, np.concatenate([NOISE, NOISE[:5000]]))
 
 
+@pytest.mark.parametrize("subtype", ["PCM_16", "ALAC_16"])
+@pytest.mark.parametrize("sizes", [(False, False), (True, False), (True, True)])
+def test_joined_caf_files_are_read_whole_even_if_compressed_and_of_unknown_length(tmp_path, subtype, sizes):
+    both = b""
+    for unknown in sizes:
+        content = encoded("CAF", subtype)
+        both += patched(content, content.index(b"data") + 4, (1 << 64) - 1, ">Q") if unknown else content
+    check_all_is_heard(tmp_path, both, np.concatenate([NOISE, NOISE]))
+
+
 @pytest.mark.parametrize(
     "tail",
     [
