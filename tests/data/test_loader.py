@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,6 +268,20 @@ def test_states_of_another_run_are_refused_in_one_line(open_loader, mix_file):
         open_loader(0, 3).load_state_dict(state)
     with pytest.raises(ValueError, match="states of all ranks"):
         open_loader(0, 3).load_state_dict([state])
+
+
+def test_a_file_whose_content_changed_is_named_on_resume(open_loader, mix_file, tmp_path):
+    folder = shutil.copytree(mix_file.parent, tmp_path / "mix")
+    before = open_loader(dataset_path=folder / mix_file.name)
+    state = before.state_dict()
+    file = folder / "b.jsonl"
+    file.write_text(file.read_text().replace("b7.", "b8.", 1))
+    after = open_loader(dataset_path=folder / mix_file.name)
+    assert after.mix.fingerprint != before.mix.fingerprint
+    with pytest.raises(ValueError, match=rf"^{file}: its content has changed since [^\n]+$"):
+        after.load_state_dict(state)
+    del state["contents"]  # as in checkpoints of earlier versions
+    after.load_state_dict(state)
 
 
 CONSUMER = """
