@@ -20,6 +20,8 @@ from vita_audio.inference import (
     collect,
     prompts,
 )
+from vita_audio.inference.backend import num_positions
+from vita_audio.models import Qwen2MTPConfig
 
 MODES = ["vanilla", "balance", "boost", "turbo"]
 READING = "the quiet river runs"
@@ -35,7 +37,7 @@ def options(mode: str = "boost", **changes) -> GenerationOptions:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_text_is_read_with_the_codes_learnt(pipeline, tiny_world, mode):
+def test_a_text_is_read_aloud_with_the_learnt_codes(pipeline, tiny_world, mode):
     reply = pipeline.synthesize(READING, options=options(mode))
     assert reply.text == READING
     assert reply.codes == tiny_world.codec.encode(tiny_world.audio("reading.wav"))
@@ -51,7 +53,7 @@ def test_only_the_reply_is_decoded(pipeline, tiny_world, mode):
     assert reply.sample_rate == tiny_world.codec.sample_rate
 
 
-def test_speech_is_written_down_without_speaking(pipeline, tiny_world):
+def test_speech_is_transcribed_without_a_spoken_reply(pipeline, tiny_world):
     reply = pipeline.transcribe(tiny_world.audio("question.wav"), options=options())
     assert (reply.text, reply.codes, reply.waveform) == ("the blue key", [], None)
     assert reply.timings.first_chunk is None
@@ -143,6 +145,27 @@ def test_closing_a_stream_stops_generation(pipeline):
     assert torch.is_grad_enabled()
 
 
+def test_prompts_and_replies_beyond_the_positions_of_the_model_are_refused_in_one_line(pipeline, monkeypatch):
+    passes = []
+    length = len(pipeline.prompt(prompts.synthesis(READING)).input_ids)
+    with pipeline.model.model.register_forward_hook(lambda *_: passes.append(1)):
+        monkeypatch.setattr(pipeline.model.config, "max_position_embeddings", length)
+        with pytest.raises(ValueError, match=rf"^the prompt has {length} tokens, .*; shorten the prompt$"):
+            pipeline.synthesize(READING, options=options())
+        monkeypatch.setattr(pipeline.model.config, "max_position_embeddings", length + 119)
+        with pytest.raises(ValueError, match=r"give max_new_tokens=119 or less, not 120, or shorten[^\n]*$"):
+            list(pipeline.stream(prompts.synthesis(READING), options()))
+        assert passes == []
+        monkeypatch.setattr(pipeline.model.config, "max_position_embeddings", length + 120)
+        assert pipeline.synthesize(READING, options=options()).text == READING
+
+
+def test_rotary_scaling_adds_positions():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+    assert num_positions(Qwen2MTPConfig(max_position_embeddings=32768)) == 32768
+    assert num_positions(Qwen2MTPConfig(max_position_embeddings=32768, rope_parameters=yarn)) == 131_072
+
+
 @pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])
 def test_either_stop_token_ends_the_reply_and_generation(pipeline, stop):
     passes, token = 0, pipeline.tokenizer.convert_tokens_to_ids(stop)
@@ -157,7 +180,7 @@ def test_either_stop_token_ends_the_reply_and_generation(pipeline, stop):
     assert (reply.token_ids, reply.timings.new_tokens, passes) == ([], 1, 1)
 
 
-def test_the_decoder_that_is_given_is_opened(tiny_world):
+def test_the_given_decoder_is_opened(tiny_world):
     with pytest.raises(ValueError, match=r"^decoder_folder: no such folder"):
         SpeechPipeline.from_pretrained(tiny_world.model_dir, "glm4voice", flow_path="decoder_folder")
 
@@ -190,14 +213,14 @@ def test_seeded_replies_are_the_same_alone_in_a_batch_in_threads_and_read_in_tur
     assert [reply.token_ids for reply in ends] == alone
 
 
-def test_rows_of_a_batch_with_other_seeds_draw_other_tokens(pipeline):
+def test_rows_of_a_batch_with_different_seeds_draw_different_tokens(pipeline):
     prompt = pipeline.prompt(prompts.synthesis(READING))
     seeded = [Request(prompt, options(do_sample=True, temperature=5.0, seed=seed)) for seed in (1, 2, 1)]
     first, second, third = collect(pipeline.backend.stream_many(seeded), 3)
     assert first.token_ids == third.token_ids != second.token_ids
 
 
-def test_requests_with_other_options_do_not_share_a_batch(pipeline):
+def test_requests_with_different_options_do_not_share_a_batch(pipeline):
     prompt = pipeline.prompt(prompts.synthesis(READING))
     with pytest.raises(ValueError, match="share their options"):
         list(
@@ -207,7 +230,7 @@ def test_requests_with_other_options_do_not_share_a_batch(pipeline):
         )
 
 
-def test_what_a_call_leaves_open_the_checkpoint_decides_and_the_reply_says_what_was_used(pipeline):
+def test_the_checkpoint_sets_what_a_call_leaves_open_and_the_reply_states_what_was_used(pipeline):
     stored = pipeline.model.generation_config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stored, "mtp_inference_mode", [1, 4, 3, 8, 4, 10], raising=False)
@@ -228,12 +251,12 @@ def test_a_repetition_penalty_reaches_the_model(pipeline):
     )
 
 
-def test_the_reply_says_which_system_message_was_used(pipeline):
+def test_the_reply_states_which_system_message_was_used(pipeline):
     assert pipeline.chat("hi", "Speak.", options()).system == "Speak."
     assert pipeline.chat("hi", options=options()).system is None
 
 
-def test_an_error_inside_generation_reaches_the_listener(pipeline):
+def test_an_error_inside_generation_reaches_the_caller(pipeline):
     bad = GenerationOptions(do_sample=True, temperature=-1.0)
     with pytest.raises(ValueError, match="temperature"):
         list(pipeline.stream(prompts.synthesis(READING), bad))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,8 @@ from vita_audio.chat import ChatTokens, Example, ReplyParser
 from vita_audio.inference.options import CHECKPOINT_OPTIONS, GenerationOptions
 
 if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
     from vita_audio.models import Qwen2MTPForCausalLM
 
 Sound = Literal["streamed", "whole", "none"]
@@ -138,7 +140,7 @@ class Backend(ABC):
         The last event of each reply is a :class:`Reply`. Closing the iterator ends generation at once.
 
         Raises:
-            ValueError: the options of a request are not supported.
+            ValueError: the options of a request are not supported, or prompt and reply exceed the model's positions.
         """
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
@@ -223,6 +225,8 @@ class ReferenceBackend(Backend):
         self, requests: Sequence[Request], options: GenerationOptions
     ) -> Generator[list[int], None, None]:
         """The token of each row, step by step."""
+        for request in requests:
+            check_length(self._model.config, len(request.prompt.input_ids), options.max_new_tokens)
         seeds = [request.options.seed for request in requests]
         generators = None
         if options.do_sample and any(seed is not None for seed in seeds):
@@ -240,6 +244,31 @@ class ReferenceBackend(Backend):
 
     def _generator(self, seed: int | None) -> torch.Generator | None:
         return None if seed is None else torch.Generator(self._model.device).manual_seed(seed)
+
+
+def num_positions(config: PreTrainedConfig) -> int:
+    """The number of positions that a model can distinguish; rotary scaling extends those that it was trained with."""
+    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    return max(config.max_position_embeddings, int(trained * (rope.get("factor") or 1)))
+
+
+def check_length(config: PreTrainedConfig, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Refuse a prompt and a reply that exceed the model's positions together.
+
+    Raises:
+        ValueError: they do.
+    """
+    positions = num_positions(config)
+    if prompt_tokens >= positions:
+        raise ValueError(
+            f"the prompt has {prompt_tokens} tokens, the model {positions} positions; shorten the prompt"
+        )
+    if prompt_tokens + max_new_tokens > positions:
+        raise ValueError(
+            f"the prompt has {prompt_tokens} tokens, the model {positions} positions; give max_new_tokens="
+            f"{positions - prompt_tokens} or less, not {max_new_tokens}, or shorten the prompt"
+        )
 
 
 class _Row:

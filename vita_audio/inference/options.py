@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vita_audio.audio import check_kind
 from vita_audio.chat.prompts import SYSTEM_PROMPTS
 from vita_audio.constants import OMNI_SYSTEM_PROMPT
 from vita_audio.models.schedule import Schedule
@@ -141,12 +142,18 @@ class CodecOptions:
         audio_tokenizer_path: folder of the speech tokenizer's weights.
         flow_path: folder of the decoder's weights, for codecs that keep them apart.
         frontend_path: SenseVoice folder with am.mvn, for ``sensevoice_*`` kinds.
+
+    Raises:
+        ValueError: there is no such kind.
     """
 
     audio_tokenizer_type: str = "glm4voice"
     audio_tokenizer_path: str | PathLike[str] | None = None
     flow_path: str | PathLike[str] | None = None
     frontend_path: str | PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_kind(self.audio_tokenizer_type)
 
 
 @dataclass(frozen=True)
