@@ -93,6 +93,11 @@ class FlowDecoder(nn.Module):
         return self.encoder_proj.weight.device
 
     @property
+    def shares_passes(self) -> bool:
+        """Whether :meth:`generate` solves several rows in one pass."""
+        return self.device.type != "cpu"
+
+    @property
     def estimator(self) -> Estimator:
         """The velocity network."""
         estimator = self.decoder["estimator"]
@@ -164,7 +169,7 @@ class FlowDecoder(nn.Module):
         * Elsewhere rows share passes of :data:`ROWS_PER_PASS` rows, padded to a multiple of :data:`FRAMES_PER_BUCKET`
           frames. A pass of few rows repeats one of them; the launches of its kernels cost more than their work.
         """
-        if self.device.type == "cpu":
+        if not self.shares_passes:
             return [self.solve_rows([row], steps)[0] for row in inputs]
         mels: dict[int, Tensor] = {}
         for frames, members in _shared_passes([row.frames for row in inputs]):

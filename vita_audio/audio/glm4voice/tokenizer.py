@@ -202,7 +202,7 @@ class GLM4VoiceTokenizer(AudioTokenizer):
     def sharing(self, streams: Sequence[AudioStream]) -> Sequence[AudioStream]:
         """See :meth:`AudioTokenizer.sharing`; on a CPU nothing is shared, see :meth:`FlowDecoder.generate`."""
         own = [stream for stream in streams if isinstance(stream, GLM4VoiceStream)]
-        rows = 1 if self.device.type == "cpu" else ROWS_PER_PASS
+        rows = ROWS_PER_PASS if self.flow.shares_passes else 1
         return [stream for stream in own if stream.pass_key == own[0].pass_key][:rows]
 
     def _encoder_folder(self) -> Path:
