@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,9 +73,13 @@ class NoiseSource:
 
     def saved(self) -> Callable[[], None]:
         """A function that takes back all draws from now on."""
-        if self._given is None:
-            return lambda: None
-        return partial(self._given.set_state, self._given.get_state())
+        generator, drawn = self._given, None if self._given is None else self._given.get_state()
+
+        def restore() -> None:
+            if generator is not None and drawn is not None:
+                generator.set_state(drawn)
+
+        return restore
 
     def begin_chunk(self) -> None:
         """Called before each chunk's draws."""
