@@ -20,6 +20,7 @@ BENCHMARKS = {
     "packing": "packing",
     "loader": "loader",
     "codec": "codec",
+    "codec-streams": "codec_streams",
     "sts": "sts",
     "benchmark_llm": "generate",
     "benchmark_sts": "sts",

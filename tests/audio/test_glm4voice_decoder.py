@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vita_audio.audio.glm4voice import FlowDecoder, Vocoder
 from vita_audio.audio.glm4voice.config import FlowConfig, VocoderConfig
 from vita_audio.audio.glm4voice.estimator import MaskedGroupNorm
-from vita_audio.audio.glm4voice.flow import FlowInput, nearest_indices, solver_times
+from vita_audio.audio.glm4voice.flow import ROWS_PER_PASS, FlowInput, nearest_indices, solver_times
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "glm4voice"
 RECORDED = np.load(GOLDENS / "decoder" / "expected.npz")
@@ -124,6 +124,54 @@ def test_rows_of_a_ragged_batch_do_not_see_each_other(flow):
     for row, mel in zip(inputs, together, strict=True):
         assert mel.shape == (80, row.frames - row.prompt_mel.shape[1])
         torch.testing.assert_close(mel, flow.generate([row], steps=3)[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("frames", [55, 128, 201])
+def test_a_row_of_a_shared_pass_is_the_same_bit_for_bit_in_any_company(flow, frames):
+    generator = torch.Generator().manual_seed(0)
+
+    def row(length: int) -> FlowInput:
+        codes = max(1, round(length / 6.9))
+        return FlowInput(
+            torch.randint(0, 256, (codes,), generator=generator),
+            nearest_indices(codes, length),
+            torch.randn(80, length, generator=generator),
+            torch.randn(80, length // 3, generator=generator),
+        )
+
+    own, others, padded = row(frames), [row(length) for length in (30, 256, frames)], 256
+    alone = flow.solve_rows([own] * ROWS_PER_PASS, 2, padded)[0]
+    torch.testing.assert_close(alone, flow.generate([own], steps=2)[0], atol=2e-5, rtol=0)
+    for place in range(ROWS_PER_PASS):
+        company = [*others[:place], own, *others[place:]]
+        assert torch.equal(flow.solve_rows(company, 2, padded)[place], alone)
+
+
+def test_a_device_other_than_the_cpu_solves_in_passes_of_one_shape(flow, monkeypatch):
+    """Rows of a bucket share passes; the last pass repeats a row to keep the shape."""
+    passes = []
+    solve = FlowDecoder.solve_rows
+
+    def recording(self, inputs, steps, padded_frames=None):
+        passes.append((len(inputs), padded_frames))
+        return solve(self, inputs, steps, padded_frames)
+
+    rows = [
+        FlowInput(
+            torch.full((codes,), codes),
+            nearest_indices(codes, flow.frames(codes)),
+            torch.randn(80, flow.frames(codes), generator=torch.Generator().manual_seed(codes)),
+            torch.zeros(80, 0),
+        )
+        for codes in (8, 30, 9, 10, 11, 12, 31)
+    ]
+    expected = flow.generate(rows, steps=1)
+    monkeypatch.setattr(FlowDecoder, "solve_rows", recording)
+    monkeypatch.setattr(FlowDecoder, "shares_passes", True)
+    solved = flow.generate(rows, steps=1)
+    assert passes == [(ROWS_PER_PASS, 128), (ROWS_PER_PASS, 128), (ROWS_PER_PASS, 256)]
+    for mel, wanted in zip(solved, expected, strict=True):
+        torch.testing.assert_close(mel, wanted, atol=2e-5, rtol=0)
 
 
 @given(frames=st.integers(1, 40), real=st.integers(1, 40), groups=st.sampled_from([1, 4, 8]))

@@ -99,6 +99,11 @@ class GriffinLim:
             pieces.append((self._overlap / self._weight.clamp(min=1e-3))[:remaining])
         return torch.cat(pieces) if pieces else torch.zeros(0)
 
+    @property
+    def missing(self) -> int:
+        """Frames that the next block waits for."""
+        return self.block + self.lookahead - len(self._pending)
+
     def _solve(self, frames: int) -> Tensor:
         """Fix the phases of the next frames; return the samples that no later frame reaches."""
         magnitudes = self._pending[: frames + self.lookahead]
