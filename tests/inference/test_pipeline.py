@@ -12,9 +12,11 @@ import torch
 from vita_audio.chat import ReplyParser
 from vita_audio.inference import (
     AudioChunk,
+    CodecOptions,
     GenerationOptions,
     Reply,
     Request,
+    RuntimeOptions,
     SpeechPipeline,
     TextDelta,
     collect,
@@ -27,9 +29,20 @@ MODES = ["vanilla", "balance", "boost", "turbo"]
 READING = "the quiet river runs"
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["engine", "generate"])
+def pipeline(tiny_world, request) -> SpeechPipeline:
+    return open_pipeline(tiny_world, request.param)
+
+
 @pytest.fixture(scope="module")
-def pipeline(tiny_world) -> SpeechPipeline:
-    return SpeechPipeline.from_pretrained(tiny_world.model_dir, "mel_vq", tiny_world.codec_dir, device="cpu")
+def reference(tiny_world) -> SpeechPipeline:
+    """For what only the loop of ``generate()`` shows: the passes of the model's own modules."""
+    return open_pipeline(tiny_world, False)
+
+
+def open_pipeline(world, engine: bool) -> SpeechPipeline:
+    codec = CodecOptions("mel_vq", world.codec_dir)
+    return SpeechPipeline.open(world.model_dir, codec, RuntimeOptions(device="cpu", engine=engine))
 
 
 def options(mode: str = "boost", **changes) -> GenerationOptions:
@@ -84,7 +97,7 @@ def test_streamed_reply_equals_the_whole_one(pipeline, tiny_world, mode):
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("boost", 1), ("turbo", 1), ("vanilla", 10)])
-def test_first_chunk_comes_out_of_the_prefill_in_boost_and_turbo(pipeline, mode, expected):
+def test_first_chunk_comes_out_of_the_prefill_in_boost_and_turbo(reference, mode, expected):
     """READING's first chunk: a text token, the begin marker and 8 codes; ten tokens, nine by the heads."""
     passes = 0
 
@@ -93,9 +106,9 @@ def test_first_chunk_comes_out_of_the_prefill_in_boost_and_turbo(pipeline, mode,
         passes += 1
 
     passes_at_codes = []
-    with pipeline.model.model.layers[0].register_forward_hook(count):
-        tap_put = _record_first_chunk(pipeline, lambda: passes_at_codes.append(passes))
-        pipeline.reply(prompts.synthesis(READING), options(mode), decode=False)
+    with reference.model.model.layers[0].register_forward_hook(count):
+        tap_put = _record_first_chunk(reference, lambda: passes_at_codes.append(passes))
+        reference.reply(prompts.synthesis(READING), options(mode), decode=False)
         tap_put.undo()
     assert passes_at_codes[0] == expected
 
@@ -124,7 +137,7 @@ def test_batched_replies_equal_single_ones(pipeline, tiny_world):
         assert reply.token_ids == pipeline.reply(conversation, options()).token_ids
 
 
-def test_closing_a_stream_stops_generation(pipeline):
+def test_closing_a_stream_stops_generation(reference):
     """A reply that would not end: closing it lets no further pass of the model happen, nor does waiting."""
     passes = 0
 
@@ -133,9 +146,9 @@ def test_closing_a_stream_stops_generation(pipeline):
         passes += 1
 
     endless = GenerationOptions(mode="turbo", max_new_tokens=1500)
-    with pytest.MonkeyPatch.context() as patch, pipeline.model.model.layers[0].register_forward_hook(count):
-        patch.setattr(pipeline.backend, "_tokens", replace(pipeline.backend._tokens, stops=(0,)))
-        events = pipeline.stream(prompts.synthesis(READING), endless)
+    with pytest.MonkeyPatch.context() as patch, reference.model.model.layers[0].register_forward_hook(count):
+        patch.setattr(reference.backend, "_tokens", replace(reference.backend._tokens, stops=(0,)))
+        events = reference.stream(prompts.synthesis(READING), endless)
         next(events)
         before = passes
         events.close()
@@ -167,16 +180,16 @@ def test_rotary_scaling_adds_positions():
 
 
 @pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])
-def test_either_stop_token_ends_the_reply_and_generation(pipeline, stop):
-    passes, token = 0, pipeline.tokenizer.convert_tokens_to_ids(stop)
+def test_either_stop_token_ends_the_reply_and_generation(reference, stop):
+    passes, token = 0, reference.tokenizer.convert_tokens_to_ids(stop)
 
     def say_it(_module, _inputs, logits):
         nonlocal passes
         passes += 1
         return logits.index_fill(-1, torch.tensor(token), 1e4)
 
-    with pipeline.model.lm_head.register_forward_hook(say_it):
-        reply = pipeline.synthesize(READING, options=options("vanilla"))
+    with reference.model.lm_head.register_forward_hook(say_it):
+        reply = reference.synthesize(READING, options=options("vanilla"))
     assert (reply.token_ids, reply.timings.new_tokens, passes) == ([], 1, 1)
 
 
@@ -220,11 +233,11 @@ def test_rows_of_a_batch_with_different_seeds_draw_different_tokens(pipeline):
     assert first.token_ids == third.token_ids != second.token_ids
 
 
-def test_requests_with_different_options_do_not_share_a_batch(pipeline):
-    prompt = pipeline.prompt(prompts.synthesis(READING))
+def test_requests_with_different_options_do_not_share_a_batch(reference):
+    prompt = reference.prompt(prompts.synthesis(READING))
     with pytest.raises(ValueError, match="share their options"):
         list(
-            pipeline.backend.stream_many(
+            reference.backend.stream_many(
                 [Request(prompt, options("boost")), Request(prompt, options("turbo"))]
             )
         )
