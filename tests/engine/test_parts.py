@@ -16,9 +16,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from vita_audio.engine import AudioRows, Engine, Request, Sampling
+from vita_audio.engine import AudioRows, Sampling
 from vita_audio.engine.graphs import Graphs
 from vita_audio.engine.kernels import Product
+from vita_audio.engine.rounds import BURST, Modes, Plan, Round
 from vita_audio.engine.sampling import Drawing, Rules, distribution, pick
 from vita_audio.engine.scheduler import Scheduler, segments
 from vita_audio.engine.speculation import DraftLength, accept_greedy, accept_sampled
@@ -67,31 +68,52 @@ def test_a_million_verified_drafts_have_the_backbones_distribution():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [None, AudioRows(3, 4)], ids=["all rows", "speech rows"])
-def test_lossless_sampling_has_the_backbones_distribution_over_whole_replies(rows):
-    """Replies of three tokens over six ids: the exact probabilities come from the backbone alone."""
+@pytest.mark.parametrize("how", ["backbone", "lossless", "lossless from speech rows"])
+def test_sampled_replies_have_the_backbones_distribution(how):
+    """131,072 replies of three tokens over six ids: the exact probabilities of all 216 are known."""
     model = random_model(
-        6, vocab_size=6, num_hidden_layers=4, num_nextn_predict_layers=2, initializer_range=0.15
+        6,
+        vocab_size=6,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_nextn_predict_layers=2,
+        initializer_range=0.2,
     )
-    prompt, count = [1, 3], 4096
+    prompt, count, lossless = [1, 3], 1 << 14, how != "backbone"
     options = Sampling(do_sample=True, temperature=1.3)
-    engine = Engine(model, max_rows=count, max_length=16, speech=rows)
-    mode = "off" if rows is None else "on"
-    seen = np.zeros(216, dtype=int)
-    for _ in range(6):
-        handles = [
-            engine.submit(Request(prompt, sampling=options, lossless=True, audio_rows=mode, max_new_tokens=3))
-            for _ in range(count)
-        ]
-        for handle in handles:
-            a, b, c = handle.tokens()
-            seen[36 * a + 6 * b + c] += 1
-    replies = torch.cartesian_prod(*[torch.arange(6)] * 3)
     with torch.inference_mode():
+        weights = Weights(model, AudioRows(3, 4))
+        state = State(weights, count, 10, draws=BURST + 4)
+        rules, modes = Rules.of(count, weights.device), Modes.of(count, weights.device)
+        rules.sampled.fill_(True)
+        rules.temperature.fill_(options.temperature)
+        modes.lossless.fill_(lossless)
+        modes.heads_speak.fill_(how.endswith("speech rows"))
+        drafted = torch.zeros(count, 2, 6)
+        random, seen = torch.Generator().manual_seed(0), torch.zeros(216, dtype=torch.long)
+        for _ in range(8):
+            state.tokens[:, :2] = torch.tensor(prompt)
+            for tensor, value in zip(state.lengths, (2, 0, 0, 0), strict=True):
+                tensor.fill_(value)
+            state.backbone_steps.fill_(1)
+            state.head_steps.fill_(2 * lossless)
+            for turn in range(3):
+                state.uniforms.uniform_(generator=random)
+                plan = Plan(
+                    0, count, width=2 if turn == 0 else 3, head_width=5, length=8, backbone_steps=1,
+                    head_steps=2 * lossless, lossless=lossless, heads_speak=how.endswith("speech rows"),
+                    speech=how.endswith("speech rows"), drawing=Drawing.of([options]),
+                )  # fmt: skip
+                turn_of_all = Round(weights, state, plan, rules, modes, draft_probabilities=drafted)
+                turn_of_all.read()
+                turn_of_all.go_on()
+            reply = state.tokens[:, 2:5]
+            seen += torch.bincount(reply @ torch.tensor([36, 6, 1]), minlength=216)
+        replies = torch.cartesian_prod(*[torch.arange(6)] * 3)
         ids = torch.cat([torch.tensor(prompt).expand(216, -1), replies], dim=1)
-        log_probabilities = (model(ids).logits[:, 1:4] / 1.3).log_softmax(-1)
-    exact = log_probabilities.gather(2, replies[:, :, None]).sum(dim=(1, 2)).exp()
-    assert fits(seen, exact)
+        log_probabilities = (model(ids).logits[:, 1:4] / options.temperature).log_softmax(-1)
+        exact = log_probabilities.gather(2, replies[:, :, None]).sum(dim=(1, 2)).exp()
+    assert fits(seen.numpy(), exact)
 
 
 @given(st.integers(0, 1000))
