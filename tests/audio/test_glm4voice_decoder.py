@@ -1,4 +1,4 @@
-"""Flow model and vocoder against the recorded numbers, and their promises."""
+"""Flow model and vocoder against the recorded numbers, and their guarantees."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_mel_equals_the_recorded_one(flow, steps):
     _close(flow(tokens, steps=steps, z=_recorded("offline/z")), f"offline/mel_steps{steps}", 5e-4)
 
 
-def test_default_noise_is_the_references(flow):
+def test_default_noise_is_that_of_the_reference(flow):
     tokens = torch.tensor([EXPECTED["offline_tokens"]])
     assert torch.equal(flow(tokens, steps=1), flow(tokens, steps=1, z=_recorded("offline/z")))
 
@@ -102,7 +102,7 @@ def test_solver_times_are_the_recorded_ones():
     np.testing.assert_allclose(solver_times(10)[:-1].numpy(), RECORDED["offline/est_t_values"], atol=1e-6)
 
 
-def test_zero_steps_are_refused(flow):
+def test_zero_solver_steps_are_refused(flow):
     with pytest.raises(ValueError, match="steps"):
         flow(torch.tensor([[1, 2, 3]]), steps=0)
 
@@ -189,7 +189,7 @@ def test_masked_group_norm_is_group_norm_of_the_real_frames(frames, real, groups
 
 @given(tokens=st.integers(1, 800))
 @settings(max_examples=50, deadline=None)
-def test_nearest_indices_are_pytorchs(tokens):
+def test_nearest_indices_equal_those_of_pytorch(tokens):
     frames = max(1, 441 * tokens // 64)
     row = torch.arange(tokens, dtype=torch.float32)[None, None]
     expected = F.interpolate(row, size=frames, mode="nearest")[0, 0]
@@ -213,7 +213,7 @@ def test_waveform_equals_the_recorded_one(vocoder):
     _close(wave, "offline/wave_steps10", 5e-3)
 
 
-def test_one_seeded_generator_gives_the_references_whole_chain(flow, vocoder):
+def test_one_seeded_generator_reproduces_the_reference_chain(flow, vocoder):
     generator = torch.Generator().manual_seed(42)
     mel = flow(torch.tensor([EXPECTED["offline_tokens"]]), steps=1, generator=generator)
     wave, _ = vocoder(mel, generator=generator)

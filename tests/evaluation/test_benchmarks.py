@@ -105,7 +105,7 @@ def test_spoken_replies_may_have_1024_tokens(bench, tiny_world, requests_made):
     assert [request.options.max_new_tokens for request in requests_made] == [1024]
 
 
-def test_tts_writes_what_it_says_and_has_it_heard(bench, tiny_world, tmp_path):
+def test_tts_writes_its_text_and_its_speech_is_transcribed(bench, tiny_world, tmp_path):
     items = TTS.read(tiny_world.data_dir / "tts.jsonl")
     (utterance,) = TTS.run(bench, items)
     assert (utterance.reference, utterance.text) == ("the quiet river runs", "the quiet river runs")
@@ -116,7 +116,7 @@ def test_tts_writes_what_it_says_and_has_it_heard(bench, tiny_world, tmp_path):
     assert TTS.score([utterance])["tts_wer"] == TTS.score_recordings(floor, natural)["tts_floor_wer"]
 
 
-def test_natural_and_resynthesised_speech_have_their_own_scores(bench, tiny_world, tmp_path):
+def test_natural_and_resynthesised_speech_are_scored_separately(bench, tiny_world, tmp_path):
     items = TTS.read(tiny_world.data_dir / "tts.jsonl")
     ears = Ears(lambda audio: "the quiet river runs" if "reading" in audio else "the quiet")
     listener = Listener(bench.pipeline.codec, ears)
@@ -197,7 +197,7 @@ def test_the_libritts_normaliser_spells_out_what_the_recogniser_abbreviates():
 
 
 @pytest.mark.parametrize("task", [ASR, TTS, SPEECH_QA, TEXT_QA, SeedTTS("en")], ids=lambda task: task.name)
-def test_no_utterances_have_no_score(task):
+def test_an_empty_test_set_has_no_score(task):
     with pytest.raises(ValueError, match="nothing to score"):
         task.score([])
 
@@ -364,7 +364,7 @@ def test_a_missing_recording_is_named_before_a_model_is_loaded(tmp_path, tiny_wo
 
 
 @pytest.mark.parametrize("size", [0, -1])
-def test_a_batch_that_answers_nothing_is_refused(bench, size):
+def test_an_empty_batch_is_refused(bench, size):
     with pytest.raises(ValueError, match="batch size"):
         replace(bench, batch_size=size)
 
@@ -445,11 +445,11 @@ def test_no_two_ids_share_a_file(ids):
         assert not name.startswith(".")
 
 
-def test_plain_ids_are_their_own_name():
+def test_plain_ids_are_used_unchanged():
     assert file_name("tts_test_0") == "tts_test_0"
 
 
-def test_ids_that_differ_in_punctuation_only_are_scored_on_their_own_sound(bench, tiny_world):
+def test_ids_that_differ_only_in_punctuation_are_scored_on_their_own_sound(bench, tiny_world):
     (item,) = TTS.read(tiny_world.data_dir / "tts.jsonl")
     ids = ["a?", "a!", "a:", "A?", "é", "e\u0301", "x" * 400]
     utterances = TTS.run(bench, [replace(item, id=identifier) for identifier in ids])

@@ -1,4 +1,4 @@
-"""Metrics against the reference's recorded figures, and their own promises."""
+"""Metrics against the reference's recorded figures, and their own guarantees."""
 
 from __future__ import annotations
 

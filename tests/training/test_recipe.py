@@ -20,7 +20,7 @@ def planned_rates(peak: float, first: int) -> list[float]:
     return [peak * share(update) for update in range(first, first + STEPS)]
 
 
-def test_deepspeeds_optimizer_follows_the_published_schedule(tiny_world):
+def test_the_optimizer_of_deepspeed_follows_the_published_schedule(tiny_world):
     base = str(tiny_world.root / "base")
     run = tiny_world.run_stage("stage1", MODEL_NAME_OR_PATH=base, **PUBLISHED)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -29,7 +29,7 @@ def test_deepspeeds_optimizer_follows_the_published_schedule(tiny_world):
     assert logged_rates(tiny_world.losses("stage1")) == pytest.approx(planned_rates(1e-3, first=1), rel=1e-6)
 
 
-def test_our_optimizer_follows_it_too_and_losses_of_ranks_add_up(tiny_world):
+def test_our_optimizer_follows_the_published_schedule_and_losses_of_ranks_add_up(tiny_world):
     base = str(tiny_world.root / "base")
     run = tiny_world.run_stage(
         "mtp10_stage2",

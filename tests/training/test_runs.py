@@ -17,14 +17,6 @@ TOOL = REPOSITORY / "tools" / "finetune_sts.py"
 ZERO2 = REPOSITORY / "configs" / "quickstart" / "ds_config_zero2.json"
 ZERO2_OURS = REPOSITORY / "scripts" / "deepspeed" / "ds_config_zero2_no_optimizer.json"
 
-HOLD = """
-import sys, time
-from vita_audio.training.run_folder import RunFolder
-with RunFolder(sys.argv[1]) as folder:
-    folder.lock()
-    print("locked", flush=True)
-    time.sleep(600)
-"""
 BAD_GRADIENTS = """
 import sys
 from vita_audio.cli import finetune
@@ -53,12 +45,12 @@ def succeed(*args, **options):
 
 
 def said(run):
-    """What the run said about why it ended."""
+    """The lines in which the run states why it ended."""
     return [line for line in run.stderr.splitlines() if line.startswith(("finetune_sts: ", "launch: "))]
 
 
 @pytest.mark.parametrize("deepspeed", [ZERO2, ZERO2_OURS], ids=["deepspeeds_optimizer", "our_optimizer"])
-def test_a_lower_rate_has_effect_when_a_deepspeed_run_is_started_again(tiny_world, tmp_path, deepspeed):
+def test_a_lower_rate_takes_effect_when_a_deepspeed_run_is_restarted(tiny_world, tmp_path, deepspeed):
     common = {
         "deepspeed": deepspeed,
         "decay_norms": deepspeed == ZERO2,  # DeepSpeed's own optimizer decays them
@@ -165,14 +157,9 @@ def test_an_update_with_gradients_that_are_not_finite_is_never_saved(tiny_world,
     assert not list((tmp_path / "out").glob("**/*.safetensors"))
 
 
-def test_a_second_run_into_a_folder_is_refused_in_one_line(tiny_world, tmp_path):
-    command = [sys.executable, "-c", HOLD, tmp_path / "out"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
-        try:
-            assert owner.stdout.readline() == "locked\n"
-            run = train(tiny_world, tmp_path / "out")
-        finally:
-            owner.kill()
+def test_a_second_run_into_a_folder_is_refused_in_one_line(tiny_world, tmp_path, owned_by_another_process):
+    with owned_by_another_process(tmp_path / "out") as owner:
+        run = train(tiny_world, tmp_path / "out")
     assert run.returncode == 78
     (line,) = said(run)
     assert f"process {owner.pid} on " in line

@@ -4,7 +4,7 @@ from vita_audio.engine.engine import Engine
 from vita_audio.engine.requests import Finished, Handle, Request, Sampling, Stats, Tokens
 from vita_audio.engine.sessions import Session
 from vita_audio.engine.speech import SpeechChunk, SpeechEnd, SpeechError, SpeechStream, SpeechWorker
-from vita_audio.engine.weights import AudioRows
+from vita_audio.engine.weights import AudioRows, can_run, row_bytes
 
 __all__ = [
     "AudioRows",
@@ -21,4 +21,6 @@ __all__ = [
     "SpeechWorker",
     "Stats",
     "Tokens",
+    "can_run",
+    "row_bytes",
 ]

@@ -100,7 +100,9 @@ class Engine:
         with torch.inference_mode():
             self._weights = Weights(model, speech)
             heads = self._weights.num_heads
-            self._state = State(self._weights, max_rows, length, draws=BURST + heads + 2)
+            # The last round of a reply may run past its end.
+            self._state = State(self._weights, max_rows, length + BURST + heads, draws=BURST + heads + 2)
+        self._max_length = length
         on_cpu = self._weights.device.type == "cpu"
         self._scheduler = Scheduler(prompt_chunk or (64 if on_cpu else 512), prompt_chunk or 512)
         self._rows: list[Running] = []
@@ -110,7 +112,7 @@ class Engine:
         self._rules = Rules.of(max_rows, self._weights.device)
         self._modes = Modes.of(max_rows, self._weights.device)
         self._graphs = Graphs(self._weights.device)
-        self._shapes = Shapes(heads, length, exact=on_cpu)
+        self._shapes = Shapes(heads, self._state.length, exact=on_cpu)
         self._used: Tensor | None = None
         self._draft_probabilities: Tensor | None = None
         self._checks: Checks | None = None
@@ -123,7 +125,7 @@ class Engine:
     @property
     def max_length(self) -> int:
         """Tokens of a row, prompt and reply together."""
-        return self._state.length
+        return self._max_length
 
     def session(self) -> Session:
         """A new conversation. Close it with :meth:`close_session` to free its caches."""
@@ -169,12 +171,12 @@ class Engine:
             elif self._thread is None:
                 self._end_unwanted()
 
-    def wait(self, handle: Handle) -> None:
-        """Return when the handle may have an event: run a turn, or wait for the engine's thread."""
+    def wait(self, *handles: Handle) -> None:
+        """Return when one of the handles may have an event: run a turn, or wait for the engine's thread."""
         with self._work:
             if self._error is not None:
                 raise RuntimeError("the engine's thread failed") from self._error
-            if handle.finished is not None or handle.has_events:
+            if any(handle.finished is not None or handle.has_events for handle in handles):
                 return
             if self._thread is not None:
                 self._work.wait(timeout=1.0)
@@ -251,13 +253,10 @@ class Engine:
             raise ValueError("prompt: give at least one token")
         if request.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={request.max_new_tokens}: give 1 or more")
-        # The last round may run past the end of the reply.
-        surplus = BURST + self._weights.num_heads
-        needed = len(request.prompt) + request.max_new_tokens + surplus
-        if needed > self.max_length:
+        if len(request.prompt) + request.max_new_tokens > self.max_length:
             raise ValueError(
-                f"a prompt of {len(request.prompt)} tokens and max_new_tokens={request.max_new_tokens} need "
-                f"{needed} places with the last round's surplus; this engine's max_length is {self.max_length}"
+                f"a prompt of {len(request.prompt)} tokens and max_new_tokens={request.max_new_tokens} exceed this "
+                f"engine's max_length of {self.max_length}"
             )
         lowest, highest = min(request.prompt), max(request.prompt)
         if lowest < 0 or highest >= self._weights.vocab_size:
@@ -459,7 +458,7 @@ class Engine:
             steps[row - first] = list(running.step)
         counts = torch.tensor(steps, device=self._weights.device)
         state.backbone_steps[rows], state.head_steps[rows] = counts[:, 0], counts[:, 1]
-        self._draw(first, last)
+        self._draw(members)
         turn = Round(
             self._weights,
             state,
@@ -516,12 +515,12 @@ class Engine:
         embeds = running.request.embeds
         return None if embeds is None else embeds[running.seen :].to(self._weights.embedding)
 
-    def _draw(self, first: int, last: int) -> None:
-        """Each row's own random numbers for one round."""
+    def _draw(self, members: Sequence[tuple[int, Running]]) -> None:
+        """Each member's own random numbers for one round."""
         uniforms = self._state.uniforms
-        for row in range(first, last):
-            if (generator := self._rows[row].generator) is not None:
-                uniforms[row] = torch.rand(uniforms.shape[1], generator=generator, dtype=torch.float64)
+        for row, running in members:
+            if running.generator is not None:
+                uniforms[row] = torch.rand(uniforms.shape[1], generator=running.generator, dtype=torch.float64)
 
     def _collect(self, first: int, last: int, members: Sequence[tuple[int, Running]]) -> None:
         """Fetch a round's tokens from the device and hand them out."""

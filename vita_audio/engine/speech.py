@@ -95,6 +95,11 @@ class SpeechWorker:
             self._thread = threading.Thread(target=self._run, name="speech", daemon=True)
             self._thread.start()
 
+    @property
+    def threaded(self) -> bool:
+        """Whether the worker decodes in a thread of its own."""
+        return self._thread is not None
+
     def open(
         self,
         generator: torch.Generator | None = None,

@@ -171,3 +171,17 @@ def _layer(module: Any, config: Any, layer_type: str) -> Layer:
         down=Product([mlp.down_proj.weight]),
         window=config.sliding_window if layer_type == "sliding_attention" else None,
     )
+
+
+def can_run(model: Qwen2MTPForCausalLM) -> bool:
+    """Whether the engine supports a model."""
+    parameters: Any = model.config.rope_parameters
+    return parameters.get("rope_type", "default") in STATIC_ROPE
+
+
+def row_bytes(model: Qwen2MTPForCausalLM, length: int) -> int:
+    """Bytes of the caches of one row of ``length`` tokens."""
+    config: Any = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * size + config.hidden_size
+    return length * per_token * model.get_input_embeddings().weight.element_size()

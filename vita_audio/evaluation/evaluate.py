@@ -79,7 +79,7 @@ class BenchmarkSet:
                 "(docs/data.md), so these scores say little about the model"
             )
         if self.recogniser is not None:
-            notes.append(f"{self.name}: heard by {self.recogniser.describe()}")
+            notes.append(f"{self.name}: transcribed by {self.recogniser.describe()}")
         return tuple(notes)
 
 

@@ -1,4 +1,4 @@
-"""Private and moving names of transformers and DeepSpeed, in one place.
+"""Private and changing names of transformers and DeepSpeed, in one place.
 
 Both libraries change such names between minor releases. Each is used once, here, under our own name and with
 a sentence that explains why it is needed. ``tests/models/test_compat.py`` holds a contract for each: after an upgrade,

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 _LONGEST_ROW = 2**24
-"""Tokens. A row that no memory holds would be filled for hours first."""
+"""Tokens. A longer row would be filled for hours before it turned out not to fit any memory."""
 
 
 class ArgumentError(ValueError):

@@ -54,7 +54,7 @@ from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
 
 _TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")
-"""In the messages of torch.save where it cannot write; they have no type of their own."""
+"""Part of torch.save's message when it cannot write; the error has no type of its own."""
 
 
 class ResumableLoader(Protocol):
@@ -118,7 +118,7 @@ class SpeechTrainer(Trainer):
         self.add_callback(loaded)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        except Exception as error:  # any error of a reader, as long as the checkpoint is being read
+        except Exception as error:  # any error while the checkpoint is being read
             if loaded.reached or isinstance(error, CheckpointStateError) or machine_fault(error) is not None:
                 raise
             raise CheckpointStateError(
@@ -255,7 +255,7 @@ class SpeechTrainer(Trainer):
 
 @contextmanager
 def _writing(folder: str | Path) -> Iterator[None]:
-    """A disk that fails or is full, as one line.
+    """Report a failed or full disk in one line.
 
     Raises:
         MachineError: the folder cannot be written.
@@ -268,8 +268,8 @@ def _writing(folder: str | Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
             raise
         raise MachineError(
-            f"{folder}: cannot be written: {first_line(error)}; make room there, and start the stage again: it "
-            "continues from its last whole checkpoint"
+            f"{folder}: cannot be written: {first_line(error)}; free some space there and start the stage "
+            "again; it continues from its last complete checkpoint"
         ) from error
 
 

@@ -50,7 +50,7 @@ class SenseVoiceInputTokenizer(AudioTokenizer):
 
     @property
     def frontend(self) -> Frontend:
-        """What makes features.
+        """The feature front end.
 
         Raises:
             ValueError: the codec was opened without one.
