@@ -101,7 +101,7 @@ class Engine:
             self._weights = Weights(model, speech)
             heads = self._weights.num_heads
             # The last round of a reply may run past its end.
-            self._state = State(self._weights, max_rows, length + BURST + heads, draws=BURST + heads + 2)
+            self._state = State(self._weights, max_rows, length + BURST + heads, draws=BURST + 2 * heads)
         self._max_length = length
         on_cpu = self._weights.device.type == "cpu"
         self._scheduler = Scheduler(prompt_chunk or (64 if on_cpu else 512), prompt_chunk or 512)
@@ -356,6 +356,7 @@ class Engine:
         self._idle[source], self._idle[target] = None, session
         session.row = target
 
+    @torch.inference_mode()
     def _end_unwanted(self) -> None:
         now = time.perf_counter()
         for running in list(self._rows):

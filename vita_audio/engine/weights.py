@@ -100,7 +100,8 @@ class Weights:
         self.queries = config.num_attention_heads
         self.kv = config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or self.d // self.queries
-        self.embedding: Tensor = model.get_input_embeddings().weight.detach()
+        embeddings: Any = model.get_input_embeddings()
+        self.embedding: Tensor = embeddings.weight.detach()
         self.vocab_size = len(self.embedding)
         self.norm = _norm(model.model.norm)
         layers: Any = model.model.layers
@@ -184,4 +185,4 @@ def row_bytes(model: Qwen2MTPForCausalLM, length: int) -> int:
     config: Any = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * size + config.hidden_size
-    return length * per_token * model.get_input_embeddings().weight.element_size()
+    return length * per_token * torch.empty((), dtype=model.dtype).element_size()
