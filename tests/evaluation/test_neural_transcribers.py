@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
@@ -149,7 +151,10 @@ class AutoModel:
 
 def test_paraformer_gets_clips_at_its_own_rate(tmp_path, monkeypatch):
     (tmp_path / "funasr.py").write_text(FUNASR)
-    monkeypatch.syspath_prepend(tmp_path)
+    spec = spec_from_file_location("funasr", tmp_path / "funasr.py")
+    funasr = module_from_spec(spec)
+    spec.loader.exec_module(funasr)
+    monkeypatch.setitem(sys.modules, "funasr", funasr)
     with pytest.raises(ValueError, match=r"nowhere: no such folder; give one with Paraformer's weights$"):
         TranscriberConfig("paraformer", "nowhere").check()
     save_audio(tmp_path / "a.wav", torch.zeros(22_050), 44_100)
