@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from vita_audio.audio import AudioError, available_kinds, is_continuous_kind
+from vita_audio.audio.archives import file_exists, file_size, read_file
 from vita_audio.audio.io import audio_duration
 from vita_audio.chat import ChatTokens, Example, SampleError, extend_tokenizer, locate, parse_sample
 from vita_audio.cli.arguments import command_parser
@@ -335,13 +336,12 @@ def _sample_html(
 
 
 def _player_html(path: str) -> str:
-    file = Path(path)
-    if not file.is_file():
+    if not file_exists(path):
         return f"<small>{html.escape(path)} is missing </small>"
-    if file.stat().st_size > LARGEST_EMBEDDED_CLIP:
+    if file_size(path) > LARGEST_EMBEDDED_CLIP:
         return f"<small>{html.escape(path)} is too large to embed </small>"
-    kind = mimetypes.guess_type(file.name)[0] or "audio/wav"
-    content = base64.b64encode(file.read_bytes()).decode()
+    kind = mimetypes.guess_type(path)[0] or "audio/wav"
+    content = base64.b64encode(read_file(path)).decode()
     title = html.escape(path, quote=True)
     return f"<audio controls preload=none title='{title}' src='data:{kind};base64,{content}'></audio>"
 
