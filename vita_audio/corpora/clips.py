@@ -1,8 +1,9 @@
 """Clips of a unit: decoded for the checks, and placed where training finds them.
 
-An audio file, or a member of an uncompressed tar archive, stays where it is. Anything else (content of a Parquet file
-or of a compressed archive, a part of a long recording) is written: by default into one tar archive per unit, which keeps
-the number of files small, or into single files. Encoded content is written unchanged; parts are written as FLAC.
+An audio file, or a member of an uncompressed tar archive, stays where it is. Anything else (content of a Parquet
+file or of a compressed archive, a part of a long recording) is written: by default into one tar archive per unit,
+which keeps the number of files small, or into single files. Encoded content is written unchanged; parts are written
+as FLAC.
 """
 
 from __future__ import annotations
