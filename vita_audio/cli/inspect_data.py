@@ -4,9 +4,9 @@
         --audio_tokenizer_type glm4voice --audio_tokenizer_path WEIGHTS [--audio_token_cache TOKENS]
 
 Reads the first samples of the mix's stream, in training order, through the same code as training.
-The page shows, for each source, the numbers of samples and hours, and the refused samples with their reasons;
-document lengths; how full the rows are; and samples with audio players, coloured text and speech tokens, and
-supervised tokens underlined. Hours come from file headers, or from codes if the audio is missing.
+The page shows, for each source (also of ratio 0), the numbers of samples and hours, and the refused samples with
+their reasons; document lengths; how full the rows are; and samples with audio players, coloured text and speech
+tokens, and supervised tokens underlined. Hours come from file headers, or from codes if the audio is missing.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from vita_audio.data.loader import PackedRows
 from vita_audio.data.mixing import Mix, Place, read_mix
 from vita_audio.data.packing import RowPacker
 from vita_audio.data.report import Report
+from vita_audio.data.sources import Rows, SourceError
 from vita_audio.data.speech import SpeechReader
 from vita_audio.data.token_cache import TokenCache
 from vita_audio.files import write_text
@@ -129,10 +130,16 @@ def inspect(options: argparse.Namespace) -> Inspection:
     )
     codec = _codec(options)
     tokenizer = _tokenizer(options.tokenizer, codec)
-    mix = Mix(read_mix(config.dataset_path, config.root), options.seed)
+    specs = read_mix(config.dataset_path, config.root)
+    mix = Mix(specs, options.seed)
     rows = PackedRows(config, mix, tokenizer, _reader(codec, config), rank=0, world_size=1)
 
     sources: dict[str, SourceView] = defaultdict(SourceView)
+    for spec in specs:
+        if (
+            spec not in mix.specs and spec.path.is_file()
+        ):  # there, but its ratio or num is too small for a sample
+            sources[spec.name].rows += _rows(spec.path)
     for spec, source_rows, used in zip(mix.specs, mix.rows, mix.used, strict=True):
         view = sources[
             spec.name
@@ -164,6 +171,13 @@ def inspect(options: argparse.Namespace) -> Inspection:
         if finished:
             fills.append(sum(finished) / config.seq_length)
     return Inspection(dict(sources), mix.missing, fills, refusals, config.seq_length)
+
+
+def _rows(path: Path) -> int:
+    try:
+        return len(Rows(path))
+    except SourceError:
+        return 0
 
 
 def _codec(options: argparse.Namespace) -> CodecSpec | None:

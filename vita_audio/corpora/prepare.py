@@ -172,7 +172,13 @@ def _prepare_part(
 def _run(jobs: Sequence[_Job], name: str, workers: int) -> None:
     todo = [job for job in jobs if _unit_tally(job) is None]
     started, seconds = time.monotonic(), 0.0
-    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit="unit", desc=Path(name).stem) as progress:
+    with tqdm(
+        total=len(jobs),
+        initial=len(jobs) - len(todo),
+        unit="unit",
+        desc=Path(name).stem,
+        disable=not distributed.is_first(),
+    ) as progress:
         for tally in _tallies(todo, workers):
             seconds += tally.seconds
             speed = seconds / 3600 / max(1e-9, time.monotonic() - started)
