@@ -45,8 +45,8 @@ def waveform(seed: int, seconds: float = 1.5, rate: int = 16_000) -> np.ndarray:
 @lru_cache
 def clip(seed: int, kind: str = "wav", seconds: float = 1.5) -> bytes:
     """Content of an audio file."""
-    content = io.BytesIO()
-    soundfile.write(content, waveform(seed, seconds), 16_000, format=kind)
+    content, samples = io.BytesIO(), (32767 * waveform(seed, seconds)).astype(np.int16)
+    soundfile.write(content, samples, 16_000, format=kind)
     return content.getvalue()
 
 
@@ -363,7 +363,7 @@ def voice_assistant(source: Path) -> Expected:
 
 
 def audioqa(source: Path) -> Expected:
-    """Turns that name their recordings by the publisher's own paths; questions are unpacked, answers are in an archive."""
+    """Turns that name recordings by the publisher's own paths; questions are unpacked, answers are in an archive."""
     conversations = []
     answers = {}
     for number, text in enumerate(CHINESE):
@@ -440,9 +440,9 @@ Q, A = "What is two plus two?", "It is four."
 BROKEN = '{"instruction": "cut off'
 PAIR = {"instruction": Q, "output": A}
 LONG_NAMES = (
-    "booksum_en multi_doc_qa_en_paraphrasing sharegpt_en short_instruction_from_alpaca_en single_doc_qa_en_paraphrasing "
-    "translation_en2zh booksum_zh multi_doc_qa_zh_paraphrasing sharegpt_zh short_instruction_from_llama_chinese "
-    "single_doc_qa_zh_paraphrasing"
+    "booksum_en multi_doc_qa_en_paraphrasing sharegpt_en short_instruction_from_alpaca_en translation_en2zh "
+    "single_doc_qa_en_paraphrasing booksum_zh multi_doc_qa_zh_paraphrasing sharegpt_zh "
+    "short_instruction_from_llama_chinese single_doc_qa_zh_paraphrasing"
 ).split()
 LONG_DATA = "togethercomputer/Long-Data-Collections"
 COMPLETION = {"text": f"{Q} {A}", "prompt": Q, "completion": A}

@@ -6,7 +6,8 @@
 Reads the first samples of the mix's stream, in training order, through the same code as training.
 The page shows, for each source (also of ratio 0), the numbers of samples and hours, and the refused samples with
 their reasons; document lengths; how full the rows are; and samples with audio players, coloured text and speech
-tokens, and supervised tokens underlined. Hours come from file headers, or from codes if the audio is missing.
+tokens, and supervised tokens underlined. For files of tools/prepare_data.py it shows what was rejected before, and
+histograms before and after the checks. Hours come from file headers, or from codes if the audio is missing.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from vita_audio.audio.archives import file_exists, file_size, read_file
 from vita_audio.audio.io import audio_duration
 from vita_audio.chat import ChatTokens, Example, SampleError, extend_tokenizer, locate, parse_sample
 from vita_audio.cli.arguments import command_parser
+from vita_audio.cli.preparation_html import preparation_html
 from vita_audio.constants import (
     AUDIO_CODEBOOK_SIZE,
     BEGIN_OF_AUDIO,
@@ -117,6 +119,7 @@ class Inspection:
     row_fills: list[float]
     examples_of_refusal: dict[str, str]
     capacity: int
+    preparation: str
 
 
 def inspect(options: argparse.Namespace) -> Inspection:
@@ -170,7 +173,8 @@ def inspect(options: argparse.Namespace) -> Inspection:
         finished = packer.add(length, length)
         if finished:
             fills.append(sum(finished) / config.seq_length)
-    return Inspection(dict(sources), mix.missing, fills, refusals, config.seq_length)
+    preparation = preparation_html((spec.name, spec.path) for spec in specs)
+    return Inspection(dict(sources), mix.missing, fills, refusals, config.seq_length, preparation)
 
 
 def _rows(path: Path) -> int:
@@ -240,6 +244,7 @@ def render(inspection: Inspection, options: argparse.Namespace) -> str:
         _missing_html(inspection.missing),
         "<h2>Sources</h2>",
         _table_html(sources),
+        inspection.preparation,
         "<h2>Document lengths</h2>",
         *(_histogram_html(name, view.lengths) for name, view in sources if view.lengths),
         _refusals_html(inspection.examples_of_refusal),

@@ -59,12 +59,14 @@ class ClipStore:
 
     Args:
         root: the data root.
+        output: the file that names the clips, below the root.
         folder: of the unit's clips below it, without suffix.
         kind: ``"tar"`` or ``"files"``.
     """
 
-    def __init__(self, root: Path, folder: str, kind: str) -> None:
+    def __init__(self, root: Path, output: Path, folder: str, kind: str) -> None:
         self._root, self._folder, self._kind = root, folder, kind
+        self._bases = [os.path.abspath(output.parent), os.path.abspath(root)]
         self._stack = ExitStack()
         self._tar: tarfile.TarFile | None = None
 
@@ -78,25 +80,33 @@ class ClipStore:
         self._stack.__exit__(kind, error, trace)
 
     def place(self, name: str, clip: Clip, waveform: Tensor, rate: int) -> str:
-        """The path of a clip for a sample: relative to the data root if it is below it, else absolute."""
+        """Path of a clip for a sample: relative to the output's folder or the data root if below one, else absolute."""
         if isinstance(clip.audio, str) and clip.is_whole_file:
-            absolute, root = os.path.abspath(clip.audio), os.path.abspath(self._root)
-            return os.path.relpath(absolute, root) if absolute.startswith(root + os.sep) else absolute
+            return self._short(clip.audio)
         encoded = isinstance(clip.audio, bytes) and clip.start == 0 and clip.end is None
         content = clip.audio if encoded and isinstance(clip.audio, bytes) else _flac(waveform, rate)
         file = re.sub(r"[^\w.+-]", "_", name)[-150:] + (_suffix(content, clip.suffix) if encoded else ".flac")
         if self._kind == "files":
-            write_bytes(locate_file(f"{self._folder}/{file}", self._root, self._root), content)
-            return f"{self._folder}/{file}"
+            path = locate_file(f"{self._folder}/{file}", self._root, self._root)
+            write_bytes(path, content)
+            return self._short(path)
         member = tarfile.TarInfo(file)  # no times and no owners: the same clips give the same bytes
         member.size = len(content)
         self._open_tar().addfile(member, io.BytesIO(content))
-        return f"{self._folder}.tar/{file}"
+        return self._short(f"{self._archive}/{file}")
+
+    def _short(self, path: str) -> str:
+        absolute = os.path.abspath(path)
+        base = next((base for base in self._bases if absolute.startswith(base + os.sep)), None)
+        return absolute if base is None else os.path.relpath(absolute, base)
+
+    @property
+    def _archive(self) -> str:
+        return locate_file(f"{self._folder}.tar", self._root, self._root)
 
     def _open_tar(self) -> tarfile.TarFile:
         if self._tar is None:
-            path = locate_file(f"{self._folder}.tar", self._root, self._root)
-            temporary = self._stack.enter_context(whole_file(path))
+            temporary = self._stack.enter_context(whole_file(self._archive))
             self._tar = self._stack.enter_context(
                 tarfile.open(temporary, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115  (the stack closes it)
             )

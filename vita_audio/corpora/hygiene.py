@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vita_audio.audio import AudioError, load_audio
+from vita_audio.audio.io import audio_duration
 from vita_audio.chat import Sample, prompts, read_samples
 from vita_audio.constants import ASR_PROMPT
 from vita_audio.corpora.text import characters
@@ -76,23 +78,38 @@ class TestSetIndex:
         same_length = self.recordings.get((rate, len(waveform)))
         return None if same_length is None else same_length.get(_waveform_key(waveform))
 
-    def overlaps(self, sample: Sample) -> Iterator[tuple[str, str]]:
+    def overlaps(self, sample: Sample, *, audio: bool = True) -> Iterator[tuple[str, str]]:
         """What a sample has in common with the test sets: a sentence or a path, and the place in a test set.
 
-        Recordings that cannot be read are skipped: training cannot read them either.
+        Recordings that cannot be read are skipped: training cannot read them either. Others are decoded only if
+        some recording of a test set is as long.
+
+        Args:
+            audio: also compare recordings.
         """
         for sentence in sentences_of(sample):
             place = self.find(sentence, None, 0)
             if place is not None:
                 yield sentence, place
-        for audio in sample.audios:
+        for clip in sample.audios if audio else ():
             try:
-                waveform, rate = load_audio(audio)
+                if round(audio_duration(clip) * 1000) not in self._lengths:
+                    continue
+                waveform, rate = load_audio(clip)
             except AudioError:
                 continue
             place = self.find(None, waveform, rate)
             if place is not None:
-                yield str(audio), place
+                yield str(clip), place
+
+    @property
+    def num_recordings(self) -> int:
+        return sum(map(len, self.recordings.values()))
+
+    @cached_property
+    def _lengths(self) -> frozenset[int]:
+        """Milliseconds of the recordings."""
+        return frozenset(round(samples / rate * 1000) for rate, samples in self.recordings)
 
     @property
     def fingerprint(self) -> str:
@@ -119,5 +136,5 @@ def _sentence_key(text: str) -> bytes | None:
 
 
 def _waveform_key(waveform: Tensor) -> bytes:
-    samples = (waveform * 32767).round().clamp(-32768, 32767).to(torch.int16)
+    samples = (waveform * 32768).round().clamp(-32768, 32767).to(torch.int16)
     return hashlib.blake2b(samples.numpy().tobytes(), digest_size=16).digest()

@@ -83,6 +83,7 @@ class _Job:
     source: Path
     root: Path
     stem: Path  # of the unit's files in the work folder
+    output: Path
     clips: str  # folder of its clips below the root
     settings: Settings
     checks: Checks
@@ -148,7 +149,9 @@ def _prepare_part(
     for unit, name in zip(units, _names(units), strict=True):
         digest = _digest([about, name, _identity(unit, work)])
         clips = f"{_clip_folder(part.output)}/{name}"
-        jobs.append(_Job(part, layout, unit, source, root, work / name, clips, settings, checks, digest))
+        jobs.append(
+            _Job(part, layout, unit, source, root, work / name, output, clips, settings, checks, digest)
+        )
     whole = _digest([job.fingerprint for job in jobs])
     report = _sidecar(output, "report.json")
     done = _done(report, output, whole)
@@ -203,7 +206,7 @@ def prepare_unit(job: _Job) -> Tally:
         whole_file(job.stem.with_name(job.stem.name + ".rejected.jsonl")) as rejections,
         lines.open("w", encoding="utf-8") as samples,
         rejections.open("w", encoding="utf-8") as rejected,
-        ClipStore(job.root, job.clips, job.settings.clips) as store,
+        ClipStore(job.root, job.output, job.clips, job.settings.clips) as store,
     ):
         recogniser = job.checks.recogniser() if job.checks.recogniser is not None else None
         builder = Builder(job.part, job.settings.cleaning, store, job.checks.held_out, recogniser)
