@@ -259,6 +259,9 @@ def _done(report: Path, output: Path, fingerprint: str) -> Tally | None:
 
 
 def _join(jobs: Sequence[_Job], output: Path, about: dict[str, Any]) -> None:
+    clips = Path(locate_file(_clip_folder(jobs[0].part.output), jobs[0].root, jobs[0].root))
+    for part in clips.glob(".*.tmp"):  # of units that were killed
+        part.unlink()
     total = Tally()
     for job in jobs:
         tally = _unit_tally(job)
