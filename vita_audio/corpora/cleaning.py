@@ -43,6 +43,7 @@ class Rejection(StrEnum):
     DISAGREES = "disagrees"
     IN_TEST_SET = "in_test_set"
     NO_PROMPT = "no_prompt"
+    UNSPEAKABLE = "unspeakable"
 
 
 @dataclass(frozen=True)
