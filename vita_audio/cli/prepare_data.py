@@ -154,7 +154,7 @@ def summary(tallies: dict[str, Tally]) -> str:
 
 def checks_of(options: argparse.Namespace, name: str = "") -> Checks:
     """The checks of ``--test_sets`` and ``--agree``; ``name`` identifies what else decides the result."""
-    held_out = TestSetIndex.of(options.test_sets) if options.test_sets else None
+    held_out = TestSetIndex.of(options.test_sets, options.root) if options.test_sets else None
     names = [name] if name else []
     names += [held_out.fingerprint] if held_out is not None else []
     recogniser = None

@@ -134,13 +134,6 @@ class Recogniser(Protocol):
         """Error rate of the transcript of a waveform of shape (samples,), and the transcript."""
 
 
-class HeldOut(Protocol):
-    """Sentences and recordings that must not enter training (:mod:`vita_audio.corpora.hygiene`)."""
-
-    def find(self, text: str | None, waveform: Tensor | None, rate: int) -> str | None:
-        """The place of a test sentence or recording that equals this one; None if there is none."""
-
-
 def speech_speed(text: str, seconds: float) -> float:
     """Letters and digits per second; a Chinese character counts as three, so one scale fits both languages."""
     han = sum("\u3400" <= character <= "\u9fff" for character in text)

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from vita_audio import distributed
 from vita_audio.chat import locate_file
-from vita_audio.corpora.cleaning import Cleaning, HeldOut, Recogniser, Rejection, Tally
+from vita_audio.corpora.cleaning import Cleaning, Recogniser, Rejection, Tally
 from vita_audio.corpora.clips import ClipStore
+from vita_audio.corpora.hygiene import TestSetIndex
 from vita_audio.corpora.items import Rejected
 from vita_audio.corpora.layouts import Layout, SourceError, open_layout
 from vita_audio.corpora.recipes import Part, Recipe
@@ -70,7 +71,7 @@ class Checks:
         name: identifies both, for the fingerprint.
     """
 
-    held_out: HeldOut | None = None
+    held_out: TestSetIndex | None = None
     recogniser: Callable[[], Recogniser] | None = None
     name: str = ""
 
