@@ -91,7 +91,7 @@ def run(*command: object, scratch: Path) -> subprocess.CompletedProcess:
     variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=300, check=False,
+        cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=540, check=False,
     )  # fmt: skip
 
 
