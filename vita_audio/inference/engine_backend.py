@@ -25,9 +25,10 @@ from vita_audio.engine import (
     row_bytes,
 )
 from vita_audio.engine import Request as EngineRequest
-from vita_audio.inference.backend import Backend, check_length, collate_prompts, num_positions
+from vita_audio.inference.backend import Backend, check_length, collate_prompts
 from vita_audio.inference.options import GenerationOptions
 from vita_audio.inference.replies import Event, ReplyAssembly, Request
+from vita_audio.models.configuration import num_positions
 
 if TYPE_CHECKING:
     from vita_audio.models import Qwen2MTPForCausalLM
