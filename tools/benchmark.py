@@ -17,6 +17,7 @@ from vita_audio.cli.arguments import command_parser, run_command
 BENCHMARKS = {
     "train-step": "train_step",
     "generate": "generate",
+    "decode": "decode",
     "packing": "packing",
     "loader": "loader",
     "codec": "codec",

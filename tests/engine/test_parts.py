@@ -21,7 +21,7 @@ from vita_audio.engine.graphs import Graphs
 from vita_audio.engine.kernels import Product
 from vita_audio.engine.rounds import BURST, Modes, Plan, Round
 from vita_audio.engine.sampling import Drawing, Rules, distribution, pick
-from vita_audio.engine.scheduler import Scheduler, segments
+from vita_audio.engine.scheduler import Scheduler, Turn, segments
 from vita_audio.engine.speculation import DraftLength, accept_greedy, accept_sampled
 from vita_audio.engine.state import State
 from vita_audio.engine.weights import Weights
@@ -83,7 +83,7 @@ def test_sampled_replies_have_the_backbones_distribution(how):
     options = Sampling(do_sample=True, temperature=1.3)
     with torch.inference_mode():
         weights = Weights(model, AudioRows(3, 4))
-        state = State(weights, count, 10, draws=BURST + 4)
+        state = State(weights, count, 10, most=BURST + 2)
         rules, modes = Rules.of(count, weights.device), Modes.of(count, weights.device)
         rules.sampled.fill_(True)
         rules.temperature.fill_(options.temperature)
@@ -190,7 +190,7 @@ def test_products_equal_those_of_torch_whichever_kernel_runs(dtype, out_features
 
 def test_rows_of_the_state_change_places_with_all_they_hold(model):
     weights = Weights(model)
-    state = State(weights, rows=3, length=12, draws=4)
+    state = State(weights, rows=3, length=12, most=4)
     for number, tensor in enumerate((*state.caches, state.hidden), start=1):
         tensor.copy_(torch.arange(tensor.numel()).view_as(tensor) + number)
     state.tokens.copy_(torch.arange(state.tokens.numel()).view_as(state.tokens))
@@ -237,6 +237,7 @@ def test_rounds_make_the_steps_of_their_schedule(pairs, num_heads):
 class Row:
     started: bool
     unseen: int = 0
+    joins: bool = True
 
 
 def test_prompts_and_rounds_take_turns_and_the_soonest_to_speak_comes_first():
@@ -246,14 +247,25 @@ def test_prompts_and_rounds_take_turns_and_the_soonest_to_speak_comes_first():
     turns = []
     for _ in range(8):
         turn = scheduler.next(rows)
-        turns.append((turn.kind, turn.row))
+        turns.append(turn)
         if turn.kind == "prompt":
-            rows[turn.row].unseen -= scheduler.chunk(rows)
+            rows[turn.first].unseen -= scheduler.chunk(rows)
         if turn.kind == "first":
-            rows[turn.row].started = True
-    waits = [("first", 2), ("prompt", 1), ("prompt", 1), ("prompt", 1)]
-    assert turns == [turn for wait in waits for turn in (wait, ("round", -1))]
+            rows[turn.first].started = True
+    waits = [Turn("first", 2, 3), *[Turn("prompt", 1, 2)] * 3]
+    assert turns == [turn for wait in waits for turn in (wait, Turn("round", 0, 3))]
     assert scheduler.next([Row(False, 35)]).kind == "first", "alone, a whole prompt is one chunk"
+
+
+def test_first_rounds_that_fit_into_one_chunk_run_together():
+    def first(*rows):
+        turn = Scheduler(chunk=10, chunk_alone=100).next(rows)
+        return turn.kind, turn.first, turn.last
+
+    assert first(Row(False, 30), Row(False, 40), Row(False, 30)) == ("first", 0, 3)
+    assert first(Row(False, 30), Row(False, 90), Row(False, 20)) == ("first", 2, 3)
+    assert first(Row(True), Row(False, 5), Row(False, 5), Row(False, 5)) == ("first", 1, 3)
+    assert first(Row(False, 5), Row(False, 5, joins=False), Row(False, 9)) == ("first", 0, 1)
 
 
 def test_without_cuda_recordings_simply_run():

@@ -70,7 +70,7 @@ class Engine:
             self._weights = Weights(model, speech)
             # The last round of a reply may run past its end.
             surplus = BURST + self._weights.num_heads
-            state = State(self._weights, max_rows, length + surplus, draws=surplus + self._weights.num_heads)
+            state = State(self._weights, max_rows, length + surplus, most=surplus)
         self._max_length = length
         while_others_wait = 64 if self._weights.device.type == "cpu" else 512
         self._scheduler = Scheduler(prompt_chunk or while_others_wait, prompt_chunk or 512)
@@ -144,6 +144,16 @@ class Engine:
         self.step()
 
     @property
+    def weights(self) -> Weights:
+        """The model's weights in the engine's layout; benchmarks ask it for bytes."""
+        return self._weights
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the model."""
+        return self._weights.num_heads
+
+    @property
     def num_rows(self) -> int:
         """Rows in use."""
         return len(self._table.running)
@@ -198,10 +208,9 @@ class Engine:
             if turn is None:
                 return False
             if turn.kind == "prompt":
-                self._turns.compute_prompt(turn.row)
+                self._turns.compute_prompt(turn.first)
             else:
-                rows = (turn.row, turn.row + 1) if turn.kind == "first" else (0, self.num_rows)
-                for running, reason in self._turns.run_round(*rows):
+                for running, reason in self._turns.run_round(turn):
                     self._end(running, reason)
             self._work.notify_all()
             return True

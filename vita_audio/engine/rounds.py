@@ -210,11 +210,13 @@ class Round:
 
     def read(self) -> None:
         """The first backbone pass and the token that it makes."""
-        plan, passes = self.plan, self.state.backbone_steps[self.plan.rows]
+        state, plan = self.state, self.plan
+        passes = state.backbone_steps[plan.rows]
+        state.starts[plan.rows] = state.known[plan.rows] - state.drafts[plan.rows]
         active = None if plan.together else passes > 0
         length = plan.length - (plan.backbone_steps - 1) if plan.exact else plan.length
         hidden = backbone_pass(
-            self.weights, self.state, plan.rows, active, plan.width, length, plan.exact, self.prompt
+            self.weights, state, plan.rows, active, plan.width, length, plan.exact, self.prompt
         )
         if plan.lossless:
             self._verify(hidden)
@@ -222,7 +224,7 @@ class Round:
             self._choose(hidden[:, -1], active, 0)
 
     def go_on(self) -> None:
-        """The other backbone passes and the heads. All results are in the state."""
+        """The other backbone passes, the heads, and the report."""
         plan, rows = self.plan, self.plan.rows
         passes, head_passes = self.state.backbone_steps[rows], self.state.head_steps[rows]
         for step in range(1, plan.backbone_steps):
@@ -249,13 +251,18 @@ class Round:
                 count(permanent, tokens, (head_passes > index) & ~self.modes.lossless)
 
     def _settle(self, head_passes: Tensor) -> None:
-        """Move the lengths of the heads that ran, and note the drafts."""
+        """Move the lengths of the heads that ran, note the drafts, and report the tokens."""
         state, rows, lossless = self.state, self.plan.rows, self.modes.lossless
         # A lossless row's last positions were computed from drafts: with K heads, K positions.
         verified = (state.seen[rows] - self.weights.num_heads * lossless).clamp(min=0)
         ran = torch.arange(self.weights.num_heads, device=verified.device) < head_passes[:, None]
         state.seen_heads[rows] = torch.where(ran, verified[:, None], state.seen_heads[rows])
         state.drafts[rows] = head_passes * lossless
+        starts = state.starts[rows][:, None]
+        state.report[rows, 0] = state.known[rows] - state.drafts[rows]
+        state.report[rows, 1:] = state.tokens[rows].gather(
+            1, starts + state.columns[: state.report.shape[1] - 1]
+        )
 
     def _choose(self, hidden: Tensor, active: Tensor | None, step: int, by_head: bool = False) -> Tensor:
         """Choose a token for each row from its hidden state, (rows, d); append it to the active rows (None: all)."""

@@ -62,6 +62,11 @@ class Running:
         """Verified tokens that the backbone has not computed."""
         return len(self.tokens) - self.seen
 
+    @property
+    def joins(self) -> bool:
+        """Whether its first round can run together with others': its prompt is plain tokens."""
+        return self.request.embeds is None
+
 
 class RowTable:
     """The rows of a state.

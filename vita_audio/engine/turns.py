@@ -12,7 +12,7 @@ from vita_audio.engine.graphs import Graphs
 from vita_audio.engine.requests import Reason, Tokens
 from vita_audio.engine.rounds import Plan, Round, Shapes
 from vita_audio.engine.sampling import Drawing
-from vita_audio.engine.scheduler import Scheduler
+from vita_audio.engine.scheduler import Scheduler, Turn
 from vita_audio.engine.state import State
 from vita_audio.engine.steps import heads_pass, prompt_pass
 from vita_audio.engine.table import RowTable, Running
@@ -34,6 +34,7 @@ class Turns:
     def __init__(self, weights: Weights, state: State, table: RowTable, scheduler: Scheduler):
         self._weights, self._state, self._table, self._scheduler = weights, state, table, scheduler
         self._graphs = Graphs(weights.device)
+        self._last_steps: tuple[int, list[tuple[int, int]]] = (0, [])
         self._shapes = Shapes(weights.num_heads, state.length, exact=weights.device.type == "cpu")
 
     def compute_prompt(self, row: int) -> None:
@@ -48,15 +49,18 @@ class Turns:
         running.seen = last
         self._catch_up(row, heads, last)
 
-    def run_round(self, first: int, last: int) -> list[tuple[Running, Reason]]:
-        """Run a round of the rows ``first`` … ``last`` - 1, but for those whose prompt is not computed yet.
+    def run_round(self, turn: Turn) -> list[tuple[Running, Reason]]:
+        """Run the first round of rows, or a round of those that have started.
 
         Returns:
             The requests that ended, and why.
         """
-        alone = last - first == 1
-        rows_in_use = self._table.running
-        members = [(row, rows_in_use[row]) for row in range(first, last) if alone or rows_in_use[row].started]
+        first, last, rows_in_use = turn.first, turn.last, self._table.running
+        members = [
+            (row, rows_in_use[row])
+            for row in range(first, last)
+            if turn.kind == "first" or rows_in_use[row].started
+        ]
         for row, running in members:
             running.step = self._next_step(running)
             heads = running.step[1]
@@ -64,13 +68,9 @@ class Turns:
                 self._catch_up(row, heads, running.seen)
         plan = self._plan(first, last, members)
         state, table, rows = self._state, self._table, plan.rows
-        steps = [[0, 0] for _ in range(first, last)]
-        for row, running in members:
-            steps[row - first] = list(running.step)
-        counts = torch.tensor(steps, device=self._weights.device)
-        state.backbone_steps[rows], state.head_steps[rows] = counts[:, 0], counts[:, 1]
+        self._set_steps(first, last, members)
         self._draw(members)
-        turn = Round(
+        work = Round(
             self._weights,
             state,
             plan,
@@ -81,10 +81,10 @@ class Turns:
             if table.draft_probabilities is not None and plan.lossless and not plan.drawing.plain
             else None,
             checks=table.checks.of_rows(rows) if table.checks is not None and plan.check else None,
-            prompt=self._prompt_end(members[0][1]) if alone and not members[0][1].started else None,
+            prompt=self._prompt_end(members[0][1]) if turn.kind == "first" else None,
         )
-        self._graphs.run(self._shapes.key("read", plan), turn.read)
-        self._graphs.run(self._shapes.key("go_on", plan), turn.go_on)
+        self._graphs.run(self._shapes.key("read", plan), work.read)
+        self._graphs.run(self._shapes.key("go_on", plan), work.go_on)
         return self._collect(first, last, members)
 
     def _heads_in_use(self, running: Running) -> int:
@@ -102,6 +102,18 @@ class Turns:
         for first in range(running.seen_heads[heads - 1], last, chunk):
             heads_pass(self._weights, self._state, row, heads, first, min(first + chunk, last))
         running.seen_heads[:heads] = [last] * heads
+
+    def _set_steps(self, first: int, last: int, members: Sequence[tuple[int, Running]]) -> None:
+        """Tell the device who takes part in which passes, unless it is as in the round before."""
+        steps = [(0, 0)] * (last - first)
+        for row, running in members:
+            steps[row - first] = running.step
+        if (first, steps) == self._last_steps:
+            return
+        self._last_steps = (first, steps)
+        counts = torch.tensor(steps, device=self._weights.device)
+        self._state.backbone_steps[first:last] = counts[:, 0]
+        self._state.head_steps[first:last] = counts[:, 1]
 
     def _next_step(self, running: Running) -> tuple[int, int]:
         if running.draft_length is None:
@@ -155,20 +167,11 @@ class Turns:
         self, first: int, last: int, members: Sequence[tuple[int, Running]]
     ) -> list[tuple[Running, Reason]]:
         """Fetch a round's tokens from the device and hand them out. Returns the requests that ended."""
-        state, device = self._state, self._weights.device
-        rows = slice(first, last)
-        starts = [len(running.tokens) for running in self._table.running[first:last]]
-        made = [max(sum(running.step), running.drafts + 1) for _, running in members]
-        columns = torch.tensor(starts, device=device)[:, None] + torch.arange(max(made), device=device)
-        columns.clamp_(max=state.tokens.shape[1] - 1)
-        new = torch.cat(
-            [(state.known[rows] - state.drafts[rows])[:, None], state.tokens[rows].gather(1, columns)], dim=1
-        )
-        fetched = new.tolist()
+        fetched = self._state.report[first:last].tolist()
         ended: list[tuple[Running, Reason]] = []
         for row, running in members:
             known, *ids = fetched[row - first]
-            start, (passes, heads) = starts[row - first], running.step
+            start, (passes, heads) = len(running.tokens), running.step
             ids = ids[: known - start]
             lossless = running.request.lossless
             # The backbone has not seen its own last token, nor what heads made of it.

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
 
-from vita_audio.engine.kernels import Product
+from vita_audio.engine.kernels import Product, normalize
 
 if TYPE_CHECKING:
     from vita_audio.models import Qwen2MTPForCausalLM
@@ -26,7 +25,7 @@ class Norm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return normalize(x, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
