@@ -20,6 +20,7 @@ BENCHMARKS = {
     "packing": "packing",
     "loader": "loader",
     "codec": "codec",
+    "memory": "memory",
     "sts": "sts",
     "benchmark_llm": "generate",
     "benchmark_sts": "sts",

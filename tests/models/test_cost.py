@@ -84,7 +84,9 @@ def test_operations_of_a_backbone_pass_equal_torchs_count(model, new, cached, ro
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         if cached:
-            model.model(ids[:, :cached], position_ids=positions[:, :cached], past_key_values=cache, use_cache=True)
+            model.model(
+                ids[:, :cached], position_ids=positions[:, :cached], past_key_values=cache, use_cache=True
+            )
         flops = counted(
             lambda: model.model(
                 ids[:, cached:], position_ids=positions[:, cached:], past_key_values=cache, use_cache=True
@@ -101,7 +103,9 @@ def test_operations_of_a_head_and_the_lm_head_equal_torchs_count(model, new):
 
     def one_pass() -> None:
         rotary = model.model.rotary_emb(hidden, positions)
-        model.heads[0](hidden, hidden, attention_mask=None, position_embeddings=rotary, position_ids=positions)
+        model.heads[0](
+            hidden, hidden, attention_mask=None, position_embeddings=rotary, position_ids=positions
+        )
 
     with torch.no_grad():
         assert head_pass(config, new, rows=2).flops == counted(one_pass)

@@ -39,7 +39,7 @@ from vita_audio.cli.arguments import command_parser
 from vita_audio.constants import IGNORE_INDEX
 from vita_audio.models import Qwen2MTPConfig, Qwen2MTPForCausalLM, freeze_backbone
 from vita_audio.models.attention import attention_masks, document_ids
-from vita_audio.models.compat import checkpointing_function
+from vita_audio.models.compat import checkpointing_function, enable_checkpointing
 from vita_audio.models.loss import shifted_targets
 from vita_audio.models.mctp import run_cascade
 
@@ -130,7 +130,7 @@ def build_model(arguments: argparse.Namespace, attention: str) -> Qwen2MTPForCau
     if arguments.frozen:
         freeze_backbone(model)
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     return model
 
 

@@ -272,7 +272,17 @@ def describe(
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """The content of ``run.json``."""
-    arguments = {
+    arguments = resolved_arguments(model_args, data_args, stage_args, dtype)
+    data = {"fingerprint": loader.mix.fingerprint, "samples_per_epoch": len(loader.mix)}
+    resumed = None if checkpoint is None else checkpoint.name
+    return describe_run("finetune_sts", arguments, data, resumed_from=resumed)
+
+
+def resolved_arguments(
+    model_args: ModelArguments, data_args: DataArguments, stage_args: StageArguments, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Every option by name, as ``run.json`` keeps it."""
+    return {
         **asdict(model_args),
         **asdict(data_args),
         **stage_args.to_dict(),
@@ -280,9 +290,6 @@ def describe(
         "deepspeed_builds_optimizer": isinstance(stage_args.deepspeed, dict)
         and builds_optimizer(stage_args.deepspeed),
     }
-    data = {"fingerprint": loader.mix.fingerprint, "samples_per_epoch": len(loader.mix)}
-    resumed = None if checkpoint is None else checkpoint.name
-    return describe_run("finetune_sts", arguments, data, resumed_from=resumed)
 
 
 def open_model(
