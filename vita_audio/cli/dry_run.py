@@ -295,10 +295,9 @@ def _data(run: DryRun, data: DataArguments, stage: StageArguments) -> list[str]:
         states = [found.get(str(spec.path)) for spec in members]
         there = [state for state in states if state is not None and state.rows]
         missing = sum(state is not None and not state.rows for state in states)
-        rows.append(
-            (name, str(len(members)), str(missing), f"{members[0].ratio:g}")
-            + (f"{sum(state.rows for state in there):,}", f"{sum(state.used for state in there):,}")
-        )
+        counts = (sum(state.rows for state in there), sum(state.used for state in there))
+        shown = (name, str(len(members)), str(missing), f"{members[0].ratio:g}")
+        rows.append((*shown, *(f"{count:,}" for count in counts)))
     used = [state for state in files if state.rows]
     totals = (f"{sum(state.rows for state in used):,}", f"{sum(state.used for state in used):,}")
     rows.append(("all", str(len(specs)), str(len(files) - len(used)), "", *totals))

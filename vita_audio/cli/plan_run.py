@@ -1,7 +1,7 @@
 """What a stage costs, before it runs: memory of each GPU, hours, GPU-hours, disk.
 
     python tools/plan_run.py --stage 1 --gpus 16
-    python tools/plan_run.py --stage 4 --variant plus --config MODEL_DIR --deepspeed scripts/deepspeed/ds_config_zero3.json
+    python tools/plan_run.py --stage 4 --variant plus --config MODEL_DIR --deepspeed ds_config_zero3.json
     python tools/plan_run.py --sheet --gpus 8 16 32 64 > sheet.md
 
 Heads, frozen parts, steps and DeepSpeed config are those of the stage's script unless a flag replaces them. Memory is
