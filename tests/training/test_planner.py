@@ -48,7 +48,7 @@ def test_operations_of_a_step_equal_torchs_count(frozen, checkpointing, document
 
 
 def test_activations_grow_with_tokens_and_checkpointing_saves_most_of_them():
-    config = Qwen2MTPConfig(**{**SIZES, "hidden_size": 64, "num_hidden_layers": 20})
+    config = Qwen2MTPConfig(**{**SIZES, "hidden_size": 64, "num_hidden_layers": 10})
     peaks = {
         (length, checkpointing): step_memory(
             config,
@@ -61,7 +61,7 @@ def test_activations_grow_with_tokens_and_checkpointing_saves_most_of_them():
         for length in (128, 256)
         for checkpointing in (False, True)
     }
-    assert peaks[128, True] < peaks[128, False] / 3
+    assert peaks[128, True] < peaks[128, False] / 2
     assert 1.8 < peaks[256, False] / peaks[128, False] < 2.2
 
 
