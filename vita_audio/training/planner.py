@@ -278,8 +278,8 @@ def _states(setup: Setup, zero: Zero, trained: int, total: int) -> dict[str, int
         gathered = value_bytes * min(total, zero.live_weights)
         weights = gathered + (0 if zero.offload_weights else weights // ranks)
     optimizer = 0 if zero.offload_optimizer else (_MASTER + _MOMENTS) * trained // ranks
-    # A CPU touches no more of a bucket than it fills; a GPU reserves all of it.
-    elements = zero.reduce_bucket if setup.device == "cuda" else min(zero.reduce_bucket, trained)
+    # A GPU reserves whole buckets; on a CPU they take memory only as they fill, which is after the peak.
+    elements = zero.reduce_bucket if setup.device == "cuda" else 0
     buckets = value_bytes * elements * (2 if zero.overlap else 1)
     return {"weights": weights, "optimizer": optimizer, "buckets": buckets}
 

@@ -11,7 +11,7 @@
 # each other by it.
 #
 # DRY_RUN=1 prints the command, every hyperparameter with its source, what trains, the data and the plan, and starts
-# nothing.
+# nothing. PREFLIGHT=1 checks the cluster first and trains if all is well; scripts/preflight.sh only checks.
 set -euo pipefail
 
 TYPED=("$@")
@@ -138,6 +138,11 @@ COMMAND=(
 )
 if [[ ${DRY_RUN:-0} == 1 ]]; then
   exec "$PYTHON" -m vita_audio.cli.dry_run "${TYPED[@]}" -- "${COMMAND[@]}"
+fi
+
+if [[ -n ${PREFLIGHT:-} && ${PREFLIGHT:-} != 0 ]]; then
+  "${COMMAND[@]/#"$REPOSITORY/tools/finetune_sts.py"/"$REPOSITORY/tools/preflight.py"}"
+  [[ $PREFLIGHT != only ]] || exit 0
 fi
 
 # The output folder also keeps the settings of the run and, for each node, all printed output.
