@@ -109,8 +109,7 @@ def test_a_stage_with_preflight_is_checked_and_then_trained(tiny_world):
     assert run.returncode == 0, run.stdout + run.stderr
     assert "ok    memory" in run.stdout
     assert (tiny_world.result("stage1") / "stage.complete").is_file()
-    refused = tiny_world.run_stage(
-        "stage1", "--save_total_limit", "100000000", MODEL_NAME_OR_PATH=base, PREFLIGHT="1", OUTPUT_ROOT=str(tiny_world.root / "none")
-    )  # fmt: skip
+    settings = {"MODEL_NAME_OR_PATH": base, "PREFLIGHT": "1", "OUTPUT_ROOT": str(tiny_world.root / "none")}
+    refused = tiny_world.run_stage("stage1", "--save_total_limit", "100000000", **settings)
     assert refused.returncode == 78
     assert not (tiny_world.root / "none").exists(), "nothing was trained"

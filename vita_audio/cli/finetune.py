@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -61,6 +62,7 @@ from vita_audio.training import (
 from vita_audio.training.checkpoints import CheckpointStateError, load_loader_states, steps_done
 from vita_audio.training.command_line import parse_arguments
 from vita_audio.training.deepspeed_config import builds_optimizer
+from vita_audio.training.interruption import REQUEUE
 from vita_audio.training.quiet import hush_libraries
 from vita_audio.training.result import check_checkpoint, check_result
 
@@ -141,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             with told_in_one_line(*WHILE_TRAINING):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                if trainer.stopped_by is not None:
+                    leave_for_requeue(trainer)
                 trainer.save_model()
                 trainer.save_state()
         elif is_first():
@@ -153,6 +157,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             with told_in_one_line(*AT_THE_DOOR):
                 check_result(folder.path)
                 folder.finish()
+
+
+def leave_for_requeue(trainer: SpeechTrainer) -> NoReturn:
+    """End after a signal: the checkpoint is there, and the exit status asks for another start."""
+    barrier()  # the first process may still be marking the checkpoint
+    step = trainer.state.global_step
+    logger.info("stopped by %s after step %d, which is saved; start again to go on", trainer.stopped_by, step)
+    sys.exit(REQUEUE)
 
 
 def choose_numerics(model_args: ModelArguments, stage_args: StageArguments) -> tuple[torch.dtype, str]:
