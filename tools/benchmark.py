@@ -22,6 +22,7 @@ BENCHMARKS = {
     "loader": "loader",
     "codec": "codec",
     "codec-streams": "codec_streams",
+    "memory": "memory",
     "sts": "sts",
     "benchmark_llm": "generate",
     "benchmark_sts": "sts",

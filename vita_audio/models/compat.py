@@ -79,6 +79,14 @@ def checkpointing_function(module: nn.Module) -> Callable[..., Any] | None:
     return function
 
 
+def enable_checkpointing(module: PreTrainedModel) -> None:
+    """Turn gradient checkpointing on, non-reentrant. transformers 5.23 renames the method; 5.17 knows the old name."""
+    enable: Any = (
+        getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
+
+
 def keep_initialized_mark(old: nn.Module, new: nn.Module) -> None:
     """Carry over the mark that keeps ``post_init()`` from initializing a module's weights again."""
     mark: Any = getattr(old, "_is_hf_initialized", False)

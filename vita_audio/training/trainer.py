@@ -49,6 +49,7 @@ from vita_audio.training.checkpoints import (
     save_loader_state,
 )
 from vita_audio.training.continuation import PlannedRates
+from vita_audio.training.interruption import HangDump, Interruption
 from vita_audio.training.model_card import write_model_card
 from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
@@ -95,12 +96,21 @@ class SpeechTrainer(Trainer):
         self.add_callback(
             StopOnBadGradients(lambda: self.model_wrapped if self.is_deepspeed_enabled else None)
         )
+        self._interruption = Interruption(self.args.save_at)
+        self.add_callback(self._interruption)
+        if self.args.hang_minutes:
+            self.add_callback(HangDump(self.args.hang_minutes))
         for theirs, ours in (
             (ProgressCallback, ContinuedProgress),
             (TensorBoardCallback, ContinuedTensorBoard),
         ):
             if self.pop_callback(theirs) is not None:
                 self.add_callback(ours())
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The signal after which the run has saved and stopped early; None if none came."""
+        return self._interruption.stopped_by
 
     # -- data ---------------------------------------------------------------------------------------------
 
