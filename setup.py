@@ -5,9 +5,10 @@ train        training, and the data engine that feeds it
 gpu          FlashAttention and Liger kernels
 eval         metrics and the embedded recogniser
 libritts     the text normaliser of the published LibriTTS figures
+serve        the server: OpenAI's protocols over HTTP and websockets
 quickstart   train, eval, and the synthesis and plotting of scripts/quickstart.sh
 docs         the documentation site
-dev          quickstart, docs, and the tools that scripts/test.sh runs
+dev          quickstart, serve, docs, and the tools that scripts/test.sh runs
 ===========  =================================================================
 
 The tested versions are in requirements_ds_gpu.txt and constraints-cpu.txt.
@@ -29,6 +30,14 @@ TRAIN = [
 ]
 EVAL = ["pocketsphinx", "word2number", "zhconv"]
 QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "jinja2", "matplotlib", "soxr"]
+SERVE = [
+    "fastapi>=0.130",
+    "prometheus-client",
+    "python-multipart",
+    "silero-vad>=6.2",
+    "uvicorn>=0.40",
+    "websockets>=15",
+]
 DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"]
 
 setup(
@@ -40,7 +49,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vita_audio", "vita_audio.*"]),
-    package_data={"vita_audio": ["py.typed", "cli/*.html"]},
+    package_data={"vita_audio": ["py.typed", "cli/*.html", "serving/page/*"]},
     install_requires=[
         "audioread",
         "huggingface-hub",
@@ -61,16 +70,19 @@ setup(
         "gpu": ["flash-attn", "liger-kernel"],
         "eval": EVAL,
         "libritts": ["WeTextProcessing"],
+        "serve": SERVE,
         "quickstart": QUICKSTART,
         "docs": DOCS,
         "dev": [
             *QUICKSTART,
+            *SERVE,
             *DOCS,
             "coverage>=7.10",
             "hypothesis",
             "import-linter",
-            "mypy",
+            "openai>=3.50",
             "parameterized",
+            "playwright",
             "psutil",
             "pytest",
             "pytest-timeout",

@@ -521,7 +521,9 @@ class Engine:
         uniforms = self._state.uniforms
         for row, running in members:
             if running.generator is not None:
-                uniforms[row] = torch.rand(uniforms.shape[1], generator=running.generator, dtype=torch.float64)
+                uniforms[row] = torch.rand(
+                    uniforms.shape[1], generator=running.generator, dtype=torch.float64
+                )
 
     def _collect(self, first: int, last: int, members: Sequence[tuple[int, Running]]) -> None:
         """Fetch a round's tokens from the device and hand them out."""
