@@ -86,22 +86,6 @@ def test_speech_arrives_before_it_is_complete(client):
     assert len(pieces) > 1
 
 
-def test_a_voice_by_name_equals_the_same_voice_as_a_clip(client, pipeline, voices_dir):
-    clip = (voices_dir / "reader.wav").read_bytes()
-    by_name = client.audio.speech.create(
-        model="tiny", voice="reader", input=TEXT, response_format="pcm", extra_body=GREEDY
-    )
-    by_clip = client.audio.speech.create(
-        model="tiny",
-        voice="default",
-        input=TEXT,
-        response_format="pcm",
-        extra_body=GREEDY | {"voice_audio": base64.b64encode(clip).decode()},
-    )
-    assert by_name.content == by_clip.content
-    assert close(by_name.content, expected_pcm(pipeline, prompts.synthesis(TEXT, voices_dir / "reader.wav")))
-
-
 def test_transcription_is_the_same_as_json_text_and_events(client, tiny_world):
     clip = Path(tiny_world.audio("question.wav"))
     settings = {"model": "tiny", "file": clip, "extra_body": GREEDY}
@@ -135,18 +119,31 @@ def test_a_spoken_question_gets_a_spoken_answer_streamed_or_not(client, pipeline
     chunks = list(
         client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **settings)
     )
-    audio = [
-        chunk.choices[0].delta.audio
-        for chunk in chunks
-        if chunk.choices and hasattr(chunk.choices[0].delta, "audio")
-    ]
+    audio = [chunk.choices[0].delta.audio for chunk in chunks if chunk.choices]
     audio = [part for part in audio if part]
-    assert "".join(part.get("transcript", "") for part in audio) == message.audio.transcript
-    streamed = b"".join(base64.b64decode(part["data"]) for part in audio if "data" in part)
+    assert "".join(part.transcript or "" for part in audio) == message.audio.transcript
+    streamed = b"".join(base64.b64decode(part.data) for part in audio if part.data)
     assert close(streamed, base64.b64decode(message.audio.data))
     assert close(streamed, expected_pcm(pipeline, prompts.speech_to_speech(tiny_world.audio("question.wav"))))
     assert chunks[-1].usage == whole.usage
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "stop"
+
+
+def test_a_voice_by_name_equals_the_same_voice_as_a_clip(client, tiny_world, voices_dir):
+    def answer(voice: str, **extra):
+        return client.chat.completions.create(
+            model="tiny",
+            messages=spoken_question(tiny_world),
+            modalities=["text", "audio"],
+            audio={"format": "pcm16", "voice": voice},
+            extra_body=GREEDY | extra,
+        )
+
+    clip = base64.b64encode((voices_dir / "reader.wav").read_bytes()).decode()
+    own, by_name, by_clip = answer("default"), answer("reader"), answer("default", voice_audio=clip)
+    assert by_name.usage == by_clip.usage
+    assert by_name.choices[0].message.audio.data == by_clip.choices[0].message.audio.data
+    assert by_name.usage.prompt_tokens > own.usage.prompt_tokens
 
 
 def test_text_streamed_equals_text_whole(client, tiny_world):

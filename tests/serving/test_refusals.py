@@ -48,7 +48,9 @@ def sound(content: bytes, place: str = "input_audio") -> list[dict]:
         ("audio/speech", SPEECH | {"input": "x" * 5000}, "input"),
         ("audio/speech", SPEECH | {"input": " "}, "input"),
         ("audio/speech", SPEECH | {"mode": "fastest"}, "mode"),
-        ("audio/speech", SPEECH | {"mode": [1, 99]}, None),
+        ("audio/speech", SPEECH | {"mode": [2.5]}, "mode[0]"),
+        ("audio/speech", SPEECH | {"mode": []}, "mode"),
+        ("chat/completions", CHAT | {"messages": [{"role": "user", "content": [{"type": "text", "txt": ""}]}]}, "messages[0].content[0].text"),
         ("audio/speech", SPEECH | {"temperature": 3}, "temperature"),
         ("audio/speech", {"model": "tiny"}, "input"),
         ("audio/speech", SPEECH | {"model": "other"}, "model"),
@@ -135,8 +137,9 @@ def test_a_clip_that_is_too_long_is_refused_before_it_is_decoded(running):
 
 def test_a_clip_that_kills_its_decoder_costs_one_error(running):
     decoder = running.service.clips
+    decoder.start()
     decoder._process.kill()
-    decoder._process.join()
+    decoder._process.wait()
     tone = io.BytesIO()
     soundfile.write(tone, np.zeros(8000, "float32"), 8000, format="WAV")
     assert (
@@ -263,14 +266,14 @@ def test_a_failure_inside_shows_nothing_of_the_inside(running, monkeypatch, capl
 
 
 def test_the_log_holds_no_content(running, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "vita_audio.serving")
     post(running, "chat/completions", json=CHAT | {"messages": [{"role": "user", "content": "my secret"}]})
     assert "POST /v1/chat/completions 200" in caplog.text
     assert "secret" not in caplog.text
 
 
 def test_the_log_holds_content_where_it_is_asked_to(pipeline, serve, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "vita_audio.serving")
     with serve(pipeline, log_content=True) as talkative:
         post(
             talkative, "chat/completions", json=CHAT | {"messages": [{"role": "user", "content": "my words"}]}

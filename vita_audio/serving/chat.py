@@ -111,7 +111,7 @@ async def _read_message(
         param = f"messages[{index}].content[{place}].input_audio.data"
         if role != "user":
             raise ApiError(f"{param}: only the user's messages hold sound", param, code="invalid_value")
-        clips.append(await service.clips.decode(from_base64(part.input_audio.data, param), param))
+        clips.append(await service.decode(from_base64(part.input_audio.data, param), param))
         texts.append("")
     return Message(role, tuple(texts)), clips
 

@@ -69,18 +69,30 @@ def overloaded() -> ApiError:
 
 def invalid(error: ValidationError) -> ApiError:
     """The first fault that pydantic found, by the name of its field."""
-    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # Where a field has several forms, pydantic adds the form's name to the place of the fault.
-    places = [place for place in fault["loc"] if not (isinstance(place, str) and not place.isidentifier())]
-    name = path(places)
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    # A field with several forms has a fault for each; the one that lies deepest is about the form that was meant.
+    fault = max(
+        (each for each in faults if each["loc"][:1] == faults[0]["loc"][:1]),
+        key=lambda each: len(each["loc"]),
+    )
+    name = path(_places(fault["loc"]))
     if fault["type"] == "extra_forbidden":
         return ApiError(f"{name}: there is no such field", name, code="unknown_parameter")
     if fault["type"] == "missing":
         return ApiError(f"{name}: is missing", name, code="missing_required_parameter")
     if fault["type"] == "json_invalid":
-        return ApiError(f"the body is not JSON: {fault['msg'].removeprefix('Invalid JSON: ')}", None)
-    message = fault["msg"].removeprefix("Value error, ")
-    return ApiError(f"{name}: {message}" if name else message, name, code="invalid_value")
+        return ApiError(f"the body is not JSON: {fault['msg'].removeprefix('Invalid JSON: ')}")
+    return ApiError(f"{name}: {fault['msg']}" if name else fault["msg"], name, code="invalid_value")
+
+
+def _places(loc: Sequence[str | int]) -> list[str | int]:
+    """The place of a fault without the names of types and of variants that pydantic adds to it."""
+    variants = {index + 2 for index, place in enumerate(loc) if str(place).startswith("list[tagged-union")}
+    return [
+        place
+        for index, place in enumerate(loc)
+        if index not in variants and (isinstance(place, int) or (place.isidentifier() and place != "str"))
+    ]
 
 
 def path(places: Sequence[str | int]) -> str | None:

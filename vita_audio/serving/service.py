@@ -16,7 +16,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from vita_audio.audio import AudioLike, load_audio
+from vita_audio.audio import AudioError, AudioLike, load_audio
+from vita_audio.audio.sandbox import ClipProcess
 from vita_audio.inference import (
     AudioChunk,
     Conversation,
@@ -31,7 +32,6 @@ from vita_audio.inference.backend import num_positions
 from vita_audio.inference.engine_backend import LONGEST
 from vita_audio.inference.replies import Sound
 from vita_audio.serving.config import ServeOptions
-from vita_audio.serving.decoding import ClipDecoder
 from vita_audio.serving.errors import ApiError, draining, failure, overloaded
 from vita_audio.serving.metrics import Metrics, Player
 
@@ -69,7 +69,7 @@ class Service:
         self.name = options.served_name or name
         self.voices = read_voices(options.voices_dir)
         self.metrics = Metrics()
-        self.clips = ClipDecoder(options.audio_seconds)
+        self.clips = ClipProcess(options.audio_seconds)
         self.ready = False
         self.draining = False
         self._threads = ThreadPoolExecutor(options.slots + 4, thread_name_prefix="reply")
@@ -125,6 +125,22 @@ class Service:
         if name != self.name:
             message = f"model: {name!r} is not served here, {self.name!r} is"
             raise ApiError(message, "model", 404, "model_not_found")
+
+    async def decode(self, encoded: bytes, param: str) -> AudioLike:
+        """A sound file of a client as a clip, decoded in a process of its own.
+
+        Args:
+            encoded: the file.
+            param: the field that holds it.
+
+        Raises:
+            ApiError: the clip cannot be read, or is too long.
+        """
+        try:
+            return await asyncio.to_thread(self.clips.decode, encoded)
+        except AudioError as error:
+            reason = str(error).removeprefix("audio bytes: ")
+            raise ApiError(f"{param}: {reason}", param, code="invalid_audio") from error
 
     async def prepare(
         self, conversation: Conversation, options: GenerationOptions, sound: Sound, param: str

@@ -48,7 +48,7 @@ async def chosen_voice(service: Service, name: str, param: str, clip: str | None
         return service.voice(name, param)
     if name != DEFAULT_VOICE:
         raise ApiError(f"voice_audio: leave out {param} to use it", "voice_audio", code="invalid_value")
-    return await service.clips.decode(from_base64(clip, "voice_audio"), "voice_audio")
+    return await service.decode(from_base64(clip, "voice_audio"), "voice_audio")
 
 
 def check_text(text: str, param: str, service: Service) -> None:

@@ -31,7 +31,7 @@ async def transcribe(service: Service, request: Request) -> Response:
     encoded, fields = await read_form(request)
     service.check_model(fields.model)
     options = fields.options(service.options.new_tokens)
-    clip = await service.clips.decode(encoded, "file")
+    clip = await service.decode(encoded, "file")
     asked = await service.prepare(prompts.transcription(clip), options, "none", "file")
     events = service.reply(asked)
     if fields.stream:
