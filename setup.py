@@ -4,11 +4,13 @@
 train        training, and the data engine that feeds it
 gpu          FlashAttention and Liger kernels
 eval         metrics and the embedded recogniser
+corpora      tools/prepare_data.py: public corpora to JSON lines
 libritts     the text normaliser of the published LibriTTS figures
 serve        the server: OpenAI's protocols over HTTP and websockets
 quickstart   train, eval, and the synthesis and plotting of scripts/quickstart.sh
 docs         the documentation site
 dev          quickstart, serve, docs, and the tools that scripts/test.sh runs
+dev          quickstart, corpora, docs, and the tools that scripts/test.sh runs
 ===========  =================================================================
 
 The tested versions are in requirements_ds_gpu.txt and constraints-cpu.txt.
@@ -29,6 +31,7 @@ TRAIN = [
     "torchdata>=0.11",
 ]
 EVAL = ["pocketsphinx", "word2number", "zhconv"]
+CORPORA = ["lhotse>=1.33", "pyarrow", "textgrid", "zhconv"]
 QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "jinja2", "matplotlib", "soxr"]
 SERVE = [
     "fastapi>=0.130",
@@ -69,6 +72,7 @@ setup(
         "train": TRAIN,
         "gpu": ["flash-attn", "liger-kernel"],
         "eval": EVAL,
+        "corpora": CORPORA,
         "libritts": ["WeTextProcessing"],
         "serve": SERVE,
         "quickstart": QUICKSTART,
@@ -76,6 +80,7 @@ setup(
         "dev": [
             *QUICKSTART,
             *SERVE,
+            *CORPORA,
             *DOCS,
             "coverage>=7.10",
             "hypothesis",

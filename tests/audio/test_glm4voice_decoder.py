@@ -170,6 +170,8 @@ def test_a_device_other_than_the_cpu_solves_in_passes_of_one_shape(flow, monkeyp
     monkeypatch.setattr(FlowDecoder, "shares_passes", True)
     solved = flow.generate(rows, steps=1)
     assert passes == [(ROWS_PER_PASS, 128), (ROWS_PER_PASS, 128), (ROWS_PER_PASS, 256)]
+    flow(torch.tensor([8] * 8), steps=1)  # a whole reply has no company, and is not padded
+    assert passes[3:] == [(1, None)]
     for mel, wanted in zip(solved, expected, strict=True):
         torch.testing.assert_close(mel, wanted, atol=2e-5, rtol=0)
 

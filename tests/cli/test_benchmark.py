@@ -34,3 +34,15 @@ def test_flags_with_dashes_and_unknown_names_reach_the_benchmark(main, refusal):
     said = refusal(main, "benchmark_llm", "--model", "x", "--tokens", "many")
     assert said.startswith("argument --tokens: invalid int value: 'many'")
     assert refusal(main, "speed").startswith("argument name: invalid choice: 'speed'")
+
+
+def test_streams_in_step_are_compared_with_streams_one_by_one(main, capsys):
+    decoder = Path(__file__).parents[1] / "goldens" / "glm4voice" / "decoder"
+    sizes = ["--streams", "1", "2", "--codes", "20", "--max_steps", "1"]
+    main(["codec-streams", "--flow", str(decoder), "--device", "cpu", "--threads", "1", *sizes])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(result) == ["1", "2"]
+    for ways in result.values():
+        for figures in ways.values():
+            assert figures["difference"] == 0
+            assert figures["work_per_second"] > 0

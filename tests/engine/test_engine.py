@@ -346,7 +346,7 @@ def test_a_thousand_requests_that_come_and_go_leave_nothing_and_change_no_other(
     for handle in open_handles:
         handle.cancel()
     assert engine.num_rows == engine.num_waiting == 0
-    assert not any(engine._idle)
+    assert engine._table.num_idle == 0
     assert threading.active_count() == threads
     gc.collect()
     handles = [each for each in gc.get_objects() if type(each).__name__ == "Running"]
@@ -378,7 +378,7 @@ def test_a_thread_of_its_own_serves_many_threads(model):
 
 def test_an_error_in_the_engines_thread_reaches_those_who_wait(model, monkeypatch):
     engine = Engine(model, max_rows=1, max_length=120)
-    monkeypatch.setattr(engine, "_run_round", lambda *_: 1 / 0)
+    monkeypatch.setattr(engine._turns, "run_round", lambda *_: 1 / 0)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with engine.running(), pytest.raises(RuntimeError, match="the engine's thread failed"):
         engine.submit(Request([1], max_new_tokens=3)).tokens()

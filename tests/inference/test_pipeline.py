@@ -22,8 +22,8 @@ from vita_audio.inference import (
     collect,
     prompts,
 )
-from vita_audio.inference.backend import num_positions
 from vita_audio.models import Qwen2MTPConfig
+from vita_audio.models.configuration import num_positions
 
 MODES = ["vanilla", "balance", "boost", "turbo"]
 READING = "the quiet river runs"

@@ -50,7 +50,7 @@ def sound(content: bytes, place: str = "input_audio") -> list[dict]:
         ("audio/speech", SPEECH | {"mode": "fastest"}, "mode"),
         ("audio/speech", SPEECH | {"mode": [2.5]}, "mode[0]"),
         ("audio/speech", SPEECH | {"mode": []}, "mode"),
-        ("chat/completions", CHAT | {"messages": [{"role": "user", "content": [{"type": "text", "txt": ""}]}]}, "messages[0].content[0].text"),
+        ("chat/completions", CHAT | {"messages": [HELLO[0] | {"content": [{"type": "text", "txt": ""}]}]}, "messages[0].content[0].text"),
         ("audio/speech", SPEECH | {"temperature": 3}, "temperature"),
         ("audio/speech", {"model": "tiny"}, "input"),
         ("audio/speech", SPEECH | {"model": "other"}, "model"),

@@ -145,20 +145,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(tiny_world):
     broken = tiny_world.root / "broken"
     model.save_pretrained(broken)
     AutoTokenizer.from_pretrained(tiny_world.root / "base").save_pretrained(broken)
-    run = tiny_world.run_stage("stage1", MODEL_NAME_OR_PATH=str(broken), OUTPUT_DIR=str(broken / "out"))
+    out = broken / "out"
+    run = tiny_world.run_stage(
+        "stage1", MODEL_NAME_OR_PATH=str(broken), OUTPUT_DIR=str(out), NPROC_PER_NODE="1"
+    )
     assert run.returncode != 0
     assert "loss is nan at step 1" in run.stderr
-    assert not (broken / "out" / "stage.complete").exists()
+    assert not (out / "stage.complete").exists()
 
 
 def test_a_wrong_option_is_named_in_one_line(tiny_world):
-    run = tiny_world.run_stage(
-        "stage1", MODEL_NAME_OR_PATH=str(tiny_world.root / "absent"), NPROC_PER_NODE="1"
-    )
-    assert run.returncode != 0
-    assert "finetune_sts: --model_name_or_path" in run.stderr
     base = str(tiny_world.root / "base")
     run = tiny_world.run_stage("stage1", "--lerning_rate", "1", MODEL_NAME_OR_PATH=base, NPROC_PER_NODE="1")
+    assert run.returncode != 0
     assert "finetune_sts: Some specified arguments are not used" in run.stderr
 
 

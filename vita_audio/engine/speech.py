@@ -162,8 +162,9 @@ class SpeechWorker:
         except BaseException as error:
             with self._changed:
                 self._closed = True
-                for stream in [*self._decoders]:
-                    stream._end(SpeechEnd(_one_line(error)))
+                streams = [*self._decoders]
+            for stream in streams:
+                stream._end(SpeechEnd(_one_line(error)))
             raise
 
     def _on_own_stream(self) -> AbstractContextManager[object]:

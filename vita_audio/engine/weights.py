@@ -145,6 +145,11 @@ class Weights:
         projection = self.lm_head if self.audio_head is None else self.audio_head
         return head.proj.num_bytes + head.layer.num_bytes + projection.num_bytes
 
+    @property
+    def draft_cost(self) -> float:
+        """A draft's share of the backbone's pass, by the bytes that both read."""
+        return self.head_bytes / self.backbone_bytes
+
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin, (length, d_head) each, of positions 0 … length - 1.
 

@@ -123,7 +123,7 @@ PARAFORMER = "paraformer-zh"
 def _find_weights(model: str) -> Path:
     """The folder of a model that is given as a folder or as the hub name of a cached model."""
     if (Path(model) / "config.json").is_file():
-        return Path(model)
+        return _with_weights(Path(model))
     # A name on the hub has two parts; others the hub library refuses to look up.
     is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model, re.ASCII) is not None
     try:
@@ -135,7 +135,13 @@ def _find_weights(model: str) -> Path:
             f"{model}: not a folder with Whisper's config.json, and not in the local cache; download it with "
             f"'hf download {WHISPER}' or give --transcriber_path a folder"
         )
-    return Path(cached).parent
+    return _with_weights(Path(cached).parent)
+
+
+def _with_weights(folder: Path) -> Path:
+    if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+        raise ValueError(f"{folder}: holds Whisper's config.json but no weights; copy the complete folder")
+    return folder
 
 
 class PocketSphinxTranscriber(Transcriber):
@@ -221,9 +227,13 @@ class WhisperTranscriber(Transcriber):
                 device=device,
                 dtype=torch.float16 if device.startswith("cuda") else torch.float32,
             )
-        except OSError as error:
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # the pipeline's message holds a traceback for each class it tried
+            cause = (str(error).split("See the original errors")[0].splitlines() or [""])[0]
             raise ValueError(
-                f"{model}: no Whisper weights there; give --transcriber_path a folder"
+                f"{model}: cannot be opened as Whisper: {cause}; give --transcriber_path another folder"
             ) from error
         self._arguments = {"task": "transcribe"} | ({"language": language} if language else {})
 

@@ -21,6 +21,7 @@ from vita_audio.inference.options import (
 )
 from vita_audio.inference.pipeline import SpeechPipeline
 from vita_audio.inference.replies import AudioChunk, Event, Reply, Request, TextDelta, Timings
+from vita_audio.inference.session import ChatSession
 from vita_audio.lazy import LazyClass, when_imported
 from vita_audio.models import (
     SCHEDULES,
@@ -38,6 +39,7 @@ __all__ = [
     "SCHEDULES",
     "AudioChunk",
     "Backend",
+    "ChatSession",
     "CodecOptions",
     "Conversation",
     "EngineBackend",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from vita_audio.audio import AudioTokenizer
 from vita_audio.chat import ChatTokens, Example
 from vita_audio.inference.options import GenerationOptions
 from vita_audio.inference.replies import Event, Reply, ReplyAssembly, Request
+from vita_audio.models.configuration import num_positions
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
@@ -153,13 +154,6 @@ class ReferenceBackend(Backend):
 
     def _generator(self, seed: int | None) -> torch.Generator | None:
         return None if seed is None else torch.Generator(self._model.device).manual_seed(seed)
-
-
-def num_positions(config: PreTrainedConfig) -> int:
-    """The number of positions that a model can distinguish; rotary scaling extends those that it was trained with."""
-    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
-    trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    return max(config.max_position_embeddings, int(trained * (rope.get("factor") or 1)))
 
 
 def check_length(config: PreTrainedConfig, prompt_tokens: int, max_new_tokens: int) -> None:

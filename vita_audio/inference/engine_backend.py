@@ -20,15 +20,15 @@ from vita_audio.engine import (
     Finished,
     Handle,
     Sampling,
-    Session,
     SpeechWorker,
     Tokens,
     row_bytes,
 )
 from vita_audio.engine import Request as EngineRequest
-from vita_audio.inference.backend import Backend, check_length, collate_prompts, num_positions
+from vita_audio.inference.backend import Backend, check_length, collate_prompts
 from vita_audio.inference.options import GenerationOptions
 from vita_audio.inference.replies import Event, ReplyAssembly, Request
+from vita_audio.models.configuration import num_positions
 
 if TYPE_CHECKING:
     from vita_audio.models import Qwen2MTPForCausalLM
@@ -162,9 +162,7 @@ class EngineBackend(Backend):
         num_heads = self._model.config.num_nextn_predict_layers
         return request.options.resolved(self._model.generation_config, num_heads)
 
-    def _request(
-        self, request: Request, options: GenerationOptions, session: Session | None = None
-    ) -> EngineRequest:
+    def _request(self, request: Request, options: GenerationOptions) -> EngineRequest:
         """The same request as the engine's."""
         check_length(self._model.config, len(request.prompt.input_ids), options.max_new_tokens)
         if options.do_sample and not (options.temperature or 0) > 0:
@@ -185,7 +183,7 @@ class EngineBackend(Backend):
             max_new_tokens=options.max_new_tokens,
             stop_tokens=self._tokens.stops,
             embeds=self._embeds(request.prompt),
-            session=session,
+            session=request.session,
         )
 
     @torch.inference_mode()

@@ -42,6 +42,7 @@ from vita_audio.inference.options import (
     system_message,
 )
 from vita_audio.inference.replies import Event, Reply, Request, Sound
+from vita_audio.inference.session import ChatSession
 from vita_audio.models.configuration import Qwen2MTPConfig
 
 if TYPE_CHECKING:
@@ -180,6 +181,10 @@ class SpeechPipeline:
         """A conversation prepared for the backend; its clock starts now."""
         asked = time.perf_counter()
         return Request(self.prompt(conversation), options, sound, asked)
+
+    def session(self, system: str | None = AUTO_SYSTEM) -> ChatSession:
+        """A conversation over several turns. ``system`` as in :meth:`chat`."""
+        return ChatSession(self, system)
 
     def stream(
         self, conversation: Conversation, options: GenerationOptions = CHECKPOINT_OPTIONS

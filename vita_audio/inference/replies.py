@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vita_audio.audio import AudioStream, AudioTokenizer
 from vita_audio.chat import Example, ReplyParser
-from vita_audio.engine import SpeechStream
+from vita_audio.engine import Session, SpeechStream
 from vita_audio.inference.options import CHECKPOINT_OPTIONS, GenerationOptions
 
 Sound = Literal["streamed", "whole", "none"]
@@ -28,12 +28,16 @@ class Request:
         options: how the reply is generated.
         sound: decode speech during generation, in one piece at the end, or not at all.
         asked: ``time.perf_counter()`` when the question was asked; None: when the stream starts.
+        session: keeps the engine's caches for the next turn of a conversation.
+        token_ids: a list to which the reply's ids are added as they are made, without the one that ends it.
     """
 
     prompt: Example
     options: GenerationOptions = CHECKPOINT_OPTIONS
     sound: Sound = "streamed"
     asked: float | None = None
+    session: Session | None = None
+    token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class ReplyAssembly:
         self._sound: AudioStream | None = codec.stream() if own else None
         self._asked = ready if request.asked is None else request.asked
         self._prompt_seconds = ready - self._asked
-        self._record = _Record()
+        self._record = _Record(ids=[] if request.token_ids is None else request.token_ids)
 
     def push(self, token: int, now: float, ends: bool) -> Iterator[Event]:
         """Add one token, generated at ``now``. Returns the events that it completes."""

@@ -23,10 +23,10 @@ from vita_audio.audio.resampling import resample
 from vita_audio.chat import Conversation, Message, prompts, split_reply
 from vita_audio.chat.prompts import SYSTEM_PROMPTS
 from vita_audio.constants import VOICE_PROMPT
-from vita_audio.inference.backend import num_positions
 from vita_audio.inference.options import AUTO_SYSTEM, CodecOptions, GenerationOptions
 from vita_audio.inference.pipeline import SpeechPipeline
 from vita_audio.inference.replies import Request
+from vita_audio.models.configuration import num_positions
 from vita_audio.tokenizer import find_frontend
 
 SPEECH_RATE = 22_050

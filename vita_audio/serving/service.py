@@ -28,9 +28,9 @@ from vita_audio.inference import (
     Request,
     SpeechPipeline,
 )
-from vita_audio.inference.backend import num_positions
 from vita_audio.inference.engine_backend import LONGEST
 from vita_audio.inference.replies import Sound
+from vita_audio.models.configuration import num_positions
 from vita_audio.serving.config import ServeOptions
 from vita_audio.serving.errors import ApiError, draining, failure, overloaded
 from vita_audio.serving.metrics import Metrics, Player
