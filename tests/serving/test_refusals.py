@@ -14,6 +14,7 @@ import pytest
 import soundfile
 
 HELLO = [{"role": "user", "content": "hello"}]
+MISSPELT = {"role": "user", "content": [{"type": "text", "txt": ""}]}
 SPEECH = {"model": "tiny", "input": "hello"}
 CHAT = {"model": "tiny", "messages": HELLO}
 
@@ -50,7 +51,7 @@ def sound(content: bytes, place: str = "input_audio") -> list[dict]:
         ("audio/speech", SPEECH | {"mode": "fastest"}, "mode"),
         ("audio/speech", SPEECH | {"mode": [2.5]}, "mode[0]"),
         ("audio/speech", SPEECH | {"mode": []}, "mode"),
-        ("chat/completions", CHAT | {"messages": [HELLO[0] | {"content": [{"type": "text", "txt": ""}]}]}, "messages[0].content[0].text"),
+        ("chat/completions", CHAT | {"messages": [MISSPELT]}, "messages[0].content[0].text"),
         ("audio/speech", SPEECH | {"temperature": 3}, "temperature"),
         ("audio/speech", {"model": "tiny"}, "input"),
         ("audio/speech", SPEECH | {"model": "other"}, "model"),

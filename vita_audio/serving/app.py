@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, WebSocket
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
@@ -22,6 +22,7 @@ from vita_audio.serving.chat import complete
 from vita_audio.serving.errors import ApiError
 from vita_audio.serving.fields import ChatBody, SpeechBody, TranscriptionFields
 from vita_audio.serving.guard import Guard
+from vita_audio.serving.realtime import converse
 from vita_audio.serving.service import Service
 from vita_audio.serving.speech import speak
 from vita_audio.serving.transcriptions import transcribe
@@ -102,6 +103,11 @@ def _add_addresses(app: FastAPI, service: Service) -> None:
     async def chat_completions(request: Request) -> Response:
         """Text and speech in, text and speech out."""
         return await complete(service, request)
+
+    @app.websocket("/v1/realtime")
+    async def realtime(socket: WebSocket) -> None:
+        """A conversation."""
+        await converse(service, socket)
 
 
 def _body(kind: type[BaseModel], media_type: str = "application/json") -> dict[str, Any]:

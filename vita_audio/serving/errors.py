@@ -67,15 +67,15 @@ def overloaded() -> ApiError:
     return ApiError("the server is busy; try again soon", None, 503, "overloaded", retry_after=1)
 
 
-def invalid(error: ValidationError) -> ApiError:
-    """The first fault that pydantic found, by the name of its field."""
+def invalid(error: ValidationError, skipped: int = 0) -> ApiError:
+    """The first fault that pydantic found, by the name of its field, whose place begins after ``skipped`` names."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)
     # A field with several forms has a fault for each; the one that lies deepest is about the form that was meant.
     fault = max(
-        (each for each in faults if each["loc"][:1] == faults[0]["loc"][:1]),
+        (each for each in faults if each["loc"][: skipped + 1] == faults[0]["loc"][: skipped + 1]),
         key=lambda each: len(each["loc"]),
     )
-    name = path(_places(fault["loc"]))
+    name = path(_places(fault["loc"][skipped:]))
     if fault["type"] == "extra_forbidden":
         return ApiError(f"{name}: there is no such field", name, code="unknown_parameter")
     if fault["type"] == "missing":

@@ -160,7 +160,7 @@ class ChatBody(Generation):
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=256)]
-    modalities: list[Literal["text", "audio"]] = ["text"]
+    modalities: list[Literal["text", "audio"]] = Field(default=["text"])
     audio: ChatAudio | None = None
     voice_audio: str | None = None
     stream: bool = False

@@ -145,7 +145,7 @@ class Service:
     async def prepare(
         self, conversation: Conversation, options: GenerationOptions, sound: Sound, param: str
     ) -> Request:
-        """A conversation as the backend's request; its clock starts now. The reply has at most the room that is left.
+        """A conversation as the backend's request; its clock starts now. See also :meth:`fitted`.
 
         Args:
             conversation: the prompt.
@@ -162,12 +162,21 @@ class Service:
             request = await asyncio.to_thread(self.pipeline.request, conversation, options, sound)
         except ValueError as error:
             raise ApiError(f"{param}: {error}", param, code="invalid_value") from error
+        return self.fitted(request, param)
+
+    def fitted(self, request: Request, param: str) -> Request:
+        """A request whose reply has at most the room that the prompt leaves.
+
+        Raises:
+            ApiError: the prompt leaves none; ``param`` is the field at fault.
+        """
         longest = min(num_positions(self.pipeline.model.config), LONGEST)
         room = longest - len(request.prompt)
         if room < 1:
             message = f"{param}: has {len(request.prompt)} tokens; the model reads at most {longest}"
             raise ApiError(message, param, code="context_length_exceeded")
-        return replace(request, options=replace(options, max_new_tokens=min(options.max_new_tokens, room)))
+        fitting = min(request.options.max_new_tokens, room)
+        return replace(request, options=replace(request.options, max_new_tokens=fitting))
 
     def reply(self, request: Request) -> AsyncGenerator[Event, None]:
         """The events of the reply to a prepared request; see :meth:`events`."""
