@@ -6,6 +6,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx2 as httpx
@@ -49,7 +50,7 @@ def test_the_command_serves_until_sigterm(tiny_world, tmp_path):
 
 def test_without_a_model_the_message_says_how_to_get_one(monkeypatch, tmp_path):
     monkeypatch.setattr(serve, "QUICKSTART", tmp_path)
-    with pytest.raises(SystemExit, match="bash scripts/quickstart.sh"):
+    with pytest.raises(SystemExit, match=r"bash scripts/quickstart\.sh"):
         serve.main([])
 
 
@@ -67,8 +68,6 @@ def test_an_address_that_is_taken_is_one_line(running, monkeypatch):
     port = int(running.address.rsplit(":", 1)[1])
     service = running.service
     monkeypatch.setattr(service, "options", ServeOptions(port=port))
-    from contextlib import nullcontext
-
     monkeypatch.setattr(service, "running", nullcontext)
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
         asyncio.run(serve.serve(service, ()))

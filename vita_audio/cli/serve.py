@@ -84,10 +84,9 @@ async def serve(service: Service, keys: Sequence[str]) -> None:
         await asyncio.sleep(0.05)
     if server.started:
         print(welcome(server.address, service.name, bool(keys)), flush=True)
-    try:
-        await running
-    except SystemExit as error:  # uvicorn has logged why it cannot listen
-        raise OSError(f"the server cannot listen on {service.options.host}:{service.options.port}") from error
+    await running
+    if not server.started:
+        raise OSError("the server did not start; its log says why")
 
 
 def welcome(address: str, name: str, needs_key: bool) -> str:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -27,6 +29,12 @@ from vita_audio.serving.service import Service
 from vita_audio.serving.speech import speak
 from vita_audio.serving.transcriptions import transcribe
 
+PAGE = Path(__file__).parent / "page"
+
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; connect-src 'self' ws: wss:; img-src data:; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -48,6 +56,7 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     app.add_exception_handler(HTTPException, errors.on_http_error)
     app.add_exception_handler(Exception, errors.on_failure)
     _add_addresses(app, service)
+    _add_page(app)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=service.options.cors_origins,
@@ -108,6 +117,15 @@ def _add_addresses(app: FastAPI, service: Service) -> None:
     async def realtime(socket: WebSocket) -> None:
         """A conversation."""
         await converse(service, socket)
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        """The page to talk to."""
+        return FileResponse(PAGE / "index.html", headers=_PAGE_HEADERS)
+
+    app.mount("/page", StaticFiles(directory=PAGE))
 
 
 def _body(kind: type[BaseModel], media_type: str = "application/json") -> dict[str, Any]:

@@ -51,9 +51,17 @@ class Server(uvicorn.Server):
         return f"http://[{host}]:{port}" if bound.family == socket.AF_INET6 else f"http://{host}:{port}"
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """See the base class."""
+        """See the base class.
+
+        Raises:
+            OSError: the address cannot be used.
+        """
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except SystemExit as error:  # uvicorn has logged why
+            options = self._service.options
+            raise OSError(f"the server cannot listen on {options.host}:{options.port}") from error
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; end at once at the second signal, or before the server has started."""
