@@ -47,12 +47,8 @@ class TurnDetector:
         self._model = load_model()
         self._rest = torch.empty(0)
         self._heard = 0
-        self._speech_until: int | None = None
-
-    @property
-    def speaking(self) -> bool:
-        """Whether a turn is open."""
-        return self._speech_until is not None
+        self.speech_until: int | None = None
+        """End of the speech so far, in samples; None: no turn is open."""
 
     def push(self, samples: Tensor) -> list[Turn]:
         """The turns that further samples, (samples,) float32 at 16 kHz, complete."""
@@ -69,15 +65,15 @@ class TurnDetector:
         start = self._heard
         self._heard += WINDOW
         if probability >= self._threshold:
-            began = self._speech_until is None
-            self._speech_until = self._heard
+            began = self.speech_until is None
+            self.speech_until = self._heard
             return [Turn("started", start)] if began else []
-        if self._speech_until is None:
+        if self.speech_until is None:
             return []
         if probability >= self._threshold - _HYSTERESIS:
-            self._speech_until = self._heard
-        elif self._heard - self._speech_until >= self._silence:
-            ended, self._speech_until = self._speech_until, None
+            self.speech_until = self._heard
+        elif self._heard - self.speech_until >= self._silence:
+            ended, self.speech_until = self.speech_until, None
             return [Turn("stopped", ended)]
         return []
 

@@ -1,7 +1,8 @@
 """The user's side of a realtime connection: samples come in, encoded turns go out.
 
 Speech is encoded while it is spoken, so only its last block is left when it ends. Silence between turns is dropped but
-for the padding in front of the next turn.
+for the padding in front of the next turn, and so is the silence that shows that a turn has ended: questions in the
+training data end soon after their last word.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from vita_audio.audio.resampling import StreamResampler
 from vita_audio.serving import detection
 from vita_audio.serving.detection import TurnDetector
 from vita_audio.serving.sounds import RATE
+
+TAIL = RATE // 10
+"""Samples kept after the end of speech."""
+
+LATE = RATE // 10
+"""Samples after which speech is detected at the latest."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +93,9 @@ class Listener:
         self._detect = detect
         self._detector = None if detect is None else TurnDetector(detect.threshold, detect.silence_ms)
         self._to_detector = StreamResampler(RATE, detection.RATE)
-        self._padding = torch.empty(0)
         self._clip: _Clip | None = None
-        self._heard = 0
-
-    @property
-    def seconds(self) -> float:
-        """Sound of the turn so far; without a detector, of the buffer."""
-        return 0.0 if self._clip is None else self._clip.samples / RATE
+        self._waiting = torch.empty(0)  # samples that are not encoded, yet or ever
+        self._first = 0  # index of the first of them
 
     @property
     def full(self) -> bool:
@@ -102,29 +104,28 @@ class Listener:
 
     def push(self, samples: Tensor) -> list[Heard]:
         """Hear further samples, (samples,) float32 at 24 kHz. Returns the turns that begin or end in them."""
-        self._heard += len(samples)
         if self._detector is None:
             self._encode(samples)
             return []
+        self._waiting = torch.cat([self._waiting, samples])
         news: list[Heard] = []
-        turns = self._detector.push(self._to_detector.push(samples))
-        if self._clip is not None:
-            self._encode(samples)
-        else:
-            self._padding = torch.cat([self._padding, samples])
-        for turn in turns:
+        for turn in self._detector.push(self._to_detector.push(samples)):
             at = turn.sample * 1000 // detection.RATE
             if turn.kind == "started":
-                self._encode(self._padding)
-                self._padding = torch.empty(0)
+                self._drop_before(turn.sample * RATE // detection.RATE - self._prefix)
+                self._encode(torch.empty(0))
                 news.append(Heard(started=at))
-            else:
+            elif self._clip is not None:
+                self._encode_until(turn.sample)
                 news.append(Heard(stopped=at, speech=self.commit()))
-        if self._clip is None and self._detect is not None:
-            self._padding = self._padding[-(self._detect.prefix_ms + 100) * RATE // 1000 :]
-        elif self.full:
-            at = self._heard * 1000 // RATE
-            news.append(Heard(stopped=at, speech=self.commit()))
+        if self._detector.speech_until is None or self._clip is None:
+            # Silence; or the turn was committed while the speech goes on, and its rest is not heard.
+            self._drop_before(self._first + len(self._waiting) - self._prefix - LATE)
+        else:
+            self._encode_until(self._detector.speech_until)
+            if self.full:
+                at = self._detector.speech_until * 1000 // detection.RATE
+                news.append(Heard(stopped=at, speech=self.commit()))
         return news
 
     def commit(self) -> Speech | None:
@@ -141,7 +142,22 @@ class Listener:
     def clear(self) -> None:
         """Forget the turn that is being spoken."""
         self._clip = None
-        self._padding = torch.empty(0)
+        self._drop_before(self._first + len(self._waiting))
+
+    @property
+    def _prefix(self) -> int:
+        return 0 if self._detect is None else self._detect.prefix_ms * RATE // 1000
+
+    def _encode_until(self, speech_until: int) -> None:
+        """Encode up to a little after the end of speech; the silence that follows is held back."""
+        count = max(0, speech_until * RATE // detection.RATE + TAIL - self._first)
+        self._encode(self._waiting[:count])
+        self._drop_before(self._first + count)
+
+    def _drop_before(self, index: int) -> None:
+        count = min(max(0, index - self._first), len(self._waiting))
+        self._waiting = self._waiting[count:]
+        self._first += count
 
     def _encode(self, samples: Tensor) -> None:
         if self._clip is None:

@@ -58,7 +58,9 @@ async function startTalking() {
   at("talk").disabled = true;
   try {
     if (!navigator.mediaDevices) throw new Error("The browser gives the microphone only to https:// pages and to localhost.");
-    const stream = await navigator.mediaDevices.getUserMedia({ audio: { echoCancellation: true, noiseSuppression: true } });
+    // The model was trained on sound as it is; only the echo of its own voice has to go.
+    const sound = { echoCancellation: true, noiseSuppression: false, autoGainControl: false };
+    const stream = await navigator.mediaDevices.getUserMedia({ audio: sound });
     await connect();
     await context.audioWorklet.addModule("/page/microphone.js");
     const source = new MediaStreamAudioSourceNode(context, { mediaStream: stream });
