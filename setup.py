@@ -6,8 +6,10 @@ gpu          FlashAttention and Liger kernels
 eval         metrics and the embedded recogniser
 corpora      tools/prepare_data.py: public corpora to JSON lines
 libritts     the text normaliser of the published LibriTTS figures
+serve        the server: OpenAI's protocols over HTTP and websockets
 quickstart   train, eval, and the synthesis and plotting of scripts/quickstart.sh
 docs         the documentation site
+dev          quickstart, serve, docs, and the tools that scripts/test.sh runs
 dev          quickstart, corpora, docs, and the tools that scripts/test.sh runs
 ===========  =================================================================
 
@@ -31,6 +33,14 @@ TRAIN = [
 EVAL = ["pocketsphinx", "word2number", "zhconv"]
 CORPORA = ["lhotse>=1.33", "pyarrow", "textgrid", "zhconv"]
 QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "jinja2", "matplotlib", "soxr"]
+SERVE = [
+    "fastapi>=0.130",
+    "prometheus-client",
+    "python-multipart",
+    "silero-vad>=6.2",
+    "uvicorn>=0.40",
+    "websockets>=15",
+]
 DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"]
 
 setup(
@@ -42,7 +52,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vita_audio", "vita_audio.*"]),
-    package_data={"vita_audio": ["py.typed", "cli/*.html"]},
+    package_data={"vita_audio": ["py.typed", "cli/*.html", "serving/page/*"]},
     install_requires=[
         "audioread",
         "huggingface-hub",
@@ -64,17 +74,20 @@ setup(
         "eval": EVAL,
         "corpora": CORPORA,
         "libritts": ["WeTextProcessing"],
+        "serve": SERVE,
         "quickstart": QUICKSTART,
         "docs": DOCS,
         "dev": [
             *QUICKSTART,
+            *SERVE,
             *CORPORA,
             *DOCS,
             "coverage>=7.10",
             "hypothesis",
             "import-linter",
-            "mypy",
+            "openai>=3.50",
             "parameterized",
+            "playwright",
             "psutil",
             "pytest",
             "pytest-timeout",
