@@ -4,10 +4,11 @@
 train        training, and the data engine that feeds it
 gpu          FlashAttention and Liger kernels
 eval         metrics and the embedded recogniser
+corpora      tools/prepare_data.py: public corpora to JSON lines
 libritts     the text normaliser of the published LibriTTS figures
 quickstart   train, eval, and the synthesis and plotting of scripts/quickstart.sh
 docs         the documentation site
-dev          quickstart, docs, and the tools that scripts/test.sh runs
+dev          quickstart, corpora, docs, and the tools that scripts/test.sh runs
 ===========  =================================================================
 
 The tested versions are in requirements_ds_gpu.txt and constraints-cpu.txt.
@@ -28,6 +29,7 @@ TRAIN = [
     "torchdata>=0.11",
 ]
 EVAL = ["pocketsphinx", "word2number", "zhconv"]
+CORPORA = ["lhotse>=1.33", "pyarrow", "textgrid", "zhconv"]
 QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "jinja2", "matplotlib", "soxr"]
 DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"]
 
@@ -60,11 +62,13 @@ setup(
         "train": TRAIN,
         "gpu": ["flash-attn", "liger-kernel"],
         "eval": EVAL,
+        "corpora": CORPORA,
         "libritts": ["WeTextProcessing"],
         "quickstart": QUICKSTART,
         "docs": DOCS,
         "dev": [
             *QUICKSTART,
+            *CORPORA,
             *DOCS,
             "coverage>=7.10",
             "hypothesis",

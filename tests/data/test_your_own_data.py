@@ -12,6 +12,7 @@ import soundfile
 
 from vita_audio.chat import read_samples
 from vita_audio.cli.evaluate import _set_names
+from vita_audio.cli.prepare_data import main
 from vita_audio.data.mixing import Mix, read_mix
 from vita_audio.evaluation.evaluate import folder_name
 
@@ -26,29 +27,28 @@ def block(language: str) -> str:
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A folder of recordings, made into samples by the guide's own lines."""
+    """A folder of recordings, made into samples by the guide's own command."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ROOT_PATH", raising=False)
     (tmp_path / "own").mkdir()
     for index in range(CLIPS):
-        soundfile.write(tmp_path / "own" / f"{index:03d}.wav", np.zeros(160), 16_000)
+        tone = 0.2 * np.sin(np.arange(8000) / (5 + index))
+        soundfile.write(tmp_path / "own" / f"{index:03d}.wav", tone, 8000)
         (tmp_path / "own" / f"{index:03d}.txt").write_text(f"number {index}\n")
-    exec(block("python"), {})  # the lines under test
+    tool, *options = block("bash").split()[1:]  # the command under test
+    assert tool == "tools/prepare_data.py"
+    main(options)
     return tmp_path
 
 
 def test_recordings_become_samples_with_a_test_set_of_their_own(own):
     samples = {
         name: [sample for _, sample in read_samples(own / "own" / f"{name}.jsonl")]
-        for name in ("train", "asr_test", "tts_test")
+        for name in ("asr", "tts", "asr_test", "tts_test")
     }
-    assert {name: len(found) for name, found in samples.items()} == {
-        "train": 100,
-        "asr_test": 10,
-        "tts_test": 10,
-    }
+    assert [len(found) for found in samples.values()] == [50, 50, 10, 10]
     assert all(os.path.isfile(audio) for found in samples.values() for one in found for audio in one.audios)
-    trained = {one.id for one in samples["train"]}
+    trained = {one.id for name in ("asr", "tts") for one in samples[name]}
     assert not trained & {one.id for name in ("asr_test", "tts_test") for one in samples[name]}
 
 
@@ -57,9 +57,9 @@ def test_the_mix_has_the_shares_that_the_guide_names(own, text_sample, write_lin
         write_lines(own / "quickstart" / "corpus" / f"{task}_train.jsonl", [text_sample("old")] * 400)
     (own / "own.yaml").write_text(block("yaml"))
     mix = Mix(read_mix(own / "own.yaml", own), 0, cache_dir=arrow_cache, strict=True)
-    assert mix.used == [200, 150, 150, 150, 150]
+    assert mix.used == [100, 100, 150, 150, 150, 150]
     assert "An epoch is 800 samples, a quarter of them new." in GUIDE
-    assert sum(mix.used[:1]) / len(mix) == 0.25
+    assert sum(mix.used[:2]) / len(mix) == 0.25
 
 
 def test_every_file_that_the_guide_names_is_there():

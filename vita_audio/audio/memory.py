@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vita_audio.audio.archives import is_member, read_file
 from vita_audio.audio.base import AudioError, AudioLike
 
 MOST_CHANNELS = 32
@@ -62,8 +63,7 @@ def identify(audio: AudioLike) -> Clip:
         AudioError: it has none of the forms of :data:`AudioLike`, or is ambiguous.
     """
     if isinstance(audio, str | PathLike):
-        name = os.fsdecode(audio)
-        return Clip(name, path=Path(name))
+        return _identify_path(os.fsdecode(audio))
     if isinstance(audio, bytes | bytearray | memoryview):
         return Clip("audio bytes", encoded=bytes(audio))
     if isinstance(audio, Mapping):
@@ -143,6 +143,17 @@ def check_range(waveform: Tensor, name: str) -> None:
             "(int16 values: divide by 32768)",
             "range",
         )
+
+
+def _identify_path(name: str) -> Clip:
+    if not is_member(name):
+        return Clip(name, path=Path(name))
+    try:
+        return Clip(name, encoded=read_file(name))
+    except FileNotFoundError as error:
+        raise AudioError(f"{name}: {error.strerror}", "missing") from error
+    except OSError as error:
+        raise AudioError(f"{name}: cannot be read: {error.strerror}", "unreadable") from error
 
 
 def _identify_mapping(audio: Mapping[str, Any]) -> Clip:

@@ -3,7 +3,8 @@
 A relative path is resolved against the data root, then against the folder of the file that names it. The data
 root is the caller's choice (``--data_root``, ``DATA_ROOT``), else ``$ROOT_PATH``, else the folder of the mix or
 test set. Below it, ``datasets/…`` also means ``data/…``: in the published code's working folder ``datasets`` is
-a link to ``$ROOT_PATH/data``, and published mixes and JSON files use such paths.
+a link to ``$ROOT_PATH/data``, and published mixes and JSON files use such paths. A path may go through a tar
+archive (:mod:`vita_audio.audio.archives`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import os
 from os import PathLike
 from pathlib import Path, PurePath
+
+from vita_audio.audio.archives import file_exists
 
 _PUBLISHED_LINK, _PUBLISHED_FOLDER = "datasets", "data"
 
@@ -37,7 +40,7 @@ def locate_file(path: str, data_root: str | PathLike[str], beside: str | PathLik
         if os.path.isdir(folder) and not os.path.isdir(os.path.join(data_root, _PUBLISHED_LINK)):
             expected = places[1]
     places.append(os.path.join(beside, path))
-    return next((place for place in places if os.path.exists(place)), expected)
+    return next((place for place in places if file_exists(place)), expected)
 
 
 def default_data_root(file: str | PathLike[str]) -> Path:

@@ -4,9 +4,10 @@
         --audio_tokenizer_type glm4voice --audio_tokenizer_path WEIGHTS [--audio_token_cache TOKENS]
 
 Reads the first samples of the mix's stream, in training order, through the same code as training.
-The page shows, for each source, the numbers of samples and hours, and the refused samples with their reasons;
-document lengths; how full the rows are; and samples with audio players, coloured text and speech tokens, and
-supervised tokens underlined. Hours come from file headers, or from codes if the audio is missing.
+The page shows, for each source (also of ratio 0), the numbers of samples and hours, and the refused samples with
+their reasons; document lengths; how full the rows are; and samples with audio players, coloured text and speech
+tokens, and supervised tokens underlined. For files of tools/prepare_data.py it shows what was rejected before, and
+histograms before and after the checks. Hours come from file headers, or from codes if the audio is missing.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from vita_audio.audio import AudioError, available_kinds, is_continuous_kind
+from vita_audio.audio.archives import file_exists, file_size, read_file
 from vita_audio.audio.io import audio_duration
 from vita_audio.chat import ChatTokens, Example, SampleError, extend_tokenizer, locate, parse_sample
 from vita_audio.cli.arguments import command_parser
+from vita_audio.cli.preparation_html import preparation_html
 from vita_audio.constants import (
     AUDIO_CODEBOOK_SIZE,
     BEGIN_OF_AUDIO,
@@ -39,6 +42,7 @@ from vita_audio.data.loader import PackedRows
 from vita_audio.data.mixing import Mix, Place, read_mix
 from vita_audio.data.packing import RowPacker
 from vita_audio.data.report import Report
+from vita_audio.data.sources import Rows, SourceError
 from vita_audio.data.speech import SpeechReader
 from vita_audio.data.token_cache import TokenCache
 from vita_audio.files import write_text
@@ -115,6 +119,7 @@ class Inspection:
     row_fills: list[float]
     examples_of_refusal: dict[str, str]
     capacity: int
+    preparation: str
 
 
 def inspect(options: argparse.Namespace) -> Inspection:
@@ -128,10 +133,16 @@ def inspect(options: argparse.Namespace) -> Inspection:
     )
     codec = _codec(options)
     tokenizer = _tokenizer(options.tokenizer, codec)
-    mix = Mix(read_mix(config.dataset_path, config.root), options.seed)
+    specs = read_mix(config.dataset_path, config.root)
+    mix = Mix(specs, options.seed)
     rows = PackedRows(config, mix, tokenizer, _reader(codec, config), rank=0, world_size=1)
 
     sources: dict[str, SourceView] = defaultdict(SourceView)
+    for spec in specs:
+        if (
+            spec not in mix.specs and spec.path.is_file()
+        ):  # there, but its ratio or num is too small for a sample
+            sources[spec.name].rows += _rows(spec.path)
     for spec, source_rows, used in zip(mix.specs, mix.rows, mix.used, strict=True):
         view = sources[
             spec.name
@@ -162,7 +173,15 @@ def inspect(options: argparse.Namespace) -> Inspection:
         finished = packer.add(length, length)
         if finished:
             fills.append(sum(finished) / config.seq_length)
-    return Inspection(dict(sources), mix.missing, fills, refusals, config.seq_length)
+    preparation = preparation_html((spec.name, spec.path) for spec in specs)
+    return Inspection(dict(sources), mix.missing, fills, refusals, config.seq_length, preparation)
+
+
+def _rows(path: Path) -> int:
+    try:
+        return len(Rows(path))
+    except SourceError:
+        return 0
 
 
 def _codec(options: argparse.Namespace) -> CodecSpec | None:
@@ -225,6 +244,7 @@ def render(inspection: Inspection, options: argparse.Namespace) -> str:
         _missing_html(inspection.missing),
         "<h2>Sources</h2>",
         _table_html(sources),
+        inspection.preparation,
         "<h2>Document lengths</h2>",
         *(_histogram_html(name, view.lengths) for name, view in sources if view.lengths),
         _refusals_html(inspection.examples_of_refusal),
@@ -335,13 +355,12 @@ def _sample_html(
 
 
 def _player_html(path: str) -> str:
-    file = Path(path)
-    if not file.is_file():
+    if not file_exists(path):
         return f"<small>{html.escape(path)} is missing </small>"
-    if file.stat().st_size > LARGEST_EMBEDDED_CLIP:
+    if file_size(path) > LARGEST_EMBEDDED_CLIP:
         return f"<small>{html.escape(path)} is too large to embed </small>"
-    kind = mimetypes.guess_type(file.name)[0] or "audio/wav"
-    content = base64.b64encode(file.read_bytes()).decode()
+    kind = mimetypes.guess_type(path)[0] or "audio/wav"
+    content = base64.b64encode(read_file(path)).decode()
     title = html.escape(path, quote=True)
     return f"<audio controls preload=none title='{title}' src='data:{kind};base64,{content}'></audio>"
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from vita_audio import distributed
 from vita_audio.audio import AudioError, AudioTokenizer, available_kinds, is_continuous_kind
+from vita_audio.audio.archives import file_exists, file_size
 from vita_audio.audio.io import audio_duration
 from vita_audio.chat import SampleError, default_data_root, locate_file, parse_sample
 from vita_audio.cli.arguments import command_parser
@@ -105,7 +106,7 @@ def tokenize(specs: list[SourceSpec], options: argparse.Namespace, rank: int, wo
     todo = []
     for path in sorted(_audios(specs, options, rank, world_size, summary)):
         key = audio_key(path, options.data_root)
-        if key in done and (not os.path.exists(path) or os.path.getsize(path) == done[key]):
+        if key in done and (not file_exists(path) or file_size(path) == done[key]):
             summary.there_already += 1
         else:
             todo.append(path)
@@ -219,7 +220,7 @@ def _encode(
             summary.fail(path, "empty", f"{path}: the codec returned no codes")
             continue
         yield CachedClip(
-            audio_key(path, data_root), content_hash(path), os.path.getsize(path), seconds, list(clip_codes)
+            audio_key(path, data_root), content_hash(path), file_size(path), seconds, list(clip_codes)
         )
 
 

@@ -29,7 +29,7 @@ import yaml
 
 from vita_audio.chat import default_data_root, locate_file
 from vita_audio.data.sources import MissingSource, Rows, SourceError
-from vita_audio.data.strict_yaml import load_yaml
+from vita_audio.strict_yaml import load_yaml
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,6 @@ on first use, in the worker that needs it. Stored codes are checked before they 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vita_audio.audio import AudioLike, get_audio_tokenizer, is_continuous_kind
+from vita_audio.audio.archives import file_exists, file_size
 from vita_audio.audio.io import audio_duration
 from vita_audio.chat.sample import Reason, Sample, SampleError
 from vita_audio.constants import AUDIO_CODEBOOK_SIZE
@@ -161,7 +161,7 @@ class SpeechReader:
             self.sources["features"] += 1
             return self._frontend(audio)
         key = audio_key(audio, self._data_root)
-        size = os.path.getsize(audio) if os.path.isfile(audio) else -1
+        size = file_size(audio) if file_exists(audio) else -1
         features = self._feature_cache.find(key, size)
         if features is not None:
             self.sources["feature_cache"] += 1
@@ -216,7 +216,7 @@ class SpeechReader:
         if clip is None:
             return None
         try:
-            stale = os.path.getsize(audio) != clip.size
+            stale = file_size(audio) != clip.size
         except OSError:
             stale = False  # the codes suffice; the audio may be missing
         if stale:

@@ -32,6 +32,7 @@ import numpy as np
 import pyarrow.parquet
 from filelock import FileLock
 
+from vita_audio.audio.archives import read_file
 from vita_audio.data.faults import MachineError, first_line, machine_fault
 from vita_audio.data.sources import map_parquet
 from vita_audio.files import whole_file, write_json
@@ -88,11 +89,7 @@ def audio_key(path: str | Path, data_root: str | Path) -> str:
 
 def content_hash(path: str | Path) -> str:
     """A digest of a file's bytes, in hexadecimal."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.blake2b(read_file(path), digest_size=16).hexdigest()
 
 
 def discrete_kind(kind: str) -> str:
