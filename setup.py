@@ -28,7 +28,16 @@ TRAIN = [
     "tensorboard",
     "torchdata>=0.11",
 ]
-EVAL = ["pocketsphinx", "word2number", "zhconv"]
+EVAL = [
+    "jinja2",
+    "jiwer",
+    "pocketsphinx",
+    "scipy",
+    "sentencepiece",
+    "whisper-normalizer",
+    "word2number",
+    "zhconv",
+]
 CORPORA = ["lhotse>=1.33", "pyarrow", "textgrid", "zhconv"]
 QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "jinja2", "matplotlib", "soxr"]
 DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"]
@@ -42,7 +51,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vita_audio", "vita_audio.*"]),
-    package_data={"vita_audio": ["py.typed", "cli/*.html"]},
+    package_data={"vita_audio": ["py.typed", "cli/*.html", "evaluation/templates/*.html"]},
     install_requires=[
         "audioread",
         "huggingface-hub",

@@ -26,7 +26,7 @@ def run(tmp_path) -> Path:
         row | {"mode": mode, "tokens_per_second": 100.0 * k} for k, mode in enumerate(("vanilla", "turbo"), 1)
     ]
     (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(rows))
+    (tmp_path / "evaluation" / "results.json").write_text(json.dumps(rows))
     folder = tmp_path / "inference"
     save_audio(folder / "reply.wav", 0.1 * torch.randn(16_000), 16_000)
     reply = {
@@ -75,7 +75,7 @@ def test_an_empty_run_and_a_torn_file_are_refused(run, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(ValueError, match="nothing to report"):
         report.write_report(empty, empty / "report.html", "A run")
-    (run / "evaluation" / "scores.json").write_text("[{")
+    (run / "evaluation" / "results.json").write_text("[{")
     with pytest.raises(ValueError, match=r"scores\.json: not valid JSON"):
         report.write_report(run, run / "report.html", "A run")
 

@@ -3,7 +3,7 @@
     python tools/report.py --run quickstart
 
 The folder may come from the quickstart, from one or several stages, from an evaluation or from inference:
-training logs (``trainer_state.json``), scores (``scores.json``) and replies (``replies.jsonl``) are found
+training logs (``trainer_state.json``), scores (``results.json``) and replies (``replies.jsonl``) are found
 anywhere below it. The output is ``report.html``, a single file that contains its pictures and sounds, and the
 pictures as ``report/*.png``. Parts that a run does not have yet are omitted.
 """
@@ -68,13 +68,13 @@ def write_report(run: Path, out: Path, title: str) -> Path:
     Raises:
         ValueError: the folder holds nothing to report, or a file in it is damaged.
     """
-    score_file, reply_file = find(run, "scores.json"), find(run, "replies.jsonl")
+    score_file, reply_file = find(run, "results.json"), find(run, "replies.jsonl")
     logs = read_training_logs(run)
     scores = [] if score_file is None else read_list(score_file)
     replies = [] if reply_file is None else list(files.read_json_lines(reply_file))
     if not (logs or scores or replies):
         raise ValueError(
-            f"{run}: no trainer_state.json, scores.json or replies.jsonl below it; nothing to report"
+            f"{run}: no trainer_state.json, results.json or replies.jsonl below it; nothing to report"
         )
     matplotlib.rcParams.update(
         {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT}

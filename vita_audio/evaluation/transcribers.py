@@ -35,6 +35,10 @@ RECOGNISER_RATE = 16_000
 """All three recognisers were trained on 16 kHz speech."""
 
 
+class RecogniserError(ValueError):
+    """A recogniser that cannot be opened, which fails all clips alike."""
+
+
 class Transcriber(ABC):
     """Speech to text."""
 
@@ -310,7 +314,7 @@ def _start_workers(config: TranscriberConfig, processes: int) -> ProcessPoolExec
     return ProcessPoolExecutor(processes, mp_context=context, initializer=_open_in_worker, initargs=(config,))
 
 
-_worker_transcriber: Transcriber | ValueError
+_worker_transcriber: Transcriber | RecogniserError
 """A worker's recogniser, or the error that prevented it from opening."""
 
 
@@ -320,11 +324,11 @@ def _open_in_worker(config: TranscriberConfig) -> None:
     try:
         _worker_transcriber = config.open()
     except ValueError as error:  # raised at the first clip: an initialiser's own error is lost
-        _worker_transcriber = error
+        _worker_transcriber = RecogniserError(str(error))
 
 
 def _transcribe_in_worker(audio: AudioLike) -> str:
-    if isinstance(_worker_transcriber, ValueError):
+    if isinstance(_worker_transcriber, RecogniserError):
         raise _worker_transcriber
     return _transcribe(_worker_transcriber, audio)
 
