@@ -76,7 +76,7 @@ def test_an_empty_run_and_a_torn_file_are_refused(run, tmp_path_factory):
     with pytest.raises(ValueError, match="nothing to report"):
         report.write_report(empty, empty / "report.html", "A run")
     (run / "evaluation" / "results.json").write_text("[{")
-    with pytest.raises(ValueError, match=r"scores\.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"results\.json: not valid JSON"):
         report.write_report(run, run / "report.html", "A run")
 
 
