@@ -10,7 +10,7 @@ PAGES = [
     *sorted((REPOSITORY / "docs").rglob("*.md")),
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "third_party/README.md")),
 ]
-PLANNED = {"vita_audio/corpora/", "vita_audio/serving/"}
+PLANNED = {"vita_audio/serving/"}
 """Folders that CONTRIBUTING.md announces and says do not exist yet."""
 OF_PYTHON = "No module named"
 

@@ -231,6 +231,17 @@ def test_test_sets_do_not_enter_what_is_prepared(benchmark, tmp_path, sound):
     assert [sample.id for _, sample in read_samples(tmp_path / "own/asr.jsonl", tmp_path)] == ["good"]
 
 
+def test_a_text_set_loses_the_conversations_that_hold_a_test_sentence(benchmark, tmp_path, write_lines):
+    rows = [
+        {"instruction": text, "output": "An answer of some length."} for text in (SENTENCE, "Something else.")
+    ]
+    write_lines(tmp_path / "source/dataset.json", [json.dumps(rows)])
+    flags = ["goat", str(tmp_path / "source"), "--root", str(tmp_path), "--test_sets", str(benchmark)]
+    prepare_data.main(flags)
+    report = json.loads((tmp_path / "datasets/jsonl/tiedong/goat/dataset.report.json").read_text())
+    assert (report["samples"], report["rejected"]) == (1, {"in_test_set": 1})
+
+
 def test_a_mix_with_a_sentence_or_a_recording_of_a_benchmark_is_caught(
     benchmark, tmp_path, sound, write_lines, text_sample, capsys, monkeypatch
 ):

@@ -10,6 +10,7 @@ import pytest
 
 from vita_audio.audio import load_audio
 from vita_audio.chat import prompts, read_samples
+from vita_audio.cli.prepare_data import main
 from vita_audio.corpora import RecipeError, Settings, SourceError, find_recipe, prepare, read_recipes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -29,6 +30,31 @@ def test_the_recipes_write_the_very_files_of_the_published_mix():
     assert written == wanted
     assert len(written) == 34
     assert sum(map(len, written.values())) == 116
+
+
+def test_the_documentation_lists_every_set_as_its_recipe_says():
+    page = (REPOSITORY / "docs/corpora.md").read_text(encoding="utf-8")
+    for recipe in RECIPES.values():
+        [row] = [line for line in page.splitlines() if line.startswith(f"| {recipe.name} |")]
+        name, alias, tasks, files, license, size, pages = (
+            cell.strip() for cell in row.strip("|").split(" | ")
+        )
+        assert (name, alias, files) == (recipe.name, f"`{recipe.alias}`", str(len(recipe.parts)))
+        assert (license, size) == (recipe.license, recipe.size)
+        assert all(url in pages for url in recipe.page.split(", "))
+        assert tasks == (", ".join(sorted({task for part in recipe.parts for task in part.tasks})) or tasks)
+    assert page.count("](https://") >= len(RECIPES)
+
+
+def test_the_command_lists_every_set(capsys):
+    main(["--list"])
+    said = capsys.readouterr().out
+    assert all(
+        f"{recipe.name} ({recipe.alias})\n  SOURCE   {recipe.source}\n" in said for recipe in RECIPES.values()
+    )
+    with pytest.raises(SystemExit):
+        main(["librispeech"])
+    assert "give NAME, SOURCE and --root, or --list" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -3,7 +3,8 @@
 The pip package ``espeakng-loader`` provides the shared library and its data, without root access; it is called
 through its C interface. Otherwise the ``espeak-ng`` program on PATH is run once per utterance.
 
-    python tools/quickstart/espeak.py        # check for a synthesiser; if there is none, say what to install
+    python tools/quickstart/espeak.py                  # check for a synthesiser; if there is none, say what to install
+    python tools/quickstart/espeak.py VOICE OUT TEXT   # speak a text into a WAV file
 """
 
 from __future__ import annotations
@@ -142,6 +143,9 @@ Synthesiser = LibrarySynthesiser | ProgramSynthesiser
 
 if __name__ == "__main__":
     try:
-        open_synthesiser()
+        synthesiser = open_synthesiser()
+        if len(sys.argv) == 4:
+            voice, out, text = sys.argv[1:]
+            soundfile.write(out, synthesiser.speak(text, Voice(voice)), synthesiser.sample_rate)
     except SynthesiserError as error:
         sys.exit(f"error: {error}")

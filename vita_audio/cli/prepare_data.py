@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe = find_recipe(options.name, read_recipes())
     tasks = () if options.name == OWN else tuple(options.tasks)
     settings = Settings(tasks, options.clips, options.num_workers, CLEANING.read(options))
-    tallies = prepare(recipe, source, root, settings, _checks(options))
+    tallies = prepare(recipe, source, root, settings, checks_of(options))
     if is_first():
         print(summary(tallies))
         if options.name == OWN:
@@ -152,9 +152,11 @@ def summary(tallies: dict[str, Tally]) -> str:
     return "\n".join(lines)
 
 
-def _checks(options: argparse.Namespace) -> Checks:
-    held_out = TestSetIndex.of(options.test_sets) if options.test_sets else None
-    names = [held_out.fingerprint] if held_out is not None else []
+def checks_of(options: argparse.Namespace, name: str = "") -> Checks:
+    """The checks of ``--test_sets`` and ``--agree``; ``name`` identifies what else decides the result."""
+    held_out = TestSetIndex.of(options.test_sets, options.root) if options.test_sets else None
+    names = [name] if name else []
+    names += [held_out.fingerprint] if held_out is not None else []
     recogniser = None
     if options.agree:
         config = transcriber_group().read(options)

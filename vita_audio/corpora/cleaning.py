@@ -43,6 +43,7 @@ class Rejection(StrEnum):
     DISAGREES = "disagrees"
     IN_TEST_SET = "in_test_set"
     NO_PROMPT = "no_prompt"
+    UNSPEAKABLE = "unspeakable"
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,6 @@ class Recogniser(Protocol):
 
     def __call__(self, waveform: Tensor, rate: int, text: str) -> tuple[float, str]:
         """Error rate of the transcript of a waveform of shape (samples,), and the transcript."""
-
-
-class HeldOut(Protocol):
-    """Sentences and recordings that must not enter training (:mod:`vita_audio.corpora.hygiene`)."""
-
-    def find(self, text: str | None, waveform: Tensor | None, rate: int) -> str | None:
-        """The place of a test sentence or recording that equals this one; None if there is none."""
 
 
 def speech_speed(text: str, seconds: float) -> float:

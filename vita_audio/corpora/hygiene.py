@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vita_audio.audio import AudioError, load_audio
 from vita_audio.audio.io import audio_duration
-from vita_audio.chat import Sample, prompts, read_samples
+from vita_audio.chat import Message, Sample, prompts, read_samples
 from vita_audio.constants import ASR_PROMPT
 from vita_audio.corpora.text import characters
 
@@ -28,7 +28,7 @@ SHORTEST_SENTENCE = 20
 
 @dataclass
 class TestSetIndex:
-    """Sentences and recordings of test sets; it is a :class:`vita_audio.corpora.cleaning.HeldOut`.
+    """Sentences and recordings of test sets.
 
     Attributes:
         sentences: place by digest.
@@ -59,7 +59,7 @@ class TestSetIndex:
 
     def add(self, sample: Sample, place: str) -> None:
         """Add the sentences and recordings of a sample."""
-        for sentence in sentences_of(sample):
+        for sentence in (*sentences_of(sample.messages), *sample.answers):
             key = _sentence_key(sentence)
             if key is not None:
                 self.sentences.setdefault(key, place)
@@ -87,7 +87,7 @@ class TestSetIndex:
         Args:
             audio: also compare recordings.
         """
-        for sentence in sentences_of(sample):
+        for sentence in sentences_of(sample.messages):
             place = self.find(sentence, None, 0)
             if place is not None:
                 yield sentence, place
@@ -118,13 +118,12 @@ class TestSetIndex:
         return hashlib.sha256(b"".join(sorted(keys))).hexdigest()[:16]
 
 
-def sentences_of(sample: Sample) -> Iterator[str]:
-    """Texts of a sample that are spoken or learnt, without the words of its task."""
-    for message in sample.messages:
+def sentences_of(messages: Iterable[Message]) -> Iterator[str]:
+    """Texts that are spoken or learnt, without the words of their task."""
+    for message in messages:
         text = prompts.requested_text(message) or message.text.replace(ASR_PROMPT, "")
         if text.strip() and message.role != "system":
             yield text.strip()
-    yield from sample.answers
 
 
 def _sentence_key(text: str) -> bytes | None:

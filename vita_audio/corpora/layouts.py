@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +70,16 @@ class Listed(Layout):
     speaker: str | None = None
 
     def units(self, source: Path, patterns: Sequence[str], work: Path) -> list[Path]:
-        marker = work / _LISTED
-        if not marker.is_file():
+        def items() -> Iterator[dict[str, Any]]:
             folders = matching(source, patterns)
             items = sorted(
                 (item for folder in folders for item in self.scan(folder)), key=lambda item: item.id
             )
             if self.every:
                 items = [item for number, item in enumerate(items) if (number % self.every == 0) == self.test]
-            for start in range(0, len(items), _BLOCK):
-                block = map(_to_dict, items[start : start + _BLOCK])
-                write_json_lines(work / f"index-{start // _BLOCK:06d}.jsonl", block)
-            write_json(marker, {"items": len(items)})
-        return sorted(work.glob("index-*.jsonl"))
+            yield from map(_to_dict, items)
+
+        return blocks(work, items, _BLOCK)
 
     @abstractmethod
     def scan(self, folder: Path) -> Iterator[Utterance | Broken]:
@@ -93,6 +91,18 @@ class Listed(Layout):
             if isinstance(item, Utterance) and item.speaker is None:
                 item = replace(item, speaker=self.speaker)
             yield item
+
+
+def blocks(work: Path, entries: Callable[[], Iterator[dict[str, Any]]], size: int) -> list[Path]:
+    """Entries in files of ``size``, which serve as units; made once per work folder."""
+    marker = work / _LISTED
+    if not marker.is_file():
+        remaining, number = entries(), 0
+        while block := list(islice(remaining, size)):
+            write_json_lines(work / f"index-{number:06d}.jsonl", block)
+            number += 1
+        write_json(marker, {"files": number})
+    return sorted(work.glob("index-*.jsonl"))
 
 
 def _to_dict(item: Utterance | Broken) -> dict[str, Any]:

@@ -65,7 +65,9 @@ class LhotseCorpus(Listed):
             with audio_backend(_backend()), skipped.listening():
                 manifests: dict[str, Any] = prepare(folder, **self.arguments)
         except (OSError, AssertionError, ValueError, KeyError, IndexError) as error:
-            raise SourceError(f"{folder}: lhotse's {self.recipe} cannot read it: {error}") from error
+            raise SourceError(
+                f"{folder}: lhotse's {self.recipe} cannot read it, it needs the complete release: {error}"
+            ) from error
         return manifests
 
 

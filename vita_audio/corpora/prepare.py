@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from vita_audio import distributed
 from vita_audio.chat import locate_file
-from vita_audio.corpora.cleaning import Cleaning, HeldOut, Recogniser, Rejection, Tally
+from vita_audio.corpora.cleaning import Cleaning, Recogniser, Rejection, Tally
 from vita_audio.corpora.clips import ClipStore
+from vita_audio.corpora.hygiene import TestSetIndex
 from vita_audio.corpora.items import Rejected
 from vita_audio.corpora.layouts import Layout, SourceError, open_layout
 from vita_audio.corpora.recipes import Part, Recipe
@@ -70,7 +71,7 @@ class Checks:
         name: identifies both, for the fingerprint.
     """
 
-    held_out: HeldOut | None = None
+    held_out: TestSetIndex | None = None
     recogniser: Callable[[], Recogniser] | None = None
     name: str = ""
 
@@ -91,13 +92,19 @@ class _Job:
 
 
 def prepare(
-    recipe: Recipe, source: Path, root: Path, settings: Settings, checks: Checks | None = None
+    recipe: Recipe,
+    source: Path,
+    root: Path,
+    settings: Settings,
+    checks: Checks | None = None,
+    layout: Layout | None = None,
 ) -> dict[str, Tally]:
     """Write the outputs of a recipe for which SOURCE holds files.
 
     Args:
         source: what the publisher offers.
         root: the data root.
+        layout: reads all outputs, instead of the recipe's layouts; ``checks.name`` must identify it.
 
     Returns:
         Counts by output.
@@ -111,7 +118,8 @@ def prepare(
     tallies: dict[str, Tally] = {}
     for part in recipe.parts:
         part = replace(part, tasks=settings.tasks or part.tasks) if part.tasks else part
-        tally = _prepare_part(recipe, part, source, root, settings, checks or Checks())
+        opened = layout or open_layout(part.layout, dict(part.options), f"{recipe.name}: {part.output}")
+        tally = _prepare_part(recipe.name, part, opened, source, root, settings, checks or Checks())
         if tally is None:
             logger.warning("%s: %s has nothing like %s", part.output, source, " or ".join(part.patterns))
         else:
@@ -125,14 +133,13 @@ def prepare(
 
 
 def _prepare_part(
-    recipe: Recipe, part: Part, source: Path, root: Path, settings: Settings, checks: Checks
+    recipe: str, part: Part, layout: Layout, source: Path, root: Path, settings: Settings, checks: Checks
 ) -> Tally | None:
     """Counts of an output; None if SOURCE has no files for it."""
-    layout = open_layout(part.layout, dict(part.options), f"{recipe.name}: {part.output}")
     output = Path(locate_file(part.output, root, root))
     about = {
         "version": _VERSION,
-        "recipe": recipe.name,
+        "recipe": recipe,
         "part": asdict(part),
         "clips": settings.clips,
         "cleaning": asdict(settings.cleaning),
@@ -156,11 +163,8 @@ def _prepare_part(
     report = _sidecar(output, "report.json")
     done = _done(report, output, whole)
     if done is None:
-        _run(
-            jobs[distributed.rank() :: distributed.world_size()],
-            part.output,
-            settings.num_workers,
-        )
+        mine = jobs[distributed.rank() :: distributed.world_size()]
+        _run(mine, part.output, settings.num_workers)
         distributed.barrier()
         if distributed.is_first():
             _join(jobs, output, {**about, "fingerprint": whole})

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from vita_audio.audio import AudioError
 from vita_audio.chat import SampleError, parse_sample
+from vita_audio.chat.sample import check_messages
 from vita_audio.constants import ASR_PROMPT, AUDIO_TAG, TTS_PROMPT, VOICE_PROMPT
-from vita_audio.corpora.cleaning import Cleaning, HeldOut, Recogniser, Rejection, Tally
+from vita_audio.corpora.cleaning import Cleaning, Recogniser, Rejection, Tally
 from vita_audio.corpora.clips import ClipStore, decode
+from vita_audio.corpora.hygiene import TestSetIndex, sentences_of
 from vita_audio.corpora.items import Broken, Clip, Dialogue, Item, Rejected, Utterance
 from vita_audio.corpora.recipes import Part
 from vita_audio.corpora.text import normalise
@@ -37,7 +39,7 @@ class Builder:
     part: Part
     cleaning: Cleaning
     store: ClipStore
-    held_out: HeldOut | None = None
+    held_out: TestSetIndex | None = None
     recogniser: Recogniser | None = None
     tally: Tally = field(default_factory=Tally)
     _seen: set[str] = field(default_factory=set)
@@ -101,8 +103,8 @@ class Builder:
         )
         if self.part.languages:
             self.cleaning.check_text(spoken.replace(AUDIO_TAG, " "), self.part.languages)
-        if self.held_out is not None and not item.clips:
-            self._check_held_out(spoken, None, 0)
+        for sentence in sentences_of(check_messages(messages)) if self.held_out is not None else ():
+            self._check_held_out(sentence, None, 0)
         texts: Sequence[str | None] = item.texts or (None,) * len(item.clips)
         audios = [
             self._clip(item.id if len(item.clips) == 1 else f"{item.id}-{number}", clip, text)

@@ -19,8 +19,10 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ import yaml
 
 from vita_audio.chat import default_data_root, locate_file
 from vita_audio.data.sources import MissingSource, Rows, SourceError
+from vita_audio.data.temperature import tempered_ratios
 from vita_audio.strict_yaml import load_yaml
 
 logger = logging.getLogger(__name__)
@@ -47,12 +50,14 @@ class SourceSpec:
         path: path of the file.
         ratio: share of its rows used in an epoch; may exceed 1.
         num: at most this many samples in an epoch.
+        temperature: of the mix, which then decides the ratio; None: the ratio is as given.
     """
 
     dataset: str
     path: Path
     ratio: float
     num: float = math.inf
+    temperature: float | None = None
 
     def samples_per_epoch(self, rows: int) -> int:
         return int(min(int(rows * self.ratio), self.num))
@@ -114,14 +119,23 @@ def read_mix(path: str | Path, data_root: str | Path | None = None) -> list[Sour
     if not isinstance(named, Mapping) or not named:
         raise MixError(f"{path}: needs a section 'dataset' with at least one data set")
     root = Path(data_root) if data_root else default_data_root(path)
-    return [spec for name, entry in named.items() for spec in _read_entry(path, str(name), entry, root)]
+    temperature = config.get("temperature")
+    if temperature is not None and (
+        isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature >= 1
+    ):
+        raise MixError(f"{path}: 'temperature' must be a number of 1 or more, it is {temperature!r}")
+    return [
+        spec
+        for name, entry in named.items()
+        for spec in _read_entry(path, str(name), entry, root, temperature)
+    ]
 
 
 _KNOWN_FIELDS = {"ratio", "num", "data_paths"}
 _HIGHEST_RATIO = 1e6
 
 
-def _read_entry(file: Path, name: str, entry: Any, root: Path) -> list[SourceSpec]:
+def _read_entry(file: Path, name: str, entry: Any, root: Path, temperature: float | None) -> list[SourceSpec]:
     where = f"{file}: data set {name!r}"
     if not isinstance(entry, Mapping):
         raise MixError(f"{where} must have 'data_paths' and may have 'ratio' and 'num'")
@@ -136,10 +150,14 @@ def _read_entry(file: Path, name: str, entry: Any, root: Path) -> list[SourceSpe
     if not isinstance(paths, list) or not paths or not all(isinstance(item, str) and item for item in paths):
         raise MixError(f"{where}: 'data_paths' must list one or more files")
     ratio = _number(where, "ratio", entry.get("ratio"), 1.0)
+    if temperature is not None and ratio != 0 and entry.get("ratio") is not None:
+        raise MixError(
+            f"{where}: the mix has a temperature, which replaces 'ratio'; remove one (0 excludes a set)"
+        )
     num = _number(where, "num", entry.get("num"), math.inf)
     if num != math.inf and num and len(paths) > 1:
         logger.info("%s: 'num' limits each of its %d files, not their sum", where, len(paths))
-    return [SourceSpec(name, _expand(where, item, root, file), ratio, num) for item in paths]
+    return [SourceSpec(name, _expand(where, item, root, file), ratio, num, temperature) for item in paths]
 
 
 def _number(where: str, field: str, value: Any, default: float) -> float:
@@ -193,7 +211,7 @@ class Mix:
         self.missing: list[str] = []
         opened: dict[Path, Rows] = {}
         unreadable: list[str] = []
-        for spec in specs:
+        for spec in _tempered(specs, opened, cache_dir):
             if spec.ratio == 0 or spec.num == 0:
                 continue
             try:
@@ -263,6 +281,20 @@ class Mix:
             SampleError: the row cannot be read.
         """
         return self.rows[place.source][place.row]
+
+
+def _tempered(specs: list[SourceSpec], opened: dict[Path, Rows], cache_dir: str | None) -> list[SourceSpec]:
+    """The specs, with the ratios that the mix's temperature gives them; files are opened into ``opened``."""
+    rows: Counter[str] = Counter()
+    for spec in specs:
+        if spec.temperature is not None and spec.ratio and spec.num:
+            with suppress(SourceError):  # the caller opens it again, and says why it cannot
+                opened[spec.path] = opened.get(spec.path) or Rows(spec.path, cache_dir)
+                rows[spec.dataset] += len(opened[spec.path])
+    if not rows.total():
+        return specs
+    ratios = tempered_ratios(rows, next(spec.temperature for spec in specs if spec.temperature))
+    return [replace(spec, ratio=ratios.get(spec.dataset, 0.0)) for spec in specs]
 
 
 def permuted(index: int, size: int, key: int) -> int:
