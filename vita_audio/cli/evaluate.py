@@ -40,6 +40,7 @@ from vita_audio.evaluation.benchmarks import Benchmark, choose
 from vita_audio.evaluation.evaluate import evaluate
 from vita_audio.evaluation.items import PLAIN_NAME, file_name
 from vita_audio.evaluation.normalisers import NORMALISERS, normaliser
+from vita_audio.evaluation.preparation import prepared_checksum
 from vita_audio.evaluation.results import folder_fingerprint
 from vita_audio.evaluation.scoreboard import TASKS, Row, markdown
 from vita_audio.evaluation.settings import DECODINGS, BenchmarkSet, Checkpoint, Settings, check
@@ -325,7 +326,10 @@ def _benchmark_set(one: Benchmark, root: Path, args: argparse.Namespace) -> Benc
     else:
         speaker = _speaker(task, args)
     items = task.read(path, args.data_root or root, args.limit)
-    return BenchmarkSet(one.name, task, path, items, recogniser, speaker, one.decoding, tuple(one.published))
+    prepared = None if args.limit is not None else prepared_checksum(path)
+    return BenchmarkSet(
+        one.name, task, path, items, recogniser, speaker, one.decoding, tuple(one.published), prepared
+    )
 
 
 def _named_file(text: str, data_root: Path | None) -> tuple[str, Path]:

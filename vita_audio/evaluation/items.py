@@ -14,6 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TypeVar
 
+from vita_audio.audio.archives import file_exists
 from vita_audio.chat import Conversation, Sample, read_samples
 from vita_audio.chat.prompts import from_sample
 
@@ -116,7 +117,7 @@ def _read_item(sample: Sample, number: int) -> BenchmarkItem:
         raise ValueError("the last message must be the assistant's, which is the reference")
     conversation = from_sample(sample)
     paths = [audio for audio in sample.audios if isinstance(audio, str)]
-    missing = next((path for path in paths if not Path(path).is_file()), None)
+    missing = next((path for path in paths if not file_exists(path)), None)
     if missing is not None:
         raise ValueError(f"{missing}: no such audio file")
     answer = reply.text.strip()

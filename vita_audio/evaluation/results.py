@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vita_audio.audio.archives import read_file
 from vita_audio.distributed import gather_objects, is_first
 from vita_audio.evaluation.items import BenchmarkItem
 from vita_audio.files import content_fingerprint, read_json, write_json
@@ -96,6 +97,5 @@ def items_fingerprint(path: Path, items: Iterable[BenchmarkItem]) -> str:
         digest.update(json.dumps(item.id).encode())
         for audio in (*item.conversation.audios, item.reference_audio):
             if isinstance(audio, str):
-                with open(audio, "rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(hashlib.sha256(read_file(audio)).digest())
     return digest.hexdigest()[:16]

@@ -30,6 +30,7 @@ class BenchmarkSet:
         speaker: compares the voice with the requested one; None: not compared.
         decoding: of :data:`DECODINGS`, the one that its scores are published with; None: that of the settings.
         published: rows that others published, with their source.
+        prepared: the checksum of the whole set when ``tools/prepare_benchmark.py`` wrote it; None: not compared.
     """
 
     name: str
@@ -40,6 +41,7 @@ class BenchmarkSet:
     speaker: SpeakerConfig | None = None
     decoding: str | None = None
     published: Sequence[Mapping[str, Any]] = ()
+    prepared: str | None = None
 
     @cached_property
     def checksum(self) -> str:
@@ -71,6 +73,10 @@ class BenchmarkSet:
     def notes(self) -> tuple[str, ...]:
         """Notes that readers of its scores need."""
         notes = []
+        if self.prepared not in (None, self.checksum):
+            notes.append(
+                f"{self.name}: changed since tools/prepare_benchmark.py wrote it, so its scores are not comparable"
+            )
         foreign = sum(not self.task.is_as_trained(item) for item in self.items)
         if foreign:
             notes.append(
