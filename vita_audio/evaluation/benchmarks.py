@@ -88,6 +88,10 @@ class Benchmark:
         for key in ("path", "grammar"):
             if settings.get(key) is not None:
                 settings[key] = self._found(str(settings[key]), root)
+        if settings.get("path") and not Path(settings["path"]).exists():
+            # Not below the root: Whisper may be in the local cache, the others have a name of their own.
+            is_cached_name = settings.get("name") == "whisper" and settings["path"].startswith(_MODELS)
+            settings["path"] = settings["path"].removeprefix(_MODELS) if is_cached_name else None
         return TranscriberConfig(**settings)
 
     def make_speaker(self, root: Path) -> SpeakerConfig | None:
@@ -107,11 +111,11 @@ class Benchmark:
         )
 
     def _found(self, path: str, root: Path) -> str:
-        """A path below the root or next to the YAML file; models that are not there may be in the local cache."""
+        """A path below the root or next to the YAML file; unchanged if it is not there."""
         for base in (root, self.where.parent):
             if (base / path).exists():
                 return str(base / path)
-        return path.removeprefix(_MODELS)
+        return path
 
 
 def read_benchmarks(file: Path) -> dict[str, Benchmark]:
