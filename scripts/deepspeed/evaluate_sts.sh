@@ -15,8 +15,8 @@
 #   CORPUS               the quickstart's corpus, by configs/quickstart/benchmarks.yaml
 #   DATA_ROOT for relative audio paths; LIMIT items of each set
 # Which recogniser (default: the benchmark's): TRANSCRIBER (pocketsphinx, whisper, paraformer, sensevoice, command)
-#                        TRANSCRIBER_PATH GRAMMAR LANGUAGE_CODE; CHINESE_TRANSCRIBER_PATH (Paraformer, for Mandarin
-#                        Seed-TTS); SPEAKER_MODEL (wavlm, spectral, none) SPEAKER_MODEL_PATH
+#                        TRANSCRIBER_PATH GRAMMAR LANGUAGE_CODE; CHINESE_TRANSCRIBER CHINESE_TRANSCRIBER_PATH (for
+#                        Mandarin Seed-TTS); SPEAKER_MODEL (wavlm, spectral, none) SPEAKER_MODEL_PATH
 # Also:                  MODES DECODING (greedy, published or both) OUTPUT_DIR SYSTEM_PROMPT (auto, omni, luke, none, or
 #                        a text) BATCH_SIZE MAX_NEW_TOKENS SAMPLES SPEED_ITEMS TEXT_NORMALISER (words, libritts, …);
 #                        EVALUATION_PROCESSES (default: one per GPU, one without) and NNODES NODE_RANK MASTER_ADDR
@@ -132,6 +132,7 @@ add --transcriber "${TRANSCRIBER:-}"
 add --transcriber_path "${TRANSCRIBER_PATH:-}"
 add --grammar "${GRAMMAR:-}"
 add --language "${LANGUAGE_CODE:-}"
+add --chinese_transcriber "${CHINESE_TRANSCRIBER:-}"
 add --chinese_transcriber_path "${CHINESE_TRANSCRIBER_PATH:-}"
 add --speaker_model "${SPEAKER_MODEL:-}"
 add --speaker_model_path "${SPEAKER_MODEL_PATH:-}"

@@ -1,4 +1,9 @@
-"""Miniatures of the public layouts of all benchmarks: two or three items each, laid out as their publishers do."""
+"""What tests of the evaluation share.
+
+* ``miniature``: the public layout of every benchmark, two or three items each, laid out as their publishers do.
+* ``whisper``, ``sensevoice``, ``released``: small untrained networks in the layouts of the recognisers and of the
+  speaker embedding.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import gzip
 import io
 import json
 import math
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import soundfile
+import torch
 
 ENGLISH = ["THE RIVER IS QUIET", "a blue key lies here"]
 CHINESE = ["今天天气很好", "他在书店里工作"]
@@ -225,4 +232,94 @@ def seed_tts_archive(tmp_path) -> Path:
     """``seedtts_testset.tar``."""
     path = tmp_path / "seedtts_testset.tar"
     tar(path, seed_tts_files())
+    return path
+
+
+@pytest.fixture(scope="session")
+def whisper(tmp_path_factory) -> str:
+    """A Whisper of the real architecture with random weights and a tokenizer of single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import (
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperTokenizerFast,
+    )
+
+    folder = tmp_path_factory.mktemp("whisper")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: id_ for id_, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    fast = WhisperTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[0], pad_token=specials[0]
+    )
+    fast.add_special_tokens({"additional_special_tokens": specials[1:]})
+    fast.save_pretrained(folder)
+    end, start, english, transcribe, no_timestamps = fast.convert_tokens_to_ids(specials)
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=len(fast), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=80, bos_token_id=end,
+        eos_token_id=end, pad_token_id=end, decoder_start_token_id=start,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=end, eos_token_id=end, pad_token_id=end, decoder_start_token_id=start, max_length=12,
+        is_multilingual=True, lang_to_id={"<|en|>": english}, task_to_id={"transcribe": transcribe},
+        no_timestamps_token_id=no_timestamps,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def sensevoice(tmp_path) -> Path:
+    """The golden encoder with a vocabulary of its size."""
+    folder = tmp_path / "sensevoice"
+    folder.mkdir()
+    goldens = Path(__file__).parents[1] / "goldens" / "sensevoice"
+    shutil.copy(goldens / "encoder_config.json", folder / "config.json")
+    shutil.copy(goldens / "encoder_weights.safetensors", folder / "model.safetensors")
+    shutil.copy(goldens / "am.mvn", folder)
+    pieces = ["<blank>", "<s>", "</s>", "<|en|>", *(f"\u2581w{number}" for number in range(20))]
+    (folder / "tokens.json").write_text(json.dumps(pieces))
+    return folder
+
+
+GOLDEN = Path(__file__).parent / "goldens" / "wavlm_speaker.json"
+"""Shapes of a small network in the layout of wavlm_large_finetune.pth, and the embeddings that WavLM's first release
+with the published ECAPA-TDNN computes with the weights below."""
+
+
+def small_weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    """The weights behind the golden numbers."""
+    weights = {}
+    for seed, (name, shape) in enumerate(sorted(shapes.items())):
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        if name.endswith("num_batches_tracked"):
+            weights[name] = torch.tensor(1)
+        elif name.endswith(("running_var", "weight_g", "grep_a")):
+            weights[name] = 1 + 0.2 * noise.abs()
+        elif name.endswith("norm.weight") or (".bn" in name and name.endswith("weight")):
+            weights[name] = 1 + 0.2 * noise
+        else:
+            weights[name] = noise / math.sqrt(math.prod(shape[1:]) if len(shape) > 1 else 4)
+    return weights
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict:
+    return json.loads(GOLDEN.read_text())
+
+
+@pytest.fixture(scope="session")
+def released(golden, tmp_path_factory) -> Path:
+    """A file in the released layout, with what training left in it."""
+    path = tmp_path_factory.mktemp("wavlm") / "wavlm_large_finetune.pth"
+    weights = small_weights(golden["shapes"]) | {"loss_calculator.projection.weight": torch.ones(2, 2)}
+    torch.save({"model": weights}, path)
     return path

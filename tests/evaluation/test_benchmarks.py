@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from vita_audio.cli.evaluate import main
+from vita_audio.cli.prepare_benchmark import main as prepare_main
 from vita_audio.evaluation.benchmarks import (
     BenchmarkError,
     choose,
     published_benchmarks,
     read_benchmarks,
 )
+from vita_audio.evaluation.preparation import prepared_checksum
 
 LISTS = "data/jsonl"
 SEED_TTS = "data/BytedanceSpeech/seed-tts-eval/seedtts_testset"
@@ -183,3 +188,50 @@ def test_own_benchmarks_have_a_row_for_each_set_with_published_rows_beside(own, 
     assert "75.6" in page
     utterances = (tmp_path / "out" / "tiny-turbo" / "heart.html").read_text()
     assert 'src="wav/heart/sqa_1.wav"' in utterances
+
+
+@pytest.mark.slow
+def test_every_miniature_runs_through_the_script_and_fills_its_table(
+    miniature, counts, tiny_world, whisper, sensevoice, released, tmp_path
+):
+    """With small untrained recognisers behind the real interfaces."""
+    root = tmp_path / "root"
+    for name in counts:
+        prepare_main([name, str(miniature(name)), "--root", str(root)])
+    variables = os.environ | {
+        "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MODEL_NAME_OR_PATH": f"tiny={tiny_world.model_dir}@turbo",
+        "AUDIO_TOKENIZER_TYPE": "mel_vq", "AUDIO_TOKENIZER_PATH": str(tiny_world.codec_dir), "ROOT_PATH": str(root),
+        "TRANSCRIBER": "whisper", "TRANSCRIBER_PATH": whisper, "CHINESE_TRANSCRIBER": "sensevoice",
+        "CHINESE_TRANSCRIBER_PATH": str(sensevoice), "SPEAKER_MODEL": "wavlm", "SPEAKER_MODEL_PATH": str(released),
+        "TEXT_NORMALISER": "words", "MAX_NEW_TOKENS": "30", "SYSTEM_PROMPT": "none", "BENCHMARKS": "paper",
+        "OUTPUT_DIR": str(tmp_path / "out"),
+    }  # fmt: skip
+    script = Path(__file__).parents[2] / "scripts" / "deepspeed" / "evaluate_sts.sh"
+    run = subprocess.run(
+        ["bash", str(script), "--transcriber_processes", "0"],
+        env=variables, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {name: facts["items"] for name, facts in row["sets"].items()} == counts
+    scores = {"asr": "asr_wer", "tts": "tts_wer", "sqa": "sqa_s2s_accuracy", "seed_tts": "seed_tts_wer"}
+    for name, facts in row["sets"].items():
+        prefix = "" if name == "libritts-test-clean" else f"{name}."  # the only set of its task
+        assert row[f"{prefix}{scores[facts['task']]}"] is not None, name
+        if facts["task"] == "seed_tts":
+            silent = row[f"{prefix}seed_tts_without_audio"] == counts[name]
+            assert silent == (f"{prefix}seed_tts_similarity" not in row)
+        assert facts["failed"] == 0
+        assert facts["checksum"] == prepared_checksum(Path(facts["file"]))
+        assert f" · {name} · {counts[name]} items" in run.stdout
+    assert any(key.endswith("seed_tts_similarity") for key in row)
+    assert "changed since" not in run.stdout
+
+    # A set that is edited after its preparation is noticed.
+    path = root / PLACES["fleurs-en"][1]
+    path.write_text(path.read_text().replace("river", "rivers").replace("RIVER", "RIVERS"))
+    run = subprocess.run(
+        ["bash", str(script), "--transcriber_processes", "0"],
+        env=variables | {"BENCHMARKS": "fleurs-en"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "fleurs-en: changed since tools/prepare_benchmark.py wrote it" in " ".join(run.stdout.split())

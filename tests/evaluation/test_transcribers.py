@@ -6,7 +6,6 @@ import json
 import random
 import runpy
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -116,47 +115,6 @@ def test_a_worker_says_why_it_cannot_listen(tmp_path):
 # -- neural recognisers, small and untrained, through their real interfaces ------------------------------------
 
 
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory) -> str:
-    """A Whisper of the real architecture with random weights and a tokenizer of single bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        GenerationConfig,
-        WhisperConfig,
-        WhisperFeatureExtractor,
-        WhisperForConditionalGeneration,
-        WhisperTokenizerFast,
-    )
-
-    folder = tmp_path_factory.mktemp("whisper")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: id_ for id_, byte in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
-    fast = WhisperTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[0], pad_token=specials[0]
-    )
-    fast.add_special_tokens({"additional_special_tokens": specials[1:]})
-    fast.save_pretrained(folder)
-    end, start, english, transcribe, no_timestamps = fast.convert_tokens_to_ids(specials)
-    torch.manual_seed(0)
-    config = WhisperConfig(
-        vocab_size=len(fast), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=80, bos_token_id=end,
-        eos_token_id=end, pad_token_id=end, decoder_start_token_id=start,
-    )  # fmt: skip
-    model = WhisperForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=end, eos_token_id=end, pad_token_id=end, decoder_start_token_id=start, max_length=12,
-        is_multilingual=True, lang_to_id={"<|en|>": english}, task_to_id={"transcribe": transcribe},
-        no_timestamps_token_id=no_timestamps,
-    )  # fmt: skip
-    model.save_pretrained(folder)
-    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
-    return str(folder)
-
-
 def noise(seed: int, seconds: float = 1.0) -> tuple[torch.Tensor, int]:
     generator = torch.Generator().manual_seed(seed)
     return 0.1 * torch.randn(int(16_000 * seconds), generator=generator), 16_000
@@ -186,20 +144,6 @@ def test_missing_whisper_weights_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="no Whisper weights there"):
         TranscriberConfig("whisper", str(tmp_path)).open()
-
-
-@pytest.fixture
-def sensevoice(tmp_path) -> Path:
-    """The golden encoder with a vocabulary of its size."""
-    folder = tmp_path / "sensevoice"
-    folder.mkdir()
-    goldens = Path(__file__).parents[1] / "goldens" / "sensevoice"
-    shutil.copy(goldens / "encoder_config.json", folder / "config.json")
-    shutil.copy(goldens / "encoder_weights.safetensors", folder / "model.safetensors")
-    shutil.copy(goldens / "am.mvn", folder)
-    pieces = ["<blank>", "<s>", "</s>", "<|en|>", *(f"\u2581w{number}" for number in range(20))]
-    (folder / "tokens.json").write_text(json.dumps(pieces))
-    return folder
 
 
 def test_sensevoice_reads_its_ctc_layer_greedily(sensevoice):

@@ -213,11 +213,11 @@ def _add_common_arguments(parser: CommandParser) -> None:
     )
     group.add_argument("--output_dir", type=Path, required=True, metavar="DIR")
     group.add_argument(
-        "--text_normaliser", default="words", choices=tuple(NORMALISERS),
+        "--text_normaliser", choices=tuple(NORMALISERS),
         help="normaliser for TTS, and for the columns of ASR that compare words: words compares them without "
         "punctuation, libritts also spells out numbers and abbreviations as in the published LibriTTS figures (needs "
         "WeTextProcessing), whisper and whisper-basic are those of published Whisper figures, for English and other "
-        "languages (default: words)",
+        "languages (default: that of the benchmark, else words)",
     )  # fmt: skip
     group.add_argument(
         "--speaker_prompt",
@@ -313,6 +313,7 @@ def _read_benchmarks(args: argparse.Namespace) -> list[BenchmarkSet]:
 
 
 def _benchmark_set(one: Benchmark, root: Path, args: argparse.Namespace) -> BenchmarkSet:
+    one = replace(one, normaliser=args.text_normaliser or one.normaliser)
     task, path = one.make_task(), one.path(root)
     recogniser, speaker = one.make_recogniser(root), one.make_speaker(root)
     is_chinese = isinstance(task, SeedTTS) and task.language == "zh"
@@ -363,8 +364,9 @@ def _task(name: str, path: Path, args: argparse.Namespace) -> Task:
     if name == "seed_tts":
         return SeedTTS(language_of(path, args.seed_tts_language), args.speaker_prompt)
     if name in ("tts", "asr"):
-        normaliser(args.text_normaliser)  # fails here if its package is missing
-        return (SpeechSynthesis if name == "tts" else SpeechRecognition)(args.text_normaliser)
+        chosen = args.text_normaliser or SpeechSynthesis.text_normaliser
+        normaliser(chosen)  # fails here if its package is missing
+        return (SpeechSynthesis if name == "tts" else SpeechRecognition)(chosen)
     return TASKS[name]
 
 
