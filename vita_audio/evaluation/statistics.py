@@ -53,16 +53,20 @@ def intervals(utterances: Sequence[Marks]) -> dict[str, tuple[float, float]]:
 def interval(marks: Sequence[Mark]) -> tuple[float, float] | None:
     """The 95% confidence interval of a rate; None for fewer than two utterances or without a rate.
 
-    Shares of right answers have Wilson's interval, which also holds when all or no answers are right. Other rates
-    have the bootstrap's, with the quantiles of Student's t, which correct it for small sets.
+    Shares of right answers have Wilson's interval, which also holds when all or no answers are right. Other rates have
+    the bootstrap-t interval (Efron and Tibshirani, 1993, chapter 12), which unlike percentiles covers the skewed
+    errors of small sets. Where no error was seen, the upper limit is three over the denominator (Hanley and
+    Lippman-Hand, 1983).
     """
     values = np.asarray(marks, dtype=np.float64)
     if len(values) < 2 or not values[:, 1].sum():
         return None
     if is_share(values):
         return _wilson(float(values[:, 0].sum()), len(values))
-    value = values[:, 0].sum() / values[:, 1].sum()
-    return _widened(float(value), _resampled(values), len(values))
+    if not values[:, 0].any():
+        return 0.0, min(1.0, 3 / float(values[:, 1].sum()))
+    low, high = _limits(*_bootstrap_t(values))
+    return (max(low, 0.0) if (values[:, 0] >= 0).all() else low), high
 
 
 def is_share(values: Any) -> bool:
@@ -75,7 +79,7 @@ def difference(first: Sequence[Mark], second: Sequence[Mark]) -> tuple[float, tu
 
     Returns:
         The difference, its 95% interval by the paired bootstrap, and the p-value of no difference: McNemar's exact test
-        for answers that are right or wrong, else of the bootstrap's t statistic.
+        for answers that are right or wrong, else the bootstrap's.
 
     Raises:
         ValueError: the runs have different numbers of items, or fewer than two.
@@ -83,15 +87,14 @@ def difference(first: Sequence[Mark], second: Sequence[Mark]) -> tuple[float, tu
     one, two = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if len(one) != len(two) or len(one) < 2 or not one[:, 1].sum() or not two[:, 1].sum():
         raise ValueError(f"{len(one)} and {len(two)} items; a comparison needs the same, and two at least")
-    value = float(two[:, 0].sum() / two[:, 1].sum() - one[:, 0].sum() / one[:, 1].sum())
-    resampled = _resampled(two, one)
-    limits = _widened(value, resampled, len(one))
+    value, error, resampled = _bootstrap_t(np.concatenate([one, two], axis=1))
+    limits = _limits(value, error, resampled)
     if is_share(one) and is_share(two):
         return value, limits, mcnemar(one[:, 0] > two[:, 0], two[:, 0] > one[:, 0])
-    error = float(np.nanstd(resampled))
-    if error == 0:
-        return value, limits, 1.0 if value == 0 else 0.0
-    return value, limits, float(2 * stats.t.sf(abs(value) / error, len(one) - 1))
+    if error == 0:  # every utterance has the same marks, or all differ alike
+        return value, limits, 1.0 if value == 0 else 2.0 ** (1 - len(one))
+    farther = int((np.abs(resampled) >= abs(value / error)).sum())
+    return value, limits, (farther + 1) / (len(resampled) + 1)
 
 
 def mcnemar(only_first: Any, only_second: Any) -> float:
@@ -116,31 +119,52 @@ def holm(values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _resampled(values: Any, subtracted: Any = None) -> Any:
-    """Rates of :data:`RESAMPLES` resampled sets, minus those of ``subtracted`` at the same items: (resamples,)."""
-    generator = np.random.default_rng(_SEED)
-    count, found = len(values), []
+def _bootstrap_t(values: Any) -> tuple[float, float, Any]:
+    """A rate or a difference of two, its standard error, and the t statistics of resampled sets.
+
+    Args:
+        values: (utterances, 2) marks, or (utterances, 4) those of two runs.
+
+    Returns:
+        Value, standard error, and (resamples,) values of (resampled - value) / resampled error.
+    """
+    count = len(values)
+    products = (values[:, :, None] * values[:, None, :]).reshape(count, -1)
+    columns = np.concatenate([values, products], axis=1)
+    value, error = _estimate(columns.sum(axis=0)[None], values.shape[1])
+    generator, found = np.random.default_rng(_SEED), []
     for start in range(0, RESAMPLES, _BLOCK):
         picks = generator.multinomial(
             count, np.full(count, 1 / count), size=min(_BLOCK, RESAMPLES - start)
         ).astype(np.float64)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            above, below = (picks @ values).T
-            block = above / below
-            if subtracted is not None:
-                above, below = (picks @ subtracted).T
-                block = block - above / below
-        found.append(block)
-    return np.concatenate(found)
+        resampled, errors = _estimate(picks @ columns, values.shape[1])
+        # A resample that happens to hold no error has none of its own; the floor keeps its statistic finite.
+        floor = max(float(error[0]) / 3, np.finfo(np.float64).tiny)
+        found.append((resampled - value) / np.maximum(errors, floor))
+    return float(value[0]), float(error[0]), np.nan_to_num(np.concatenate(found))
 
 
-def _widened(value: float, resampled: Any, count: int) -> tuple[float, float]:
-    """The bootstrap's percentiles, moved outwards from ``value`` as Student's t exceeds the normal distribution."""
+def _estimate(sums: Any, width: int) -> tuple[Any, Any]:
+    """Rates, or differences of two, and their standard errors (linearised) from sums of values and of their products.
+
+    Args:
+        sums: (resamples, width + width²).
+    """
+    pairs = sums[:, :width].reshape(len(sums), -1, 2)
+    products = sums[:, width:].reshape(len(sums), width, width)
+    signs = np.array([1.0]) if width == 2 else np.array([-1.0, 1.0])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = pairs[..., 0] / pairs[..., 1]
+        weights = np.stack([signs / pairs[..., 1], -signs * ratios / pairs[..., 1]], axis=-1)
+    weights = weights.reshape(len(sums), width)
+    variances = np.einsum("rc,rcd,rd->r", weights, products, weights)
+    return (signs * ratios).sum(axis=-1), np.sqrt(np.maximum(variances, 0))
+
+
+def _limits(value: float, error: float, resampled: Any) -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.nanquantile(resampled, (tail, 1 - tail))
-    widening = float(stats.t.ppf(1 - tail, count - 1) / stats.norm.ppf(1 - tail))
-    widening *= math.sqrt(count / (count - 1))
-    return value - widening * (value - float(low)), value + widening * (float(high) - value)
+    low, high = np.quantile(resampled, (tail, 1 - tail))
+    return value - float(high) * error, value - float(low) * error
 
 
 def _wilson(right: float, count: int) -> tuple[float, float]:
