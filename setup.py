@@ -3,7 +3,7 @@
 ===========  =================================================================
 train        training, and the data engine that feeds it
 gpu          FlashAttention and Liger kernels
-eval         metrics and the embedded recogniser
+eval         metrics, recognisers and result pages
 corpora      tools/prepare_data.py: public corpora to JSON lines
 libritts     the text normaliser of the published LibriTTS figures
 quickstart   train, eval, and the synthesis and plotting of scripts/quickstart.sh
@@ -31,15 +31,15 @@ TRAIN = [
 EVAL = [
     "jinja2",
     "jiwer",
+    "markupsafe",
     "pocketsphinx",
-    "scipy",
     "sentencepiece",
     "whisper-normalizer",
     "word2number",
     "zhconv",
 ]
 CORPORA = ["lhotse>=1.33", "pyarrow", "textgrid", "zhconv"]
-QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "jinja2", "matplotlib", "soxr"]
+QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "matplotlib", "soxr"]
 DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"]
 
 setup(

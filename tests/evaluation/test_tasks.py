@@ -199,6 +199,39 @@ def test_the_libritts_normaliser_spells_out_what_the_recogniser_abbreviates():
     assert SpeechSynthesis("words").score([spelled])["tts_wer"] > 0.3
 
 
+def test_whispers_normaliser_makes_spellings_alike_and_leaves_the_published_columns():
+    said = Utterance("1", "Mister Smith paid $21 in colour", "Mr. Smith paid twenty-one dollars in color")
+    scores = SpeechRecognition("whisper").score([said])
+    assert scores["asr_wer_words"] == 0
+    assert scores["asr_wer"] == ASR.score([said])["asr_wer"] > 0.5
+    accented = Utterance("1", "Ça va? [bruit]", "ça va")
+    assert SpeechRecognition("whisper-basic").score([accented])["asr_wer_words"] == 0
+
+
+def test_strict_and_published_error_rates_stand_side_by_side():
+    said = [
+        Utterance("1", "the sea is well-known", "the sea, is well known"),
+        Utterance("2", "你好", "你好。"),
+    ]
+    scores = ASR.score(said)
+    assert scores["asr_wer"] == 3 / 6, "sea, is another word than sea, and a hyphen joins"
+    assert scores["asr_wer_words"] == 0
+    spoken = [replace(one, heard=one.text, text="") for one in said[:1]]
+    seed_tts = SeedTTS("en").score([*spoken, Utterance("3", "silence", "")])
+    assert seed_tts["seed_tts_wer_answered"] == 2 / 4
+    assert seed_tts["seed_tts_wer"] == (2 / 4 + 1) / 2
+    assert seed_tts["seed_tts_wer_words"] == 1 / 6
+
+
+def test_the_similarity_of_voices_is_averaged_over_those_that_speak():
+    said = [
+        Utterance("1", "a", "", heard="a", similarity=0.5),
+        Utterance("2", "b", "", heard="b", similarity=0.75),
+    ]
+    assert SeedTTS("en").score([*said, Utterance("3", "c", "")])["seed_tts_similarity"] == 0.625
+    assert TTS.score(said)["tts_similarity"] == 0.625
+
+
 @pytest.mark.parametrize("task", [ASR, TTS, SPEECH_QA, TEXT_QA, SeedTTS("en")], ids=lambda task: task.name)
 def test_no_utterances_have_no_score(task):
     with pytest.raises(ValueError, match="nothing to score"):

@@ -228,8 +228,8 @@ def _add_common_arguments(parser: CommandParser) -> None:
     add_system_prompt(parser)
     RUNTIME.add_to(parser)
     CODEC.add_to(parser)
-    group = transcriber_group()
-    replace(group, unset="that of the benchmark, else pocketsphinx").add_to(parser, name=None)
+    recogniser = replace(transcriber_group(), unset="that of the benchmark, else pocketsphinx")
+    recogniser.add_to(parser, name=None)
     group = parser.add_argument_group("listening")
     group.add_argument(
         "--transcriber_processes", type=int, default=Settings.transcriber_processes, metavar="N",
@@ -319,9 +319,10 @@ def _benchmark_set(one: Benchmark, root: Path, args: argparse.Namespace) -> Benc
     is_chinese = isinstance(task, SeedTTS) and task.language == "zh"
     flags = ("chinese_transcriber",) if is_chinese else ("transcriber", "transcriber_path", "grammar")
     if task.speaks and any(getattr(args, flag) for flag in flags):
-        recogniser = replace(_recogniser(task, args), language=args.language or one.language)
+        recogniser = _recogniser(task, args)
     if recogniser is not None:
-        recogniser = _placed(recogniser, args)
+        language = args.language or recogniser.language or one.language
+        recogniser = _placed(replace(recogniser, language=language), args)
     if speaker is not None and not args.speaker_model:
         speaker = replace(speaker, device=args.device or default_device())
     else:

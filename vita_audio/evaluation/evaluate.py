@@ -305,11 +305,8 @@ def summarise(task: Task, drawn: Sequence[Sequence[Utterance]]) -> dict[str, Any
     if len(scored) > 1:
         scores |= rates(list(marks.values()))
     each = [rates([task.marks(utterance) for utterance in run]) for run in scored]
-    spread = {
-        key: statistics.stdev(values)
-        for key in scores
-        if len(values := [one[key] for one in each if one.get(key) is not None]) > 1
-    }
+    values = {key: [value for one in each if (value := one.get(key)) is not None] for key in scores}
+    spread = {key: statistics.stdev(found) for key, found in values.items() if len(found) > 1}
     return {
         **scores,
         "failed": len(failures),

@@ -68,13 +68,13 @@ def whisper_basic(text: str) -> str:
 @cache
 def _whisper_normaliser(name: str) -> Any:
     try:
-        if name == "whisper":
-            return import_module("whisper_normalizer.english").EnglishTextNormalizer()
-        return import_module("whisper_normalizer.basic").BasicTextNormalizer()
+        from whisper_normalizer.basic import BasicTextNormalizer
+        from whisper_normalizer.english import EnglishTextNormalizer
     except ImportError as error:
         raise ValueError(
             f"the {name} normaliser needs whisper-normalizer; pip install -e '.[eval]'"
         ) from error
+    return EnglishTextNormalizer() if name == "whisper" else BasicTextNormalizer()
 
 
 @cache

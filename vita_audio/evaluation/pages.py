@@ -56,7 +56,8 @@ def coloured(reference: str, said: str) -> tuple[Markup, Markup]:
         wanted, found = word_tokens(reference, case_sensitive=True), word_tokens(said, case_sensitive=True)
     if not wanted or not found:
         return _marked("del", " ".join(wanted), True), _marked("ins", " ".join(found), True)
-    (chunks,) = jiwer.process_words(*(" ".join(map(_bare, words)) for words in (wanted, found))).alignments
+    bare, bare_said = (" ".join(map(_bare, words)) for words in (wanted, found))
+    (chunks,) = jiwer.process_words(bare, bare_said).alignments
     left, right = [], []
     for chunk in chunks:
         differs = chunk.type != "equal"

@@ -132,7 +132,8 @@ class WhisperTranscriber(Transcriber):
         return heard
 
     def _run(self, waveforms: Sequence[torch.Tensor], long_form: bool) -> list[str]:
-        results: Any = self._pipeline(
+        run: Any = self._pipeline  # its types do not know lists
+        results = run(
             [{"raw": waveform.numpy(), "sampling_rate": RECOGNISER_RATE} for waveform in waveforms],
             batch_size=len(waveforms),
             return_timestamps=long_form,  # needed for long-form mode

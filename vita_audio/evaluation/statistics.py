@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 Mark = tuple[float, float]
 """What an utterance adds to a score: numerator and denominator."""
@@ -106,7 +106,9 @@ def mcnemar(only_first: Any, only_second: Any) -> float:
     first, second = int(np.sum(only_first)), int(np.sum(only_second))
     if first + second == 0:
         return 1.0
-    return float(stats.binomtest(first, first + second).pvalue)
+    changed = first + second
+    tail = sum(math.comb(changed, count) for count in range(min(first, second) + 1))
+    return min(1.0, 2 * tail / 2**changed)
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -169,7 +171,7 @@ def _limits(value: float, error: float, resampled: Any) -> tuple[float, float]:
 
 def _wilson(right: float, count: int) -> tuple[float, float]:
     """Wilson's score interval (1927) of a share."""
-    z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     share, spread = right / count, z * z / count
     centre = share + spread / 2
     reach = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
