@@ -49,6 +49,15 @@ def test_the_page_holds_scores_pictures_and_sounds_in_one_file(run):
     assert pictures == {"losses.png", "speed.png", "spectrogram.png"}
 
 
+def test_scores_show_their_intervals(run):
+    path = run / "evaluation" / "results.json"
+    rows = json.loads(path.read_text())
+    rows[0]["sets"] = {"digits": {"task": "asr", "items": 9, "intervals": {"asr_wer": [0.021, 0.044]}}}
+    path.write_text(json.dumps(rows))
+    page = report.write_report(run, run / "report.html", "A run").read_text()
+    assert '<td >3.1<br><small class="soft">2.1 – 4.4</small></td>' in page
+
+
 def test_words_of_the_model_cannot_break_the_page(run):
     page = report.write_report(run, run / "report.html", "A run").read_text()
     assert "5 &lt; 6 &amp; so" in page

@@ -92,6 +92,19 @@ def test_a_benchmark_that_was_named_must_be_there(tmp_path):
         choose(["aishell"], tmp_path)
 
 
+def test_the_quickstarts_benchmarks_are_the_test_sets_of_its_corpus(tmp_path):
+    (tmp_path / "grammar.jsgf").touch()
+    file = Path(__file__).parents[2] / "configs" / "quickstart" / "benchmarks.yaml"
+    found = read_benchmarks(file)
+    assert {name: (one.task, one.file) for name, one in found.items()} == {
+        f"{task}_test": (task, f"{task}_test.jsonl") for task in ("asr", "tts", "sqa", "text_qa")
+    }
+    for one in found.values():
+        recogniser = one.make_recogniser(tmp_path)
+        assert one.decoding == "greedy"
+        assert recogniser is None or recogniser.grammar == str(tmp_path / "grammar.jsgf")
+
+
 def test_models_are_found_below_the_root_or_by_their_name(tmp_path):
     one = published_benchmarks()["llama-questions"]
     assert one.make_recogniser(tmp_path).path == "openai/whisper-large-v3"

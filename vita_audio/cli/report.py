@@ -30,7 +30,7 @@ from vita_audio import files
 from vita_audio.audio import load_audio
 from vita_audio.cli.arguments import command_parser
 from vita_audio.constants import AUDIO_TAG
-from vita_audio.evaluation.scoreboard import LEGEND, columns
+from vita_audio.evaluation.scoreboard import LEGEND, columns, interval_text
 from vita_audio.models.schedule import SCHEDULES
 
 STAGE_FOLDER = re.compile(r"finetune_(?:sensevoice_)?glm4voice_(\w+?)(?:\.sh)?")
@@ -228,7 +228,10 @@ def score_table(scores: list[Entry]) -> Entry | None:
     shown = columns(scores)
     rows = []
     for index, row in enumerate(scores):
-        cells = [{"value": column.cell(row), "text": column.is_text} for column in shown]
+        cells = [
+            {"value": column.cell(row), "text": column.is_text, "interval": interval_text(column, row)}
+            for column in shown
+        ]
         new_stage = index > 0 and row["stage"] != scores[index - 1]["stage"]
         rows.append({"cells": cells, "new_stage": new_stage})
     titles = [{"title": column.title, "text": column.is_text} for column in shown]

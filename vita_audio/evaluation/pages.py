@@ -52,7 +52,7 @@ def write_utterances(folder: Path, name: str, title: str, results: Path) -> Path
 def coloured(reference: str, said: str) -> tuple[Markup, Markup]:
     """Both texts with the tokens that only one of them has marked as deleted or inserted."""
     wanted, found = reference.split(), said.split()
-    if len(wanted) <= 1 and len(found) <= 1:  # scripts without spaces
+    if len(wanted) <= 1 and not reference.isascii():  # scripts without spaces
         wanted, found = word_tokens(reference, case_sensitive=True), word_tokens(said, case_sensitive=True)
     if not wanted or not found:
         return _marked("del", " ".join(wanted), True), _marked("ins", " ".join(found), True)

@@ -149,7 +149,7 @@ def write_pages(folder: Path, rows: Sequence[Row]) -> None:
         ours = [row for row in rows if any(row.get(column.key) is not None for column in scores)]
         lines = [
             {
-                "cells": [_html_cell(column, row, table.name) for column in columns],
+                "cells": [_html_cell(column, row) for column in columns],
                 "page": _page(folder, row, table),
                 "published": row not in ours,
             }
@@ -159,10 +159,16 @@ def write_pages(folder: Path, rows: Sequence[Row]) -> None:
     write_results(folder, "Results", shown, _notes(rows))
 
 
-def _html_cell(column: Column, row: Row, name: str) -> dict[str, Any]:
-    limits = interval_of(row, name, column.key)
-    ends = [format(column.scale * limit, column.form) for limit in limits or ()]
-    return {"text": column.cell(row), "is_text": column.is_text, "interval": " – ".join(ends)}
+def interval_text(column: Column, row: Row) -> str:
+    """The ends of a score's 95% interval, as shown; empty if there is none."""
+    name, _, key = column.key.rpartition(".")
+    sets = [name] if name else list(row.get("sets", {}))
+    limits = next((found for one in sets if (found := interval_of(row, one, key)) is not None), ())
+    return " – ".join(format(column.scale * limit, column.form) for limit in limits)
+
+
+def _html_cell(column: Column, row: Row) -> dict[str, Any]:
+    return {"text": column.cell(row), "is_text": column.is_text, "interval": interval_text(column, row)}
 
 
 def _page(folder: Path, row: Row, table: ScoreTable) -> str | None:
