@@ -3,7 +3,7 @@
 ===========  =================================================================
 train        training, and the data engine that feeds it
 gpu          FlashAttention and Liger kernels
-eval         metrics and the embedded recogniser
+eval         metrics, recognisers and result pages
 corpora      tools/prepare_data.py: public corpora to JSON lines
 libritts     the text normaliser of the published LibriTTS figures
 serve        the server: OpenAI's protocols over HTTP and websockets
@@ -30,17 +30,18 @@ TRAIN = [
     "tensorboard",
     "torchdata>=0.11",
 ]
-EVAL = ["pocketsphinx", "word2number", "zhconv"]
-CORPORA = ["lhotse>=1.33", "pyarrow", "textgrid", "zhconv"]
-QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "jinja2", "matplotlib", "soxr"]
-SERVE = [
-    "fastapi>=0.130",
-    "prometheus-client",
-    "python-multipart",
-    "silero-vad>=6.2",
-    "uvicorn>=0.40",
-    "websockets>=15",
+EVAL = [
+    "jinja2",
+    "jiwer",
+    "markupsafe",
+    "pocketsphinx",
+    "sentencepiece",
+    "whisper-normalizer",
+    "word2number",
+    "zhconv",
 ]
+CORPORA = ["lhotse>=1.33", "pyarrow", "textgrid", "zhconv"]
+QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "matplotlib", "soxr"]
 DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"]
 
 setup(
@@ -52,7 +53,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vita_audio", "vita_audio.*"]),
-    package_data={"vita_audio": ["py.typed", "cli/*.html", "serving/page/*"]},
+    package_data={"vita_audio": ["py.typed", "cli/*.html", "evaluation/templates/*.html"]},
     install_requires=[
         "audioread",
         "huggingface-hub",

@@ -180,12 +180,12 @@ step inference python "$REPOSITORY/tools/inference_sts.py" \
   --audio_tokenizer_path "$codec" ${AUDIO_MODEL_NAME_OR_PATH:+--frontend_path "$AUDIO_MODEL_NAME_OR_PATH"} \
   --samples "$corpus/examples.jsonl" --all_modes --max_new_tokens "$MAX_NEW_TOKENS" --output_dir "$out/inference"
 step evaluation env STAGES_ROOT="$stages" STAGE_PREFIX="$STAGE_PREFIX" TIMESTAMP=quickstart CORPUS="$corpus" \
-  GRAMMAR="$corpus/grammar.jsgf" OUTPUT_DIR="$out/evaluation" LIMIT="$EVALUATION_LIMIT" \
+  OUTPUT_DIR="$out/evaluation" LIMIT="$EVALUATION_LIMIT" \
   bash "$REPOSITORY/scripts/deepspeed/evaluate_sts.sh"
 step report python "$REPOSITORY/tools/report.py" --run "$out"
 
 echo "finished in $((SECONDS - started)) s; open $out/report.html"
-cat "$out/evaluation/scores.md"
+cat "$out/evaluation/results.md"
 
 # -- what to do next ------------------------------------------------------------------------------------
 

@@ -17,6 +17,20 @@ distributed.barrier()
 Path(sys.argv[1], str(distributed.rank())).write_text(json.dumps([seen, distributed.is_first()]))
 """
 
+DEAL = """
+import json, sys, time
+from pathlib import Path
+from vita_audio import distributed
+mine = []
+for name in ("first", "second"):
+    for number in distributed.shared_numbers(name):
+        if number >= 20:
+            break
+        mine.append([name, number])
+        time.sleep(0.02 * (1 + 4 * distributed.rank()))
+Path(sys.argv[1], str(distributed.rank())).write_text(json.dumps(mine))
+"""
+
 
 @pytest.fixture
 def alone(monkeypatch):
@@ -50,3 +64,19 @@ def test_every_process_gets_the_values_of_all_in_rank_order(tmp_path):
     everything = [{"rank": 0, "local": 0}, {"rank": 1, "local": 1}]
     assert json.loads((tmp_path / "0").read_text()) == [everything, True]
     assert json.loads((tmp_path / "1").read_text()) == [everything, False]
+
+
+def test_each_number_is_dealt_to_one_process_and_the_faster_one_gets_more(tmp_path):
+    (tmp_path / "deal.py").write_text(DEAL)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launch, tmp_path / "deal.py", tmp_path], check=True, capture_output=True, timeout=120)
+    shares = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    dealt = sorted(map(tuple, shares[0] + shares[1]))
+    assert dealt == [(name, number) for name in ("first", "second") for number in range(20)]
+    assert all(shares)
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_process_is_dealt_all_numbers():
+    numbers = distributed.shared_numbers("any")
+    assert [next(numbers) for _ in range(3)] == [0, 1, 2]

@@ -24,7 +24,7 @@ USED_WITHOUT_IMPORT = {
     "flash-attn": "transformers' flash_attention_2 needs it",
     "textgrid": "lhotse's recipe for AISHELL-4 needs it",
 }
-OPTIONAL = {"funasr"}
+OPTIONAL = {"faster-whisper", "funasr"}
 """Imported where it is installed; the message of its absence says how to install it."""
 
 

@@ -7,12 +7,19 @@ use, over gloo, unless they are already connected.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 Value = TypeVar("Value")
+
+
+_store: Store | None = None
 
 
 class RefusedElsewhere(ValueError):
@@ -54,6 +61,25 @@ def gather_objects(mine: Value) -> list[Value]:
     values: list[Value] = [mine] * world_size()
     distributed.all_gather_object(values, mine)
     return values
+
+
+def shared_numbers(name: str) -> Iterator[int]:
+    """0, 1, 2, …: each number is given to one process of the launch only, to the first that asks for it.
+
+    Args:
+        name: processes that give the same name share the numbers. All processes must call it.
+    """
+    if world_size() == 1:
+        yield from itertools.count()
+    from torch.distributed import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    global _store
+    if _store is None:
+        _store = next(rendezvous("env://"))[0]
+    store = PrefixStore("shared_numbers", _store)
+    while True:
+        yield store.add(name, 1) - 1
 
 
 def barrier() -> None:

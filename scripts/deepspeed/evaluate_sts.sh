@@ -8,19 +8,21 @@
 #                        STAGE_PREFIX (glm4voice or sensevoice_glm4voice) and TIMESTAMP (default: the newest run)
 #   neither              the last stage below $ROOT_PATH/output/LM
 # Which codec:           AUDIO_TOKENIZER_TYPE AUDIO_TOKENIZER_PATH FLOW_PATH AUDIO_MODEL_NAME_OR_PATH
-# Which test sets (one of):
+# Which test sets (default: BENCHMARKS=paper):
+#   BENCHMARKS           of configs/benchmarks/, by name, separated by spaces; paper: all that are below $ROOT_PATH;
+#                        or YAML files of the same form. Each has its own decoding, recogniser and metric
 #   ASR_JSON TTS_JSON SQA_JSON TEXT_QA_JSON SEED_TTS_LIST   files, several separated by spaces, each FILE or NAME=FILE
-#   CORPUS               a folder with asr_test.jsonl, tts_test.jsonl, sqa_test.jsonl, text_qa_test.jsonl, grammar.jsgf
-#   neither              the published sets found below $ROOT_PATH/data, with published decoding, recogniser and metric
+#   CORPUS               the quickstart's corpus, by configs/quickstart/benchmarks.yaml
 #   DATA_ROOT for relative audio paths; LIMIT items of each set
-# Which recogniser:      TRANSCRIBER (pocketsphinx, whisper, paraformer) TRANSCRIBER_PATH GRAMMAR LANGUAGE_CODE;
-#                        CHINESE_TRANSCRIBER_PATH (Paraformer, for Mandarin Seed-TTS)
+# Which recogniser (default: the benchmark's): TRANSCRIBER (pocketsphinx, whisper, paraformer, sensevoice, command)
+#                        TRANSCRIBER_PATH GRAMMAR LANGUAGE_CODE; CHINESE_TRANSCRIBER CHINESE_TRANSCRIBER_PATH (for
+#                        Mandarin Seed-TTS); SPEAKER_MODEL (wavlm, spectral, none) SPEAKER_MODEL_PATH
 # Also:                  MODES DECODING (greedy, published or both) OUTPUT_DIR SYSTEM_PROMPT (auto, omni, luke, none, or
-#                        a text) BATCH_SIZE MAX_NEW_TOKENS SPEED_ITEMS TEXT_NORMALISER (words, libritts);
+#                        a text) BATCH_SIZE MAX_NEW_TOKENS SAMPLES SPEED_ITEMS TEXT_NORMALISER (words, libritts, …);
 #                        EVALUATION_PROCESSES (default: one per GPU, one without) and NNODES NODE_RANK MASTER_ADDR
 #                        MASTER_PORT as in the stage scripts
 #
-# Writes OUTPUT_DIR/scores.json, scores.md, run.json, and every utterance with its WAV file.
+# Writes OUTPUT_DIR/results.json, results.md, results.html, run.json, and every utterance with its WAV file.
 set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
@@ -86,58 +88,29 @@ sets=()
 add_sets() { # FLAG FILES…
   [[ $# -eq 1 ]] || sets+=("$@")
 }
-present() { # NAME=PATH_BELOW_DATA…: fills FOUND with the existing ones
-  local entry
-  FOUND=()
-  for entry in "$@"; do
-    [[ ! -f $ROOT_PATH/data/${entry#*=} ]] || FOUND+=("${entry%%=*}=$ROOT_PATH/data/${entry#*=}")
-  done
-}
 for task in asr tts sqa text_qa; do
   variable=${task^^}_JSON
   read -r -a files <<<"${!variable:-}"
-  if [[ ${#files[@]} -eq 0 && -n ${CORPUS:-} && -f $CORPUS/${task}_test.jsonl ]]; then
-    files=("$CORPUS/${task}_test.jsonl")
-  fi
   add_sets "--$task" "${files[@]}"
 done
 read -r -a files <<<"${SEED_TTS_LIST:-}"
 add_sets --seed_tts "${files[@]}"
 
-if [[ ${#sets[@]} -eq 0 && -z ${CORPUS:-} ]]; then
-  lists=jsonl/fixie-ai
-  present llama-questions=$lists/llama-questions/test.jsonl trivia-qa=$lists/trivia_qa-audio/validation.jsonl \
-    web-questions=$lists/spoken-web-questions/test.jsonl
-  add_sets --sqa "${FOUND[@]}"
-  present librispeech-dev-clean=$lists/librispeech_asr/validation.clean.jsonl \
-    librispeech-dev-other=$lists/librispeech_asr/validation.other.jsonl \
-    librispeech-test-clean=$lists/librispeech_asr/test.clean.jsonl \
-    librispeech-test-other=$lists/librispeech_asr/test.other.jsonl \
-    wenetspeech-net=jsonl/wenet-e2e/wenetspeech/TEST_NET.jsonl \
-    wenetspeech-meeting=jsonl/wenet-e2e/wenetspeech/TEST_MEETING.jsonl \
-    aishell-1=jsonl/shenyunhang/AISHELL-1/test.jsonl
-  add_sets --asr "${FOUND[@]}"
-  present libritts=jsonl/mythicinfinity/libritts/test.clean.jsonl
-  add_sets --tts "${FOUND[@]}"
-  lists=BytedanceSpeech/seed-tts-eval/seedtts_testset
-  present seed-tts-zh=$lists/zh/meta.lst seed-tts-zh-hard=$lists/zh/hardcase.lst seed-tts-en=$lists/en/meta.lst
-  add_sets --seed_tts "${FOUND[@]}"
-  if [[ ${#sets[@]} -gt 0 ]]; then
-    sets+=(--speaker_prompt)
-    DATA_ROOT=${DATA_ROOT:-$ROOT_PATH}
-    DECODING=${DECODING:-published} TEXT_NORMALISER=${TEXT_NORMALISER:-libritts}
-    TRANSCRIBER=${TRANSCRIBER:-whisper} LANGUAGE_CODE=${LANGUAGE_CODE:-en}
-    if [[ $TRANSCRIBER == whisper && -d $ROOT_PATH/models/openai/whisper-large-v3 ]]; then
-      TRANSCRIBER_PATH=${TRANSCRIBER_PATH:-$ROOT_PATH/models/openai/whisper-large-v3}
-    fi
+root=$ROOT_PATH
+if [[ ${#sets[@]} -eq 0 && -z ${BENCHMARKS:-} ]]; then
+  if [[ -n ${CORPUS:-} ]]; then
+    root=$CORPUS BENCHMARKS=$REPOSITORY/configs/quickstart/benchmarks.yaml
+  else
+    [[ -d $ROOT_PATH/data ]] ||
+      die "no test set: set BENCHMARKS, CORPUS, or ASR_JSON, TTS_JSON, SQA_JSON, TEXT_QA_JSON or SEED_TTS_LIST; there is no $ROOT_PATH/data"
+    BENCHMARKS=paper
   fi
 fi
-[[ ${#sets[@]} -gt 0 ]] ||
-  die "no test set: set ASR_JSON, TTS_JSON, SQA_JSON, TEXT_QA_JSON or SEED_TTS_LIST, or CORPUS; none was found below $ROOT_PATH/data"
-DATA_ROOT=${DATA_ROOT:-${CORPUS:-}}
-if [[ -z ${GRAMMAR:-} && -n ${CORPUS:-} && -f $CORPUS/grammar.jsgf ]]; then
-  GRAMMAR=$CORPUS/grammar.jsgf
+if [[ -n ${BENCHMARKS:-} ]]; then
+  read -r -a files <<<"$BENCHMARKS"
+  sets+=(--benchmarks "${files[@]}" --root "$root")
 fi
+DATA_ROOT=${DATA_ROOT:-${CORPUS:-}}
 
 # -- launch ---------------------------------------------------------------------------------------------
 
@@ -152,13 +125,17 @@ add --data_root "$DATA_ROOT"
 add --limit "${LIMIT:-}"
 add --batch_size "${BATCH_SIZE:-}"
 add --max_new_tokens "${MAX_NEW_TOKENS:-}"
+add --samples "${SAMPLES:-}"
 add --speed_items "${SPEED_ITEMS:-}"
 add --system_prompt "${SYSTEM_PROMPT:-}"
 add --transcriber "${TRANSCRIBER:-}"
 add --transcriber_path "${TRANSCRIBER_PATH:-}"
 add --grammar "${GRAMMAR:-}"
 add --language "${LANGUAGE_CODE:-}"
+add --chinese_transcriber "${CHINESE_TRANSCRIBER:-}"
 add --chinese_transcriber_path "${CHINESE_TRANSCRIBER_PATH:-}"
+add --speaker_model "${SPEAKER_MODEL:-}"
+add --speaker_model_path "${SPEAKER_MODEL_PATH:-}"
 add --text_normaliser "${TEXT_NORMALISER:-}"
 if [[ -n ${DECODING:-} ]]; then
   read -r -a decodings <<<"$DECODING"

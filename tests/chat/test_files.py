@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 
 from vita_audio.chat import SampleFileError, locate_file, read_samples, sample_lines
-from vita_audio.evaluation.benchmarks import read_test_set
+from vita_audio.evaluation.items import read_test_set
 
 
 @pytest.fixture(autouse=True)

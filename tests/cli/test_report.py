@@ -26,7 +26,7 @@ def run(tmp_path) -> Path:
         row | {"mode": mode, "tokens_per_second": 100.0 * k} for k, mode in enumerate(("vanilla", "turbo"), 1)
     ]
     (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation" / "scores.json").write_text(json.dumps(rows))
+    (tmp_path / "evaluation" / "results.json").write_text(json.dumps(rows))
     folder = tmp_path / "inference"
     save_audio(folder / "reply.wav", 0.1 * torch.randn(16_000), 16_000)
     reply = {
@@ -47,6 +47,15 @@ def test_the_page_holds_scores_pictures_and_sounds_in_one_file(run):
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
     pictures = {path.name for path in (run / "report").iterdir()}
     assert pictures == {"losses.png", "speed.png", "spectrogram.png"}
+
+
+def test_scores_show_their_intervals(run):
+    path = run / "evaluation" / "results.json"
+    rows = json.loads(path.read_text())
+    rows[0]["sets"] = {"digits": {"task": "asr", "items": 9, "intervals": {"asr_wer": [0.021, 0.044]}}}
+    path.write_text(json.dumps(rows))
+    page = report.write_report(run, run / "report.html", "A run").read_text()
+    assert '<td >3.1<br><small class="soft">2.1 – 4.4</small></td>' in page
 
 
 def test_words_of_the_model_cannot_break_the_page(run):
@@ -75,8 +84,8 @@ def test_an_empty_run_and_a_torn_file_are_refused(run, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(ValueError, match="nothing to report"):
         report.write_report(empty, empty / "report.html", "A run")
-    (run / "evaluation" / "scores.json").write_text("[{")
-    with pytest.raises(ValueError, match=r"scores\.json: not valid JSON"):
+    (run / "evaluation" / "results.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"results\.json: not valid JSON"):
         report.write_report(run, run / "report.html", "A run")
 
 

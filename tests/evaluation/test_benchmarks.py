@@ -1,457 +1,250 @@
-"""Test sets, tasks and their scores, on a tiny model that knows its three samples by heart."""
+"""Benchmarks by name: where their files are, what their scores depend on, and what is said when they are missing."""
 
 from __future__ import annotations
 
 import json
 import os
-import unicodedata
-from concurrent.futures import Future
-from dataclasses import replace
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
+import yaml
 
-from vita_audio.audio import save_audio
-from vita_audio.evaluation.benchmarks import Bench, Listener, Utterance, file_name, read_test_set
-from vita_audio.evaluation.speed import measure_speed, speed_scores
-from vita_audio.evaluation.tasks import (
-    SPEECH_QA,
-    TEXT_QA,
-    SeedTTS,
-    SpeechRecognition,
-    SpeechSynthesis,
-    run_recordings,
+from vita_audio.cli.evaluate import main
+from vita_audio.cli.prepare_benchmark import main as prepare_main
+from vita_audio.evaluation.benchmarks import (
+    BenchmarkError,
+    choose,
+    published_benchmarks,
+    read_benchmarks,
 )
-from vita_audio.evaluation.transcribers import TranscriberConfig, TranscriberPool
-from vita_audio.inference import GenerationOptions, SpeechPipeline, Timings
+from vita_audio.evaluation.preparation import prepared_checksum
 
-OPTIONS = GenerationOptions.greedy("boost", max_new_tokens=120)
-ASR, TTS = SpeechRecognition(), SpeechSynthesis()
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_world) -> SpeechPipeline:
-    return SpeechPipeline.from_pretrained(tiny_world.model_dir, "mel_vq", tiny_world.codec_dir, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory):
-    grammar = tmp_path_factory.mktemp("grammar") / "words.gram"
-    grammar.write_text("#JSGF V1.0;\ngrammar words;\npublic <words> = ( river | blue | quiet )+;\n")
-    with TranscriberPool(TranscriberConfig(grammar=str(grammar)), processes=0) as pool:
-        yield pool
-
-
-@pytest.fixture
-def bench(pipeline, pool, tmp_path) -> Bench:
-    return Bench(pipeline, tmp_path, "set", Listener(pipeline.codec, pool), OPTIONS)
-
-
-class Ears:
-    """Returns given transcripts."""
-
-    def __init__(self, words):
-        self.words = words
-
-    def submit(self, audio: str) -> Future[str]:
-        future: Future[str] = Future()
-        future.set_result(self.words(audio))
-        return future
+LISTS = "data/jsonl"
+SEED_TTS = "data/BytedanceSpeech/seed-tts-eval/seedtts_testset"
+PLACES = {
+    "llama-questions": ("sqa", f"{LISTS}/fixie-ai/llama-questions/test.jsonl", "whisper"),
+    "trivia-qa": ("sqa", f"{LISTS}/fixie-ai/trivia_qa-audio/validation.jsonl", "whisper"),
+    "web-questions": ("sqa", f"{LISTS}/fixie-ai/spoken-web-questions/test.jsonl", "whisper"),
+    "librispeech-dev-clean": ("asr", f"{LISTS}/fixie-ai/librispeech_asr/validation.clean.jsonl", None),
+    "librispeech-dev-other": ("asr", f"{LISTS}/fixie-ai/librispeech_asr/validation.other.jsonl", None),
+    "librispeech-test-clean": ("asr", f"{LISTS}/fixie-ai/librispeech_asr/test.clean.jsonl", None),
+    "librispeech-test-other": ("asr", f"{LISTS}/fixie-ai/librispeech_asr/test.other.jsonl", None),
+    "wenetspeech-net": ("asr", f"{LISTS}/wenet-e2e/wenetspeech/TEST_NET.jsonl", None),
+    "wenetspeech-meeting": ("asr", f"{LISTS}/wenet-e2e/wenetspeech/TEST_MEETING.jsonl", None),
+    "aishell-1": ("asr", f"{LISTS}/shenyunhang/AISHELL-1/test.jsonl", None),
+    "fleurs-zh": ("asr", f"{LISTS}/google/fleurs/cmn_hans_cn.test.jsonl", None),
+    "fleurs-en": ("asr", f"{LISTS}/google/fleurs/en_us.test.jsonl", None),
+    "libritts-test-clean": ("tts", f"{LISTS}/mythicinfinity/libritts/test.clean.jsonl", "whisper"),
+    "seed-tts-zh": ("seed_tts", f"{SEED_TTS}/zh/meta.lst", "paraformer"),
+    "seed-tts-en": ("seed_tts", f"{SEED_TTS}/en/meta.lst", "whisper"),
+    "seed-tts-hard": ("seed_tts", f"{SEED_TTS}/zh/hardcase.lst", "paraformer"),
+}
 
 
-@pytest.fixture
-def requests_made(pipeline, monkeypatch) -> list:
-    made, stream_many = [], pipeline.backend.stream_many
-
-    def note(requests):
-        made.extend(requests)
-        return stream_many(requests)
-
-    monkeypatch.setattr(pipeline.backend, "stream_many", note)
-    return made
-
-
-# -- tasks -----------------------------------------------------------------------------------------------
-
-
-def test_asr_compares_the_text_with_the_reference(bench, tiny_world):
-    items = ASR.read(tiny_world.data_dir / "asr.jsonl")
-    utterances = ASR.run(bench, items)
-    assert utterances == [Utterance("asr_1", "the blue key", "the blue key")]
-    assert ASR.score(utterances)["asr_wer"] == 0.0
-    wrong = [Utterance("1", "the blue key", "the key"), Utterance("2", "a", "")]
-    assert ASR.score(wrong)["asr_wer"] == 2 / 4
-
-
-def test_characters_and_words_are_counted_apart():
-    scores = ASR.score([Utterance("1", "the blue key", "the blue kex")])
-    assert (scores["asr_wer"], scores["asr_cer"]) == (1 / 3, 1 / 10)
-
-
-def test_the_length_limit_of_recognition_does_not_depend_on_the_reference(bench, tiny_world, requests_made):
-    (item,) = ASR.read(tiny_world.data_dir / "asr.jsonl")
-    for answer in ("a", "a very long reference " * 50):
-        ASR.run(bench, [replace(item, answer=answer)])
-    limits = [request.options.max_new_tokens for request in requests_made]
-    assert limits == [len(bench.pipeline.prompt(item.conversation)) + 32] * 2
-
-
-def test_spoken_replies_may_have_1024_tokens(bench, tiny_world, requests_made):
-    items = TTS.read(tiny_world.data_dir / "tts.jsonl")
-    TTS.run(replace(bench, options=GenerationOptions.greedy("boost")), items)
-    assert [request.options.max_new_tokens for request in requests_made] == [1024]
-
-
-def test_tts_writes_its_text_and_its_speech_is_transcribed(bench, tiny_world, tmp_path):
-    items = TTS.read(tiny_world.data_dir / "tts.jsonl")
-    (utterance,) = TTS.run(bench, items)
-    assert (utterance.reference, utterance.text) == ("the quiet river runs", "the quiet river runs")
-    assert (tmp_path / utterance.wav).stat().st_size > 16_000
-    assert set(utterance.heard.split()) <= {"river", "blue", "quiet"}
-    floor, natural = run_recordings(bench, bench.pipeline.codec, items)
-    assert floor[0].heard == utterance.heard  # it reads with the very codes of the recording
-    assert TTS.score([utterance])["tts_wer"] == TTS.score_recordings(floor, natural)["tts_floor_wer"]
-
-
-def test_natural_and_resynthesised_speech_are_scored_separately(bench, tiny_world, tmp_path):
-    items = TTS.read(tiny_world.data_dir / "tts.jsonl")
-    ears = Ears(lambda audio: "the quiet river runs" if "reading" in audio else "the quiet")
-    listener = Listener(bench.pipeline.codec, ears)
-    floor, natural = run_recordings(replace(bench, listener=listener), bench.pipeline.codec, items)
-    assert natural[0].wav == tiny_world.audio("reading.wav")
-    assert TTS.score_recordings(floor, natural) == {"tts_floor_wer": 0.5, "tts_natural_wer": 0.0}
-
-
-def test_the_same_codes_are_recognised_once(pipeline, tmp_path):
-    submitted = []
-    ears = Ears(lambda audio: submitted.append(audio) or f"{len(submitted)}")
-    listener = Listener(pipeline.codec, ears)
-    first, second = (listener.hear([1, 2, 3], tmp_path / name) for name in ("a.wav", "b.wav"))
-    other = listener.hear([3, 2, 1], tmp_path / "c.wav")
-    assert first == second != other
-    assert len(submitted) == 2
-    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
-
-
-def test_speech_qa_scores_text_and_speech(bench, tiny_world, tmp_path):
-    items = SPEECH_QA.read(tiny_world.data_dir / "sqa.jsonl")
-    (utterance,) = SPEECH_QA.run(bench, items)
-    assert utterance.reference == ["blue"]
-    assert SPEECH_QA.score([utterance])["sqa_s2t_accuracy"] == 1.0
-    assert (tmp_path / utterance.wav).is_file()
-
-
-def test_typed_questions_are_scored_on_text_and_on_speech():
-    utterances = [
-        Utterance("1", ["five"], "it is five", heard="it is nine", wav="1.wav"),
-        Utterance("2", ["six"], "it is two", heard="it is six", wav="2.wav"),
-        Utterance("3", ["six"], "it is six"),
-    ]
-    scores = TEXT_QA.score(utterances)
-    assert scores["text_qa_t2t_accuracy"] == pytest.approx(2 / 3)
-    assert scores["text_qa_t2s_accuracy"] == pytest.approx(1 / 3)
-    assert scores["text_qa_without_audio"] == 1
-
-
-def test_questions_without_a_system_message_get_the_one_that_is_given(bench, tiny_world, requests_made):
-    items = SPEECH_QA.read(tiny_world.data_dir / "sqa.jsonl")
-    for system in (None, "Be brief."):
-        SPEECH_QA.run(replace(bench, system=system), items)
-    without, with_message = (bench.pipeline.tokenizer.decode(r.prompt.input_ids) for r in requests_made)
-    assert without.startswith("<|im_start|>user")
-    assert with_message.startswith("<|im_start|>system\nBe brief.<|im_end|>")
-
-
-def test_replies_without_speech_stay_in_the_denominator():
-    spoken = Utterance("1", ["eight"], "eight", heard="eighteen", wav="1.wav")
-    silent = Utterance("2", ["two"], "two")
-    scores = SPEECH_QA.score([spoken, silent])
-    assert (scores["sqa_s2t_accuracy"], scores["sqa_s2s_accuracy"]) == (1.0, 0.5)
-    assert (scores["sqa_s2t_accuracy_whole_words"], scores["sqa_s2s_accuracy_whole_words"]) == (1.0, 0.0)
-    assert scores["sqa_without_audio"] == 1
-
-    scores = TTS.score([Utterance("1", "a b", "", heard="a b"), Utterance("2", "c d", "")])
-    assert (scores["tts_wer"], scores["tts_wer_answered"], scores["tts_without_audio"]) == (0.5, 0.0, 1)
-    seed_tts = SeedTTS("en").score([Utterance("1", "a", "", "a"), Utterance("2", "b", "")])
-    assert seed_tts["seed_tts_wer"] == 0.5
-
-
-def test_seed_tts_divides_by_the_words_of_the_reference():
-    assert SeedTTS("en").score([Utterance("1", "a b c d", "", heard="a")])["seed_tts_wer"] == 3 / 4
-
-
-def test_punctuation_does_not_count_as_words():
-    assert (
-        TTS.score([Utterance("1", "Well-known, isn't it?", "", heard="well known isn t it")])["tts_wer"] == 0
-    )
-
-
-def test_the_libritts_normaliser_spells_out_what_the_recogniser_abbreviates():
-    pytest.importorskip("tn.english.normalizer", reason="WeTextProcessing is an extra")
-    spelled = Utterance("1", "Doctor Smith paid three dollars.", "", heard="Dr. Smith paid $3.")
-    assert SpeechSynthesis("libritts").score([spelled])["tts_wer"] == 0
-    assert SpeechSynthesis("words").score([spelled])["tts_wer"] > 0.3
-
-
-@pytest.mark.parametrize("task", [ASR, TTS, SPEECH_QA, TEXT_QA, SeedTTS("en")], ids=lambda task: task.name)
-def test_an_empty_test_set_has_no_score(task):
-    with pytest.raises(ValueError, match="nothing to score"):
-        task.score([])
-
-
-def test_both_sides_are_composed_before_they_are_compared():
-    composed, decomposed = (unicodedata.normalize(form, "un café noir") for form in ("NFC", "NFD"))
-    for reference, said in ((composed, decomposed), (decomposed, composed)):
-        assert ASR.score([Utterance("1", reference, said)])["asr_wer"] == 0
-        assert TTS.score([Utterance("1", reference, "", heard=said)])["tts_wer"] == 0
-        assert SeedTTS("en").score([Utterance("1", reference, "", heard=said)])["seed_tts_wer"] == 0
-        qa = SPEECH_QA.score([Utterance("1", [reference], said, heard=said)])
-        assert [qa[key] for key in qa if key.endswith(("accuracy", "words"))] == [1.0] * 4
-
-
-def test_each_item_draws_from_its_own_seed_in_every_batch(bench, tiny_world, requests_made):
-    (item,) = TTS.read(tiny_world.data_dir / "tts.jsonl")
-    items = [replace(item, id=str(number)) for number in range(3)]
-    drawn = replace(OPTIONS, do_sample=True, temperature=5.0, seed=7)
-    said = []
-    for batch_size in (1, 3):
-        listener = Listener(bench.pipeline.codec, Ears(lambda audio: ""))
-        asked = replace(bench, options=drawn, batch_size=batch_size, listener=listener)
-        said.append([utterance.text for utterance in TTS.run(asked, items)])
-    assert sorted(request.options.seed for request in requests_made[:3]) == [7, 8, 9]
-    assert said[0] == said[1]
-
-
-# -- speed -----------------------------------------------------------------------------------------------
-
-
-def test_speed_is_measured_on_single_replies_with_modes_in_turn(pipeline, tiny_world, monkeypatch):
-    (item,) = TTS.read(tiny_world.data_dir / "tts.jsonl")
-    reply, asked = type(pipeline).reply, []
-
-    def noted(self, conversation, options, **arguments):
-        asked.append(options.mode)
-        return reply(self, conversation, options, **arguments)
-
-    monkeypatch.setattr(type(pipeline), "reply", noted)
-    speeds = measure_speed(pipeline, [item, item, item], ["vanilla", "turbo"], max_new_tokens=120)
-    assert asked == ["vanilla", "turbo"] * 3, "the first item warms up, then the modes take turns"
-    assert list(speeds) == ["vanilla", "turbo"]
-    for speed in speeds.values():
-        assert speed["speed_utterances"] == 2
-        assert speed["tokens_per_second"] > 0
-        assert 0 < speed["first_chunk_seconds"] < 60
-        assert speed["first_sound_seconds"] > 0
-
-
-def test_the_first_chunk_is_timed_from_the_finished_prompt_and_the_first_sound_from_the_question():
-    timings = [
-        Timings(prompt=1.0, first_token=1.5, first_chunk=chunk, first_sound=9.0, generated=3.0, total=9, new_tokens=40)
-        for chunk in (1.75, 2.0, None)
-    ]  # fmt: skip
-    assert speed_scores(timings, [4.0, 5.0, None]) == {
-        "tokens_per_second": 20.0,
-        "first_chunk_seconds": 0.875,
-        "first_sound_seconds": 4.5,
-        "speed_utterances": 3,
+def test_the_papers_benchmarks_are_where_the_original_has_them():
+    found = {
+        one.name: (one.task, one.file, one.recogniser.get("name")) for one in published_benchmarks().values()
     }
+    assert found == PLACES
 
 
-# -- test sets -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", PLACES)
+def test_a_paper_benchmark_says_all_that_its_score_depends_on(name):
+    one = published_benchmarks()[name]
+    assert one.decoding == "published"
+    assert one.language == ("zh" if name in CHINESE else "en")
+    assert one.normaliser == ("libritts" if name == "libritts-test-clean" else "words")
+    recogniser = one.make_recogniser(Path("/root"))
+    assert (recogniser is None) == (one.task == "asr")
+    assert recogniser is None or recogniser.name != "pocketsphinx"
+    if one.task == "seed_tts":
+        task = one.make_task()
+        assert (task.language, task.speaker_prompt) == (one.language, True)
+        assert one.make_speaker(Path("/root")).name == "wavlm"
+    for row in one.published:
+        assert row["source"]
 
 
-def test_limits_spread_over_the_file(tmp_path, text_sample, write_lines):
-    path = write_lines(
-        tmp_path / "set.jsonl", [{"id": number} | text_sample("q", "a") for number in range(10)]
-    )
-    assert [item.id for item in read_test_set(path, limit=5)] == ["0", "2", "4", "6", "8"]
-    assert len(read_test_set(path, limit=100)) == 10
-    with pytest.raises(ValueError, match="a limit of 0 items"):
-        read_test_set(path, limit=0)
+CHINESE = {"wenetspeech-net", "wenetspeech-meeting", "aishell-1", "fleurs-zh", "seed-tts-zh", "seed-tts-hard"}
+
+
+def test_paper_takes_what_is_there_and_names_the_rest_with_its_command(tmp_path):
+    for name in ("llama-questions", "seed-tts-hard"):
+        path = tmp_path / PLACES[name][1]
+        path.parent.mkdir(parents=True)
+        path.touch()
+    chosen, missing = choose(["paper"], tmp_path)
+    assert [one.name for one in chosen] == ["llama-questions", "seed-tts-hard"]
+    assert len(missing) == len(PLACES) - 2
+    (line,) = [line for line in missing if line.startswith("fleurs-zh:")]
+    assert f"run tools/prepare_benchmark.py fleurs-zh SOURCE --root {tmp_path}" in line
+    assert "https://huggingface.co/datasets/google/fleurs" in line
+
+
+def test_a_benchmark_that_was_named_must_be_there(tmp_path):
+    with pytest.raises(BenchmarkError, match=r"aishell-1: .* is missing; get .*openslr"):
+        choose(["aishell-1"], tmp_path)
+    with pytest.raises(
+        BenchmarkError, match=r"no such benchmark; give a YAML file, paper, or of .*aishell-1"
+    ):
+        choose(["aishell"], tmp_path)
+
+
+def test_the_quickstarts_benchmarks_are_the_test_sets_of_its_corpus(tmp_path):
+    (tmp_path / "grammar.jsgf").touch()
+    file = Path(__file__).parents[2] / "configs" / "quickstart" / "benchmarks.yaml"
+    found = read_benchmarks(file)
+    assert {name: (one.task, one.file) for name, one in found.items()} == {
+        f"{task}_test": (task, f"{task}_test.jsonl") for task in ("asr", "tts", "sqa", "text_qa")
+    }
+    for one in found.values():
+        recogniser = one.make_recogniser(tmp_path)
+        assert one.decoding == "greedy"
+        assert recogniser is None or recogniser.grammar == str(tmp_path / "grammar.jsgf")
+
+
+def test_models_are_found_below_the_root_or_by_their_name(tmp_path):
+    one = published_benchmarks()["llama-questions"]
+    assert one.make_recogniser(tmp_path).path == "openai/whisper-large-v3"
+    folder = tmp_path / "models/openai/whisper-large-v3"
+    folder.mkdir(parents=True)
+    assert one.make_recogniser(tmp_path).path == str(folder)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no samples"),
-        ("{broken", r"set\.jsonl:1: not JSON"),
-        ('{"messages": []}', r"set\.jsonl:1: 'messages' is missing or empty"),
-        ('{"id": 1}', r"set\.jsonl:1: 'messages' is missing or empty"),
+        ("a: [", "cannot be read"),
+        ("[]", "must map names"),
+        ("a: 1", "a: must be a mapping"),
+        ("a: {task: asr}", "a: needs a text for 'file'"),
+        ("a/b: {task: asr, file: x}", "a/b: a name has up to 64 letters"),
+        ("a: {task: mt, file: x}", "a: 'task' must be of asr"),
+        ("a: {task: asr, file: x, metric: wer}", "a: unknown key 'metric'; known: decoding"),
+        ("a: {task: asr, file: x, decoding: beam}", "a: 'decoding' must be of greedy, published"),
+        ("a: {task: asr, file: x, normaliser: y}", "a: 'normaliser' must be of words"),
+        ("a: {task: seed_tts, file: x}", "a: 'language' must be of zh, en"),
+        ("a: {task: sqa, file: x, recogniser: {nam: y}}", "a: 'recogniser' has an unknown key 'nam'"),
+        ("a: {task: sqa, file: x, recogniser: y}", "a: 'recogniser' must be a mapping"),
         (
-            '{"messages": [{"role": "assistant", "content": "x"}]}',
-            r"set\.jsonl:1: not a test sample: no message before the assistant's",
+            "a: {task: sqa, file: x, published: [{model: y}]}",
+            "a: each row of 'published' needs model, source",
         ),
-        (
-            '{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}',
-            r"set\.jsonl:1: .*the last message must be the assistant's",
-        ),
-        (
-            '{"messages": [{"role": "assistant", "content": "x"}], "answers": "eight"}',
-            r"set\.jsonl:1: .*'answers' must be a list of texts",
-        ),
+        ("a: {task: sqa, file: x, prepare: {page: y}}", "a: 'prepare' needs page, source, from and layout"),
+        ("a: {task: asr, file: x}\na: {task: asr, file: y}", "given twice"),
     ],
 )
-def test_unusable_test_sets_are_named_with_their_line(tmp_path, text, message):
-    (tmp_path / "set.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_test_set(tmp_path / "set.jsonl")
-
-
-def test_a_missing_test_set_is_named():
-    with pytest.raises(ValueError, match=r"nowhere\.jsonl: no such test set"):
-        read_test_set(Path("nowhere.jsonl"))
-
-
-def question(answer: object, **more: object) -> dict:
-    return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}], **more}
-
-
-def test_a_list_as_the_last_content_is_a_list_of_answers(tmp_path, write_lines):
-    path = write_lines(tmp_path / "set.jsonl", [question(["New York", "NYC"]), question("Rome")])
-    first, second = TEXT_QA.read(path)
-    assert (first.answers, second.answers) == (("New York", "NYC"), ("Rome",))
-    assert TEXT_QA.score([Utterance("1", list(first.answers), "it is NYC")])["text_qa_t2t_accuracy"] == 1
-    with pytest.raises(ValueError, match="content of message 1 must be text, it is of type list"):
-        ASR.read(path)
-
-
-@pytest.mark.parametrize(
-    ("sample", "message"),
-    [
-        (question(None), r"content of message 1 must be text, it is missing"),
-        (question({"text": "a"}), r"content of message 1 must be text, it is of type dict"),
-        (question([]), r"the last message lists no answers"),
-        (question([1, 2]), r"'answers' must be a list of texts"),
-        (question("?"), r"the answer '\?' contains no words"),
-        (question("right", answers=["yes", "…"]), r"the answer '…' contains no words"),
-        (question(["yes", "!"]), r"the answer '!' contains no words"),
-    ],
-)
-def test_answers_that_cannot_be_scored_are_refused(tmp_path, write_lines, sample, message):
-    path = write_lines(tmp_path / "set.jsonl", [question("fine"), sample])
-    with pytest.raises(ValueError, match=rf"set\.jsonl:2: .*{message}"):
-        TEXT_QA.read(path)
-
-
-def test_spoken_and_typed_questions_are_not_mixed_up(tmp_path, tiny_world, write_lines):
-    with pytest.raises(ValueError, match="the last question must be spoken"):
-        SPEECH_QA.read(write_lines(tmp_path / "set.jsonl", [question("a")]))
-    with pytest.raises(ValueError, match="the last question must be typed"):
-        TEXT_QA.read(tiny_world.data_dir / "sqa.jsonl")
-
-
-def test_references_without_words_are_refused(tmp_path, tiny_world, write_lines):
-    asr, tts = (json.loads(json.dumps(tiny_world.samples[task])) for task in ("asr", "tts"))
-    for mark in ("。", "...", "\u200b"):
-        asr["messages"][-1]["content"] = mark
-        with pytest.raises(ValueError, match=r"set\.jsonl:1: .*the reference .* contains no words"):
-            ASR.read(write_lines(tmp_path / "set.jsonl", [asr]), tiny_world.data_dir)
-    asr["messages"][-1]["content"] = "。"
-    tts["messages"][0]["content"] = "Convert the text to speech.\n…"
-    with pytest.raises(ValueError, match=r"set\.jsonl:1: .*the reference '。' contains no words"):
-        ASR.read(write_lines(tmp_path / "set.jsonl", [asr]), tiny_world.data_dir)
-    with pytest.raises(ValueError, match=r"set\.jsonl:1: .*the text to be read, '…', contains no words"):
-        TTS.read(write_lines(tmp_path / "set.jsonl", [tts]), tiny_world.data_dir)
-
-
-def test_a_missing_recording_is_named_before_a_model_is_loaded(tmp_path, tiny_world, write_lines):
-    path = write_lines(tmp_path / "set.jsonl", [tiny_world.samples["asr"]])
-    with pytest.raises(ValueError, match=r"set\.jsonl:1: .*question\.wav: no such audio file"):
-        ASR.read(path)
-
-
-@pytest.mark.parametrize("size", [0, -1])
-def test_an_empty_batch_is_refused(bench, size):
-    with pytest.raises(ValueError, match="batch size"):
-        replace(bench, batch_size=size)
-
-
-# -- Seed-TTS --------------------------------------------------------------------------------------------
+def test_a_wrong_entry_is_one_line_with_file_and_field(tmp_path, text, message):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    with pytest.raises(BenchmarkError, match=message) as error:
+        read_benchmarks(path)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture
-def meta(tmp_path) -> Path:
-    folder = tmp_path / "en"
-    (folder / "prompt-wavs").mkdir(parents=True)
-    for name in ("prompt-wavs/one.wav", "said.wav"):
-        save_audio(folder / name, 0.1 * torch.randn(8_000), 16_000)
-    (folder / "meta.lst").write_text(
-        "utt-1|who speaks|prompt-wavs/one.wav|Read this.\nutt-2|who|prompt-wavs/one.wav|And this.|said.wav\n"
+def own(tiny_world, tmp_path) -> Path:
+    """Benchmarks of one's own, next to their files; one with other answers, and a row that somebody published."""
+    sample = json.loads(json.dumps(tiny_world.samples["sqa"]))
+    sample["messages"][-1]["content"] = ["red", "green"]
+    sample["audios"] = [tiny_world.audio("question.wav")]
+    (tmp_path / "wrong.jsonl").write_text(json.dumps(sample) + "\n")
+    (tmp_path / "words.gram").write_text(
+        "#JSGF V1.0;\ngrammar words;\npublic <words> = ( river | blue | quiet )+;\n"
     )
-    return folder / "meta.lst"
+    recogniser = {"name": "pocketsphinx", "grammar": "words.gram"}
+    published = {"model": "Other", "source": "a paper, Table 2", "scores": {"sqa_s2t_accuracy": 0.756}}
+    entries = {
+        "heart": {
+            "task": "sqa", "file": str(tiny_world.data_dir / "sqa.jsonl"), "recogniser": recogniser,
+            "published": [published],
+        },
+        "wrong": {"task": "sqa", "file": "wrong.jsonl", "recogniser": recogniser},
+        "letters": {"task": "asr", "file": str(tiny_world.data_dir / "asr.jsonl"), "decoding": "published"},
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(entries))
+    return tmp_path / "own.yaml"
 
 
-def test_a_seed_tts_list_is_read_with_and_without_the_speaker(meta):
-    first, second = SeedTTS("en").read(meta)
-    assert [message.content for message in first.conversation.messages] == [
-        "Convert the text to speech.\nRead this."
+def test_own_benchmarks_have_a_row_for_each_set_with_published_rows_beside(own, tiny_world, tmp_path, capsys):
+    arguments = [
+        "--checkpoints", f"tiny={tiny_world.model_dir}@turbo", "--audio_tokenizer_type", "mel_vq",
+        "--audio_tokenizer_path", tiny_world.codec_dir, "--device", "cpu", "--benchmarks", own,
+        "--transcriber_processes", 0, "--speed_items", 0, "--system_prompt", "none", "--output_dir", tmp_path / "out",
+    ]  # fmt: skip
+    main([str(argument) for argument in arguments])
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["decoding"] for row in rows] == ["greedy", "published"]
+    greedy, published = rows
+    assert set(greedy["sets"]) == {"heart", "wrong"}
+    assert set(published["sets"]) == {"letters"}
+    assert (greedy["heart.sqa_s2t_accuracy"], greedy["wrong.sqa_s2t_accuracy"]) == (1.0, 0.0)
+    assert not [key for key in greedy if key.startswith("sqa_")], "nothing is pooled"
+    facts = greedy["sets"]["heart"]
+    assert facts["recogniser"] == "pocketsphinx, restricted to words.gram"
+    assert len(facts["checksum"]) == len(greedy["weights"]) == 16
+    assert greedy["versions"]["torch"]
+
+    said = capsys.readouterr().out
+    heart = said.split("### speech QA · heart")[1].split("###")[0]
+    assert [line.split("|")[1].strip() for line in heart.splitlines() if line.startswith("|")][2:] == [
+        "tiny",
+        "Other",
     ]
-    assert (first.reference_audio, second.reference_audio) == (None, str(meta.parent / "said.wav"))
-    spoken, _ = SeedTTS("en", speaker_prompt=True).read(meta)
-    assert spoken.conversation.messages[0].content == "Your Voice: <|audio|>\n"
-    assert spoken.conversation.audios == (str(meta.parent / "prompt-wavs" / "one.wav"),)
+    assert "75.6" in heart
+    assert "Other, published: a paper, Table 2" in " ".join(said.split())
+    page = (tmp_path / "out" / "results.html").read_text()
+    assert 'href="tiny-turbo/heart.html"' in page
+    assert "75.6" in page
+    utterances = (tmp_path / "out" / "tiny-turbo" / "heart.html").read_text()
+    assert 'src="wav/heart/sqa_1.wav"' in utterances
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("utt|a|b.wav", "3 fields"),
-        ("utt|a|b.wav|one | two|said.wav|x", "7 fields"),
-        ("|a|prompt-wavs/one.wav|text", "the utterance's name, is empty"),
-        ("utt|a|nowhere.wav|text", r"nowhere\.wav: no such audio file"),
-        ("utt|a|prompt-wavs/one.wav|...", "contains no words"),
-        ("utt-1|a|prompt-wavs/one.wav|text", "id 'utt-1' occurs twice"),
-    ],
-)
-def test_a_bad_line_of_a_seed_tts_list_is_named(meta, line, message):
-    with meta.open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(ValueError, match=message):
-        SeedTTS("en", speaker_prompt=True).read(meta)
+@pytest.mark.slow
+def test_every_miniature_runs_through_the_script_and_fills_its_table(
+    miniature, counts, tiny_world, whisper, sensevoice, released, tmp_path
+):
+    """With small untrained recognisers behind the real interfaces."""
+    root = tmp_path / "root"
+    for name in counts:
+        prepare_main([name, str(miniature(name)), "--root", str(root)])
+    variables = os.environ | {
+        "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MODEL_NAME_OR_PATH": f"tiny={tiny_world.model_dir}@turbo",
+        "AUDIO_TOKENIZER_TYPE": "mel_vq", "AUDIO_TOKENIZER_PATH": str(tiny_world.codec_dir), "ROOT_PATH": str(root),
+        "TRANSCRIBER": "whisper", "TRANSCRIBER_PATH": whisper, "CHINESE_TRANSCRIBER": "sensevoice",
+        "CHINESE_TRANSCRIBER_PATH": str(sensevoice), "SPEAKER_MODEL": "wavlm", "SPEAKER_MODEL_PATH": str(released),
+        "TEXT_NORMALISER": "words", "MAX_NEW_TOKENS": "30", "SYSTEM_PROMPT": "none", "BENCHMARKS": "paper",
+        "OUTPUT_DIR": str(tmp_path / "out"),
+    }  # fmt: skip
+    script = Path(__file__).parents[2] / "scripts" / "deepspeed" / "evaluate_sts.sh"
+    run = subprocess.run(
+        ["bash", str(script), "--transcriber_processes", "0"],
+        env=variables, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {name: facts["items"] for name, facts in row["sets"].items()} == counts
+    scores = {"asr": "asr_wer", "tts": "tts_wer", "sqa": "sqa_s2s_accuracy", "seed_tts": "seed_tts_wer"}
+    for name, facts in row["sets"].items():
+        prefix = "" if name == "libritts-test-clean" else f"{name}."  # the only set of its task
+        assert row[f"{prefix}{scores[facts['task']]}"] is not None, name
+        if facts["task"] == "seed_tts":
+            silent = row[f"{prefix}seed_tts_without_audio"] == counts[name]
+            assert silent == (f"{prefix}seed_tts_similarity" not in row)
+        assert facts["failed"] == 0
+        assert facts["checksum"] == prepared_checksum(Path(facts["file"]))
+        assert f" · {name} · {counts[name]} items" in run.stdout
+    assert any(key.endswith("seed_tts_similarity") for key in row)
+    assert "changed since" not in run.stdout
 
-
-# -- file names ------------------------------------------------------------------------------------------
-
-ANY_ID = st.text(st.characters(codec=None), min_size=1, max_size=300)
-
-
-@given(st.lists(ANY_ID, unique=True, max_size=6))
-@example(
-    [
-        "a?",
-        "a!",
-        "a/b",
-        "a_b",
-        "A_b",
-        "a_",
-        "a_-1f2e3d4c5b6a7988",
-        "x" * 300,
-        "x" * 301,
-        "é",
-        "e\u0301",
-        "..",
-        ".",
-    ]
-)
-def test_no_two_ids_share_a_file(ids):
-    names = [file_name(identifier) for identifier in ids]
-    assert len({unicodedata.normalize("NFC", name).casefold() for name in names}) == len(ids)
-    for name in names:
-        assert len(os.fsencode(f"{name}.wav")) <= 100
-        assert not set(name) & set('/\\:*?"<>|\0')
-        assert not name.startswith(".")
-
-
-def test_plain_ids_are_used_unchanged():
-    assert file_name("tts_test_0") == "tts_test_0"
-
-
-def test_ids_that_differ_only_in_punctuation_are_scored_on_their_own_sound(bench, tiny_world):
-    (item,) = TTS.read(tiny_world.data_dir / "tts.jsonl")
-    ids = ["a?", "a!", "a:", "A?", "é", "e\u0301", "x" * 400]
-    utterances = TTS.run(bench, [replace(item, id=identifier) for identifier in ids])
-    assert len({utterance.wav for utterance in utterances}) == len(ids)
-    assert all((bench.folder / utterance.wav).is_file() for utterance in utterances)
+    # A set that is edited after its preparation is noticed.
+    path = root / PLACES["fleurs-en"][1]
+    path.write_text(path.read_text().replace("river", "rivers").replace("RIVER", "RIVERS"))
+    run = subprocess.run(
+        ["bash", str(script), "--transcriber_processes", "0"],
+        env=variables | {"BENCHMARKS": "fleurs-en"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "fleurs-en: changed since tools/prepare_benchmark.py wrote it" in " ".join(run.stdout.split())

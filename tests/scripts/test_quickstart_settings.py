@@ -31,7 +31,7 @@ note=$calls/$(ls "$calls" | wc -l)
 { echo "ARGUMENTS=$*"; env; } >"$note"
 while [ $# -gt 0 ]; do
   case $1 in
-    --out | --output_dir) mkdir -p "$2" && touch "$2/config.json" "$2/scores.md" "$2/asr_test.jsonl" ;;
+    --out | --output_dir) mkdir -p "$2" && touch "$2/config.json" "$2/results.md" "$2/asr_test.jsonl" ;;
   esac
   shift
 done

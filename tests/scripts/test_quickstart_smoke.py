@@ -66,7 +66,7 @@ def test_the_second_start_continues_stage_3_from_its_last_checkpoint(finished):
 
 def test_the_table_has_every_stage_and_mode(finished):
     out, _ = finished
-    rows = json.loads((out / "evaluation/scores.json").read_text())
+    rows = json.loads((out / "evaluation/results.json").read_text())
     keys = [(row["stage"], row["mode"]) for row in rows]
     modes = ["vanilla", "balance", "boost", "turbo"]
     assert [key for key in keys if key[0] in ("stage3", "stage4")] == [

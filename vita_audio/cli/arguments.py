@@ -163,7 +163,7 @@ def transcriber_group() -> OptionGroup[TranscriberConfig]:
         TranscriberConfig,
         names={"name": ("transcriber",), "path": ("transcriber_path",)},
         settings={
-            "name": {"choices": ("pocketsphinx", "whisper", "paraformer")},
+            "name": {"metavar": "NAME"},
             "path": {"metavar": "DIR"},
             "grammar": {"metavar": "FILE"},
         },

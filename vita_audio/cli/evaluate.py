@@ -5,14 +5,19 @@
 
 One row per checkpoint and mode. A checkpoint is scored in the modes that it has enough heads for, or in those
 listed after its folder: stage2=DIR@vanilla,1-1. Every test set has its own scores, named by NAME=FILE, else by file.
-scores.json and scores.md are written row by row, and a score is computed again only if one of its inputs changed.
-OUTPUT_DIR/STAGE-MODE/ holds every utterance and its WAV file, OUTPUT_DIR/run.json the settings of the run.
+--benchmarks takes the paper's benchmarks by name, "paper" for those that are there, and YAML files in the same form
+(configs/benchmarks/). results.json, results.md and results.html are written row by row, and a score is computed
+again only if one of its inputs changed. A killed run goes on where it was. OUTPUT_DIR/STAGE-MODE/ holds every
+utterance and its WAV file, OUTPUT_DIR/run.json the settings of the run. Items that fail are named and not scored; the
+exit status is then 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import logging
+import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,12 +36,16 @@ from vita_audio.cli.arguments import (
     transcriber_group,
 )
 from vita_audio.distributed import is_first
-from vita_audio.evaluation.benchmarks import file_name
-from vita_audio.evaluation.evaluate import DECODINGS, BenchmarkSet, Checkpoint, Settings, check, evaluate
+from vita_audio.evaluation.benchmarks import Benchmark, choose
+from vita_audio.evaluation.evaluate import evaluate
+from vita_audio.evaluation.items import PLAIN_NAME, file_name
 from vita_audio.evaluation.normalisers import NORMALISERS, normaliser
+from vita_audio.evaluation.preparation import prepared_checksum
 from vita_audio.evaluation.results import folder_fingerprint
 from vita_audio.evaluation.scoreboard import TASKS, Row, markdown
-from vita_audio.evaluation.tasks import SeedTTS, SpeechSynthesis, Task
+from vita_audio.evaluation.settings import DECODINGS, BenchmarkSet, Checkpoint, Settings, check
+from vita_audio.evaluation.similarity import SPEAKER_MODELS, SpeakerConfig
+from vita_audio.evaluation.tasks import SeedTTS, SpeechRecognition, SpeechSynthesis, Task
 from vita_audio.evaluation.tasks.seed_tts import LANGUAGES, language_of
 from vita_audio.evaluation.transcribers import RECOGNISERS, TranscriberConfig
 from vita_audio.files import write_json
@@ -45,6 +54,8 @@ from vita_audio.inference.pipeline import check_family, default_device
 from vita_audio.models.open import locate, open_config
 from vita_audio.models.schedule import SCHEDULES, schedules_for
 from vita_audio.provenance import RUN_FILE, describe_run
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,9 +71,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--{task.name}", nargs="+", default=[], metavar="[NAME=]FILE", help=f"test sets of {task.title}"
         )
     parser.add_argument(
-        "--decoding", nargs="+", default=["greedy"], choices=DECODINGS,
+        "--benchmarks", nargs="+", default=[], metavar="NAME", help="benchmarks, paper, or YAML files"
+    )
+    parser.add_argument(
+        "--root", type=Path, metavar="DIR", help="base folder of the benchmarks' files (default: $ROOT_PATH)"
+    )
+    parser.add_argument(
+        "--decoding", nargs="+", default=[], choices=DECODINGS,
         help="greedy: the most likely token, which is reproducible; published: the decoding of the published figures, "
-        "with sampled speech synthesis and the checkpoint's repetition penalty; both may be given (default: greedy)",
+        "with sampled speech synthesis and the checkpoint's repetition penalty; both may be given (default: that of "
+        "each benchmark, greedy for other sets)",
     )  # fmt: skip
     defaults = Settings()
     parser.add_argument(
@@ -76,6 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--seed", type=int, default=defaults.seed, metavar="N", help="seed of sampled replies"
     )
     parser.add_argument(
+        "--samples", type=int, default=defaults.samples, metavar="N",
+        help="how often sampled replies are drawn; scores are means over the draws (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--speed_items", type=int, default=defaults.speed_items, metavar="N",
         help=f"number of timed replies (default: {defaults.speed_items})",
     )  # fmt: skip
@@ -83,14 +105,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     files = [(task, text) for task in TASKS for text in getattr(args, task)]
-    if not files:
-        raise ValueError(f"nothing to score: give one of {', '.join(f'--{task}' for task in TASKS)}")
+    if not files and not args.benchmarks:
+        flags = ", ".join(f"--{task}" for task in TASKS)
+        raise ValueError(f"nothing to score: give --benchmarks, or one of {flags}")
     checkpoints = [_read_checkpoint(text, args) for text in args.checkpoints]
-    settings = replace(_settings(args), decodings=tuple(dict.fromkeys(args.decoding)))
+    sets = [*_read_sets(files, args), *_read_benchmarks(args)]
+    twice = [name for name, count in Counter(one.name.lower() for one in sets).items() if count > 1]
+    if twice:
+        raise ValueError(f"two test sets have the name {twice[0]!r}; give them different names")
+    if args.decoding:
+        sets = [replace(one, decoding=None) for one in sets]
+    decodings = args.decoding or sorted({one.decoding or "greedy" for one in sets})
     settings = replace(
-        settings, max_new_tokens=args.max_new_tokens, seed=args.seed, speed_items=args.speed_items
+        _settings(args),
+        decodings=tuple(dict.fromkeys(decodings)),
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        samples=args.samples,
+        speed_items=args.speed_items,
     )
-    _run("evaluate", args, checkpoints, _read_sets(files, args), settings)
+    _run("evaluate", args, checkpoints, sets, settings)
 
 
 def main_single(task: str, argv: Sequence[str] | None = None, **defaults: object) -> None:
@@ -139,7 +173,7 @@ def main_single(task: str, argv: Sequence[str] | None = None, **defaults: object
     name, language = task, None
     if getattr(args, "metric", "wer") != "wer":
         name, language = "seed_tts", args.metric.removeprefix("seed-tts-")
-        args.seed_tts_language, args.chinese_transcriber = language, args.transcriber
+        args.seed_tts_language, args.chinese_transcriber = language, args.transcriber or "pocketsphinx"
         args.chinese_transcriber_path = args.transcriber_path
     sets = _read_sets([(name, f"{task}={args.json_path}")], args)
     _run(f"evaluate_{task}", args, [checkpoint], sets, settings)
@@ -164,7 +198,10 @@ def _run(
 
     rows: list[Row] = evaluate(checkpoints, sets, settings, args.output_dir, open_pipeline)
     if is_first():
-        print(f"\n{markdown(rows)}\n{args.output_dir / 'scores.md'}")
+        print(f"\n{markdown(rows)}\n{args.output_dir / 'results.md'}", flush=True)
+    failed = sum(facts["failed"] for row in rows for facts in row["sets"].values())
+    if failed:
+        sys.exit(f"error: {failed} items failed (named above); start the command again to try them again")
 
 
 def _add_common_arguments(parser: CommandParser) -> None:
@@ -176,9 +213,11 @@ def _add_common_arguments(parser: CommandParser) -> None:
     )
     group.add_argument("--output_dir", type=Path, required=True, metavar="DIR")
     group.add_argument(
-        "--text_normaliser", default="words", choices=tuple(NORMALISERS),
-        help="normaliser for TTS: words compares words without punctuation, libritts also spells out numbers and "
-        "abbreviations as in the published LibriTTS figures (needs WeTextProcessing; default: words)",
+        "--text_normaliser", choices=tuple(NORMALISERS),
+        help="normaliser for TTS, and for the columns of ASR that compare words: words compares them without "
+        "punctuation, libritts also spells out numbers and abbreviations as in the published LibriTTS figures (needs "
+        "WeTextProcessing), whisper and whisper-basic are those of published Whisper figures, for English and other "
+        "languages (default: that of the benchmark, else words)",
     )  # fmt: skip
     group.add_argument(
         "--speaker_prompt",
@@ -189,17 +228,23 @@ def _add_common_arguments(parser: CommandParser) -> None:
     add_system_prompt(parser)
     RUNTIME.add_to(parser)
     CODEC.add_to(parser)
-    transcriber_group().add_to(parser)
+    recogniser = replace(transcriber_group(), unset="that of the benchmark, else pocketsphinx")
+    recogniser.add_to(parser, name=None)
     group = parser.add_argument_group("listening")
     group.add_argument(
         "--transcriber_processes", type=int, default=Settings.transcriber_processes, metavar="N",
         help="number of recogniser processes; 0 recognises in this process (default: 2)",
     )  # fmt: skip
     group.add_argument(
-        "--chinese_transcriber", default="paraformer", choices=RECOGNISERS,
-        help="recogniser for Mandarin Seed-TTS (default: paraformer)",
+        "--chinese_transcriber", choices=RECOGNISERS,
+        help="recogniser for Mandarin Seed-TTS (default: that of the benchmark, else paraformer)",
     )  # fmt: skip
     group.add_argument("--chinese_transcriber_path", metavar="DIR", help="its weights")
+    group.add_argument(
+        "--speaker_model", choices=(*SPEAKER_MODELS, "none"),
+        help="embedding that compares the model's voice with the voice prompt (default: the benchmark's, else none)",
+    )  # fmt: skip
+    group.add_argument("--speaker_model_path", metavar="FILE", help="its weights")
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -247,13 +292,46 @@ def _resolved_mode(folder: Path, heads: int, given: GenerationOptions) -> str:
 def _read_sets(files: Sequence[tuple[str, str]], args: argparse.Namespace) -> list[BenchmarkSet]:
     """The test sets of pairs of a task and ``[NAME=]FILE``."""
     given = [(task, *_named_file(text, args.data_root)) for task, text in files]
-    names = _set_names([(name, path) for _, name, path in given])
+    names = _set_names([(name, path) for _, name, path in given]) if given else []
     sets = []
     for name, (task_name, _, path) in zip(names, given, strict=True):
         task = _task(task_name, path, args)
         items = task.read(path, args.data_root, args.limit)
-        sets.append(BenchmarkSet(name, task, path, items, _recogniser(task, args)))
+        sets.append(BenchmarkSet(name, task, path, items, _recogniser(task, args), _speaker(task, args)))
     return sets
+
+
+def _read_benchmarks(args: argparse.Namespace) -> list[BenchmarkSet]:
+    """The test sets of ``--benchmarks``; flags of recogniser and speaker embedding override theirs."""
+    root = args.root or Path(os.environ.get("ROOT_PATH", "."))
+    chosen, missing = choose(args.benchmarks, root)
+    for line in missing if is_first() else ():
+        logger.warning("%s", line)
+    if args.benchmarks and not chosen:
+        raise ValueError(f"no benchmark is below {root}; the first: {missing[0]}")
+    return [_benchmark_set(one, root, args) for one in chosen]
+
+
+def _benchmark_set(one: Benchmark, root: Path, args: argparse.Namespace) -> BenchmarkSet:
+    one = replace(one, normaliser=args.text_normaliser or one.normaliser)
+    task, path = one.make_task(), one.path(root)
+    recogniser, speaker = one.make_recogniser(root), one.make_speaker(root)
+    is_chinese = isinstance(task, SeedTTS) and task.language == "zh"
+    flags = ("chinese_transcriber",) if is_chinese else ("transcriber", "transcriber_path", "grammar")
+    if task.speaks and any(getattr(args, flag) for flag in flags):
+        recogniser = _recogniser(task, args)
+    if recogniser is not None:
+        language = args.language or recogniser.language or one.language
+        recogniser = _placed(replace(recogniser, language=language), args)
+    if speaker is not None and not args.speaker_model:
+        speaker = replace(speaker, device=args.device or default_device())
+    else:
+        speaker = _speaker(task, args)
+    items = task.read(path, args.data_root or root, args.limit)
+    prepared = None if args.limit is not None else prepared_checksum(path)
+    return BenchmarkSet(
+        one.name, task, path, items, recogniser, speaker, one.decoding, tuple(one.published), prepared
+    )
 
 
 def _named_file(text: str, data_root: Path | None) -> tuple[str, Path]:
@@ -263,9 +341,6 @@ def _named_file(text: str, data_root: Path | None) -> tuple[str, Path]:
         name, file = "", text
     below = locate_file(file, data_root or default_data_root(file), Path.cwd())
     return name, Path(file) if Path(file).exists() or not Path(below).exists() else Path(below)
-
-
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def _set_names(given: Sequence[tuple[str, Path]]) -> list[str]:
@@ -282,27 +357,39 @@ def _set_names(given: Sequence[tuple[str, Path]]) -> list[str]:
         raise ValueError(
             f"{twice[0]}: two test sets have this name; give them different names with NAME=FILE"
         )
-    files = [name if _FILE_NAME.fullmatch(name) else file_name(name) for name in names]
+    files = [name if PLAIN_NAME.fullmatch(name) else file_name(name) for name in names]
     return files if len(set(map(str.lower, files))) == len(files) else [file_name(name) for name in names]
 
 
 def _task(name: str, path: Path, args: argparse.Namespace) -> Task:
     if name == "seed_tts":
         return SeedTTS(language_of(path, args.seed_tts_language), args.speaker_prompt)
-    if name == "tts":
-        normaliser(args.text_normaliser)  # fails here if its package is missing
-        return SpeechSynthesis(args.text_normaliser)
+    if name in ("tts", "asr"):
+        chosen = args.text_normaliser or SpeechSynthesis.text_normaliser
+        normaliser(chosen)  # fails here if its package is missing
+        return (SpeechSynthesis if name == "tts" else SpeechRecognition)(chosen)
     return TASKS[name]
 
 
 def _recogniser(task: Task, args: argparse.Namespace) -> TranscriberConfig | None:
     if not task.speaks:
         return None
-    config: TranscriberConfig = transcriber_group().read(args)
+    name = args.transcriber or TranscriberConfig.name
+    config: TranscriberConfig = transcriber_group().read(args, name=name)
     if isinstance(task, SeedTTS) and task.language == "zh":
-        config = replace(
-            config, name=args.chinese_transcriber, path=args.chinese_transcriber_path, language="zh"
-        )
+        name = args.chinese_transcriber or "paraformer"
+        config = replace(config, name=name, path=args.chinese_transcriber_path, language="zh")
+    return _placed(config, args)
+
+
+def _placed(config: TranscriberConfig, args: argparse.Namespace) -> TranscriberConfig:
+    """The recogniser on its device."""
     return (
         config if config.name == "pocketsphinx" else replace(config, device=args.device or default_device())
     )
+
+
+def _speaker(task: Task, args: argparse.Namespace) -> SpeakerConfig | None:
+    if args.speaker_model in (None, "none") or not task.speaks:
+        return None
+    return SpeakerConfig(args.speaker_model, args.speaker_model_path, args.device or default_device())

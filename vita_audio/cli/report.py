@@ -3,7 +3,7 @@
     python tools/report.py --run quickstart
 
 The folder may come from the quickstart, from one or several stages, from an evaluation or from inference:
-training logs (``trainer_state.json``), scores (``scores.json``) and replies (``replies.jsonl``) are found
+training logs (``trainer_state.json``), scores (``results.json``) and replies (``replies.jsonl``) are found
 anywhere below it. The output is ``report.html``, a single file that contains its pictures and sounds, and the
 pictures as ``report/*.png``. Parts that a run does not have yet are omitted.
 """
@@ -30,7 +30,7 @@ from vita_audio import files
 from vita_audio.audio import load_audio
 from vita_audio.cli.arguments import command_parser
 from vita_audio.constants import AUDIO_TAG
-from vita_audio.evaluation.scoreboard import LEGEND, columns
+from vita_audio.evaluation.scoreboard import LEGEND, columns, interval_text
 from vita_audio.models.schedule import SCHEDULES
 
 STAGE_FOLDER = re.compile(r"finetune_(?:sensevoice_)?glm4voice_(\w+?)(?:\.sh)?")
@@ -68,13 +68,13 @@ def write_report(run: Path, out: Path, title: str) -> Path:
     Raises:
         ValueError: the folder holds nothing to report, or a file in it is damaged.
     """
-    score_file, reply_file = find(run, "scores.json"), find(run, "replies.jsonl")
+    score_file, reply_file = find(run, "results.json"), find(run, "replies.jsonl")
     logs = read_training_logs(run)
     scores = [] if score_file is None else read_list(score_file)
     replies = [] if reply_file is None else list(files.read_json_lines(reply_file))
     if not (logs or scores or replies):
         raise ValueError(
-            f"{run}: no trainer_state.json, scores.json or replies.jsonl below it; nothing to report"
+            f"{run}: no trainer_state.json, results.json or replies.jsonl below it; nothing to report"
         )
     matplotlib.rcParams.update(
         {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT}
@@ -228,7 +228,10 @@ def score_table(scores: list[Entry]) -> Entry | None:
     shown = columns(scores)
     rows = []
     for index, row in enumerate(scores):
-        cells = [{"value": column.cell(row), "text": column.is_text} for column in shown]
+        cells = [
+            {"value": column.cell(row), "text": column.is_text, "interval": interval_text(column, row)}
+            for column in shown
+        ]
         new_stage = index > 0 and row["stage"] != scores[index - 1]["stage"]
         rows.append({"cells": cells, "new_stage": new_stage})
     titles = [{"title": column.title, "text": column.is_text} for column in shown]

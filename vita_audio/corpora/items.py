@@ -50,12 +50,14 @@ class Dialogue:
     Attributes:
         messages: ``{role, content}`` (or ``{from, value}``), with one ``<|audio|>`` for each clip.
         texts: what each clip says; None: unknown.
+        answers: accepted answers of a question; empty: only the last message's.
     """
 
     id: str
     messages: Sequence[Mapping[str, str]]
     clips: tuple[Clip, ...] = ()
     texts: tuple[str | None, ...] = ()
+    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -146,10 +146,13 @@ def layouts() -> dict[str, type[Layout]]:
     from vita_audio.corpora.manifests import LhotseCorpus
     from vita_audio.corpora.tables import AudioTable, SpokenAnswers, Texts
     from vita_audio.corpora.tars import Tars
+    from vita_audio.corpora.test_sets import Fleurs, Questions
 
     return {
+        "fleurs": Fleurs,
         "lhotse": LhotseCorpus,
         "parquet": AudioTable,
+        "questions": Questions,
         "spoken_qa": SpokenAnswers,
         "tar": Tars,
         "text": Texts,

@@ -110,11 +110,12 @@ class Builder:
             self._clip(item.id if len(item.clips) == 1 else f"{item.id}-{number}", clip, text)
             for number, (clip, text) in enumerate(zip(item.clips, texts, strict=True))
         ]
-        return (
-            {"id": item.id, "messages": messages, "audios": audios}
-            if audios
-            else {"id": item.id, "messages": messages}
-        )
+        sample: Sample = {"id": item.id, "messages": messages}
+        if audios:
+            sample["audios"] = audios
+        if item.answers:
+            sample["answers"] = list(item.answers)
+        return sample
 
     def _clip(self, name: str, clip: Clip, text: str | None) -> str:
         """Check a clip and place it."""

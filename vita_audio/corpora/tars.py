@@ -58,7 +58,7 @@ class Tars(Layout):
         transcripts = _transcripts if own else _kept_transcripts
         rows = transcripts(self.metadata, tables, tuple(self.columns.items()))
         found = set()
-        for name, clip in _clips(unit):
+        for name, clip in tar_clips(unit):
             row = rows.get(name)
             if row is None:
                 yield Broken(name, Rejection.NO_TRANSCRIPT, f"{unit.name}: no transcript of {name}")
@@ -153,7 +153,12 @@ def _json_object(unit: Path, name: str, content: bytes) -> Mapping[str, Any] | B
     return row
 
 
-def _clips(archive: Path) -> Iterator[tuple[str, Clip]]:
+def tar_clips(archive: Path) -> Iterator[tuple[str, Clip]]:
+    """The clips of an archive by their names without suffix.
+
+    Raises:
+        SourceError: the archive is damaged from here on.
+    """
     for name, part in _members(archive, _AUDIO):
         if isinstance(part, Clip):
             yield name, part

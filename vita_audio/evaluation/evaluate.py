@@ -9,165 +9,39 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections import Counter
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vita_audio.distributed import is_first
-from vita_audio.evaluation.benchmarks import (
-    SPOKEN_REPLY_TOKENS,
-    Bench,
-    BenchmarkItem,
-    Listener,
-    Utterance,
-    with_system,
-)
-from vita_audio.evaluation.results import (
-    checkpoint_fingerprint,
-    fingerprint_of,
-    items_fingerprint,
-    keep_scores,
-)
+from vita_audio.evaluation.bench import Bench, with_system
+from vita_audio.evaluation.journal import Utterance, remove_journals
+from vita_audio.evaluation.listening import Listener
+from vita_audio.evaluation.results import checkpoint_fingerprint, fingerprint_of, keep_scores
 from vita_audio.evaluation.scoreboard import Row, set_keys, write_table
+from vita_audio.evaluation.settings import BenchmarkSet, Checkpoint, Settings, check, folder_name
+from vita_audio.evaluation.similarity import SpeakerConfig, SpeakerEncoder
 from vita_audio.evaluation.speed import measure_speed
-from vita_audio.evaluation.tasks import SpeechSynthesis, Task, published_options, run_recordings
+from vita_audio.evaluation.statistics import Mark, Marks, intervals, rates
+from vita_audio.evaluation.tasks import SpeechSynthesis, Task, run_recordings
 from vita_audio.evaluation.tasks.task import Scores
 from vita_audio.evaluation.transcribers import TranscriberConfig, TranscriberPool
 from vita_audio.files import write_json_lines
 from vita_audio.inference import GenerationOptions, Schedule, SpeechPipeline
+from vita_audio.provenance import git_revision, versions
+
+__all__ = ["BenchmarkSet", "Checkpoint", "Settings", "check", "evaluate"]
 
 logger = logging.getLogger(__name__)
 
-DECODINGS = ("greedy", "published")
 RECORDINGS = "recordings"
 """Folder of the transcripts of the test sets' reference recordings."""
-
-
-@dataclass(frozen=True)
-class BenchmarkSet:
-    """A test set and its task.
-
-    Attributes:
-        name: name of its result files, unique among the sets.
-        recogniser: transcribes the speech; None if the task has no speech output.
-    """
-
-    name: str
-    task: Task
-    path: Path
-    items: Sequence[BenchmarkItem]
-    recogniser: TranscriberConfig | None = None
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Fingerprint of its content, its task and its recogniser."""
-        heard_by = None if self.recogniser is None else self.recogniser.fingerprint()
-        return fingerprint_of(repr(self.task), items_fingerprint(self.path, self.items), heard_by)
-
-    @cached_property
-    def notes(self) -> tuple[str, ...]:
-        """Notes that readers of its scores need."""
-        notes = []
-        foreign = sum(not self.task.is_as_trained(item) for item in self.items)
-        if foreign:
-            notes.append(
-                f"{self.name}: {foreign} of {len(self.items)} prompts differ in wording from the training data "
-                "(docs/data.md), so these scores say little about the model"
-            )
-        if self.recogniser is not None:
-            notes.append(f"{self.name}: transcribed by {self.recogniser.describe()}")
-        return tuple(notes)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model in the table.
-
-    Attributes:
-        stage: its name in the table.
-        modes: schedules to score, by name or as numbers.
-    """
-
-    stage: str
-    folder: Path
-    modes: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of an evaluation.
-
-    Attributes:
-        decodings: of :data:`DECODINGS`: ``greedy`` takes the most likely token without a repetition penalty, so a
-            row is reproducible on any machine; ``published`` uses the decoding of the published figures.
-        given: options for all tasks that override the decodings; their mode is ignored.
-        max_new_tokens: maximum length of a reply.
-        batch_size: replies generated together.
-        seed: seed of sampled replies.
-        system_prompt: system message of questions that have none; ``auto``: the checkpoint's.
-        speed_items: replies timed; 0 for none.
-        transcriber_processes: number of recogniser processes; 0 recognises in this process.
-        recordings: also recognise the test sets' reference recordings.
-        single: write result files directly into the output folder; for one checkpoint in one mode.
-        codec: fingerprint of codec and runtime.
-    """
-
-    decodings: Sequence[str] = ("greedy",)
-    given: GenerationOptions | None = None
-    max_new_tokens: int = SPOKEN_REPLY_TOKENS
-    batch_size: int = 32
-    seed: int = 42
-    system_prompt: str = "auto"
-    speed_items: int = 5
-    transcriber_processes: int = 2
-    recordings: bool = True
-    single: bool = False
-    codec: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("max_new_tokens", 1),
-            ("batch_size", 1),
-            ("speed_items", 0),
-            ("transcriber_processes", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)}: give {least} or more")
-        unknown = [name for name in self.decodings if name not in DECODINGS]
-        if unknown:
-            raise ValueError(f"--decoding {unknown[0]}: use {', '.join(DECODINGS)}")
-
-    def options(self, task: Task, mode: str, decoding: str) -> GenerationOptions:
-        """Generation options for a task."""
-        if self.given is not None:
-            return replace(self.given, mode=mode)
-        if decoding == "greedy":
-            return GenerationOptions.greedy(mode, max_new_tokens=self.max_new_tokens)
-        drawn = GenerationOptions(mode, max_new_tokens=self.max_new_tokens, seed=self.seed)
-        return published_options(task, drawn)
-
-
-def check(checkpoints: Sequence[Checkpoint], sets: Sequence[BenchmarkSet], settings: Settings) -> None:
-    """Refuse settings that would fail later, before anything is loaded or written.
-
-    Raises:
-        ValueError: a recogniser cannot be opened, or two rows would share a folder.
-    """
-    for recogniser in dict.fromkeys(one.recogniser for one in sets if one.recogniser is not None):
-        recogniser.check()
-    folders = Counter(
-        folder_name(checkpoint.stage, mode, decoding)
-        for checkpoint in checkpoints
-        for mode in checkpoint.modes
-        for decoding in settings.decodings
-    )
-    twice = [folder for folder, count in folders.items() if count > 1]
-    if twice:
-        raise ValueError(f"two rows would be written to {twice[0]}; give each checkpoint and mode once")
+_FACTS = ("system", "options", "runs", "failed", "failures", "intervals", "spread")
+"""What :meth:`_Scorer._set_scores` stores beside the scores."""
 
 
 def evaluate(
@@ -177,7 +51,7 @@ def evaluate(
     output_dir: Path,
     open_pipeline: Callable[[Path], SpeechPipeline],
 ) -> list[Row]:
-    """Score every checkpoint in every mode on every test set; write ``scores.json`` and ``scores.md``.
+    """Score every checkpoint in every mode on every test set; write ``results.json`` and ``results.md``.
 
     All processes of a launch must call it. Call :func:`check` first.
 
@@ -196,7 +70,10 @@ def evaluate(
             scorer = _Scorer(checkpoint, sets, settings, output_dir, open_pipeline, ears)
             for mode in checkpoint.modes:
                 for decoding in settings.decodings if settings.given is None else ("given",):
-                    rows.append(scorer.row(mode, decoding))
+                    row = scorer.row(mode, decoding)
+                    if not row["sets"]:
+                        continue
+                    rows.append(row)
                     if is_first():
                         write_table(output_dir, rows)
     return rows
@@ -210,6 +87,7 @@ class _Ears:
         self._stack = stack
         self._pools: dict[TranscriberConfig, TranscriberPool] = {}
         self._listeners: dict[TranscriberConfig, Listener] = {}
+        self._speakers: dict[SpeakerConfig, SpeakerEncoder] = {}
 
     def listener(self, recogniser: TranscriberConfig, pipeline: SpeechPipeline) -> Listener:
         """The listener for a recogniser. All checkpoints share the codec, so its transcripts are reused for all."""
@@ -217,6 +95,12 @@ class _Ears:
             pool = self._stack.enter_context(TranscriberPool(recogniser, self._processes))
             self._listeners[recogniser] = Listener(pipeline.codec, pool)
         return self._listeners[recogniser]
+
+    def speaker(self, config: SpeakerConfig) -> SpeakerEncoder:
+        """The encoder for a speaker embedding."""
+        if config not in self._speakers:
+            self._speakers[config] = config.open()
+        return self._speakers[config]
 
 
 @dataclass
@@ -238,7 +122,11 @@ class _Scorer:
     def fingerprint(self) -> str:
         """Fingerprint of the checkpoint, the codec and everything else that affects all replies."""
         settings = [self.settings.codec, self.settings.batch_size, self.settings.system_prompt]
-        return fingerprint_of(checkpoint_fingerprint(self.checkpoint.folder), settings)
+        return fingerprint_of(self.weights, settings)
+
+    @cached_property
+    def weights(self) -> str:
+        return checkpoint_fingerprint(self.checkpoint.folder)
 
     def row(self, mode: str, decoding: str) -> Row:
         """Scores of all test sets in one mode."""
@@ -248,16 +136,22 @@ class _Scorer:
             "decoding": decoding,
             "schedule": Schedule.parse(mode).numbers,
             "checkpoint": str(self.checkpoint.folder),
+            "weights": self.weights,
+            "codec": dict(self.settings.codec),
+            "git": git_revision(),
+            "versions": versions(),
             "sets": {},
             "notes": [],
         }
+        sets = [one for one in self.sets if one.decoding in (None, decoding) or decoding == "given"]
         tasks = [one.task.name for one in self.sets]
-        for one in self.sets:
+        for one in sets:
             scores = self._set_scores(one, mode, decoding)
             if isinstance(one.task, SpeechSynthesis) and self.settings.recordings:
                 scores |= self._recordings(one, one.task)
-            facts = {"task": one.task.name, "items": len(one.items)}
-            facts |= {name: scores.pop(name) for name in ("system", "options")}
+            folder = self._folder(mode, decoding).relative_to(self.output_dir).as_posix()
+            facts = {**one.facts, "folder": folder}
+            facts |= {name: scores.pop(name) for name in _FACTS}
             row["sets"][one.name] = facts
             row["notes"] += [*one.notes, *self._notes(one, facts)]
             scores.pop("fingerprint")
@@ -269,40 +163,68 @@ class _Scorer:
     def _set_scores(self, one: BenchmarkSet, mode: str, decoding: str) -> dict[str, Any]:
         options = self.settings.options(one.task, mode, decoding)
         folder = self._folder(mode, decoding)
+        runs = self.settings.samples if options.do_sample is not False else 1
+        fingerprint = fingerprint_of(self.fingerprint, one.fingerprint, repr(options), runs)
 
         def compute() -> dict[str, Any]:
             system = self._system() if one.task.open_system else None
+            drawn = []
+            for run in range(runs):
+                bench = Bench(
+                    self.pipeline,
+                    folder,
+                    one.name if run == 0 else f"{one.name}_sample{run + 1}",
+                    self._listener(one),
+                    # Items of one run draw from consecutive seeds.
+                    options
+                    if options.seed is None
+                    else replace(options, seed=options.seed + run * len(one.items)),
+                    self.settings.batch_size,
+                    system,
+                    None if one.speaker is None else self.ears.speaker(one.speaker),
+                    fingerprint,
+                )
+                drawn.append(one.task.run(bench, one.items))
+                write_utterances(folder / f"{bench.name}.jsonl", one.task, drawn[-1])
+            return summarise(one.task, drawn) | {
+                "system": system,
+                "options": self._resolved(options),
+                "runs": runs,
+            }
+
+        scores = keep_scores(folder, one.name, fingerprint, compute)
+        if is_first() and not scores["failed"]:
+            for run in range(runs):
+                remove_journals(folder, one.name if run == 0 else f"{one.name}_sample{run + 1}")
+        return scores
+
+    def _recordings(self, one: BenchmarkSet, task: SpeechSynthesis) -> dict[str, Any]:
+        """Transcripts of a test set's reference recordings; independent of the model."""
+        folder = self.output_dir / RECORDINGS
+        fingerprint = fingerprint_of(self.settings.codec, one.fingerprint)
+
+        def compute() -> Scores:
             bench = Bench(
                 self.pipeline,
                 folder,
                 one.name,
                 self._listener(one),
-                options,
-                self.settings.batch_size,
-                system,
+                batch_size=self.settings.batch_size,
+                fingerprint=fingerprint,
             )
-            utterances = one.task.run(bench, one.items)
-            write_utterances(folder / f"{one.name}.jsonl", utterances)
-            return {**one.task.score(utterances), "system": system, "options": self._resolved(options)}
-
-        return keep_scores(
-            folder, one.name, fingerprint_of(self.fingerprint, one.fingerprint, repr(options)), compute
-        )
-
-    def _recordings(self, one: BenchmarkSet, task: SpeechSynthesis) -> dict[str, Any]:
-        """Transcripts of a test set's reference recordings; independent of the model."""
-        folder = self.output_dir / RECORDINGS
-
-        def compute() -> Scores:
-            bench = Bench(
-                self.pipeline, folder, one.name, self._listener(one), batch_size=self.settings.batch_size
-            )
-            resynthesised, natural = run_recordings(bench, self.pipeline.codec, one.items)
-            write_utterances(folder / f"{one.name}_resynthesised.jsonl", resynthesised)
-            write_utterances(folder / f"{one.name}_natural.jsonl", natural)
+            spoken = run_recordings(bench, self.pipeline.codec, one.items)
+            for kind, utterances in zip(("resynthesised", "natural"), spoken, strict=True):
+                write_utterances(folder / f"{one.name}_{kind}.jsonl", task, utterances)
+            # Each recording is scored in both forms or in neither.
+            failed = {utterance.id for heard in spoken for utterance in heard if utterance.failure}
+            resynthesised, natural = ([one for one in heard if one.id not in failed] for heard in spoken)
             return task.score_recordings(resynthesised, natural)
 
-        return keep_scores(folder, one.name, fingerprint_of(self.settings.codec, one.fingerprint), compute)
+        scores = keep_scores(folder, one.name, fingerprint, compute)
+        if is_first():
+            for kind in ("resynthesised", "natural"):
+                remove_journals(folder, f"{one.name}_{kind}")
+        return scores
 
     def _speed(self, mode: str) -> Row:
         timed = next((one for one in self.sets if one.task.speaks), None)
@@ -344,6 +266,10 @@ class _Scorer:
             )
             words.append(f"repetition_penalty {options['repetition_penalty']}")
             notes.append(f"{one.name}: as published: {', '.join(words)}")
+        if facts["runs"] > 1:
+            notes.append(f"{one.name}: means of {facts['runs']} draws")
+        if facts["failed"]:
+            notes.append(f"{one.name}: {facts['failed']} of {len(one.items)} items failed and are not scored")
         return notes
 
     def _folder(self, mode: str, decoding: str) -> Path:
@@ -362,12 +288,40 @@ class _Scorer:
         return options.resolved(model.generation_config, model.config.num_nextn_predict_layers).to_dict()
 
 
-def folder_name(stage: str, mode: str, decoding: str) -> str:
-    """Folder of a row's result files."""
-    return "-".join([stage, mode.replace(" ", "-"), *([decoding] if decoding != "greedy" else [])])
+def summarise(task: Task, drawn: Sequence[Sequence[Utterance]]) -> dict[str, Any]:
+    """Scores of the utterances that did not fail, with intervals; over several draws means and their spread."""
+    scored = [[utterance for utterance in run if utterance.failure is None] for run in drawn]
+    failures = {
+        utterance.id: utterance.failure for run in drawn for utterance in run if utterance.failure is not None
+    }
+    marks: dict[str, dict[str, Mark]] = {}
+    for run in scored:
+        for utterance in run:
+            total = marks.setdefault(utterance.id, {})
+            for key, (above, below) in task.marks(utterance).items():
+                before = total.get(key, (0.0, 0.0))
+                total[key] = (before[0] + above, before[1] + below)
+    scores: dict[str, Any] = task.score(scored[0]) if scored[0] else {}
+    if len(scored) > 1:
+        scores |= rates(list(marks.values()))
+    each = [rates([task.marks(utterance) for utterance in run]) for run in scored]
+    values = {key: [value for one in each if (value := one.get(key)) is not None] for key in scores}
+    spread = {key: statistics.stdev(found) for key, found in values.items() if len(found) > 1}
+    return {
+        **scores,
+        "failed": len(failures),
+        "failures": failures,
+        "intervals": intervals(list(marks.values())),
+        "spread": spread,
+    }
 
 
-def write_utterances(path: Path, utterances: Sequence[Utterance]) -> None:
-    """One JSON object per line; only the first process writes."""
+def write_utterances(path: Path, task: Task, utterances: Sequence[Utterance]) -> None:
+    """One JSON object per line, with the marks that the scores are made of; only the first process writes."""
     if is_first():
-        write_json_lines(path, map(asdict, utterances))
+        write_json_lines(path, (_line(task, utterance) for utterance in utterances))
+
+
+def _line(task: Task, utterance: Utterance) -> dict[str, Any]:
+    marks: Marks = task.marks(utterance) if utterance.failure is None else {}
+    return {**asdict(utterance), "marks": marks}

@@ -129,6 +129,14 @@ def corpus_error_rate(
     return CorpusErrors(answered + unanswered, answered, tuple(missing))
 
 
+def utterance_errors(
+    reference: str, hypothesis: str | None, *, characters: bool = False
+) -> tuple[float, float]:
+    """Errors and reference tokens of one utterance; see :func:`corpus_error_rate`."""
+    counts = corpus_error_rate({"": reference}, {"": hypothesis}, characters=characters).counts
+    return float(counts.errors), float(counts.reference_tokens)
+
+
 def read_transcripts(path: str | Path) -> dict[str, str]:
     """Read ``ID TEXT`` lines, the files of the published scripts.
 

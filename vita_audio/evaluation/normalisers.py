@@ -23,6 +23,8 @@ def normaliser(name: str) -> Normaliser:
         raise ValueError(f"unknown text normaliser {name!r}; known: {', '.join(NORMALISERS)}")
     if name == "libritts":
         _text_normaliser()
+    elif name.startswith("whisper"):
+        _whisper_normaliser(name)
     return NORMALISERS[name]
 
 
@@ -45,6 +47,36 @@ def libritts_words(text: str) -> str:
     return plain_words(_text_normaliser().normalize(nfc(text)))
 
 
+def whisper_english(text: str) -> str:
+    """As published Whisper figures compare English: spelling, numbers and contractions made alike.
+
+    Raises:
+        ValueError: whisper-normalizer is not installed.
+    """
+    return str(_whisper_normaliser("whisper")(nfc(text))).strip()
+
+
+def whisper_basic(text: str) -> str:
+    """As published Whisper figures compare other languages: lower case, without marks and bracketed remarks.
+
+    Raises:
+        ValueError: whisper-normalizer is not installed.
+    """
+    return str(_whisper_normaliser("whisper-basic")(nfc(text))).strip()
+
+
+@cache
+def _whisper_normaliser(name: str) -> Any:
+    try:
+        from whisper_normalizer.basic import BasicTextNormalizer
+        from whisper_normalizer.english import EnglishTextNormalizer
+    except ImportError as error:
+        raise ValueError(
+            f"the {name} normaliser needs whisper-normalizer; pip install -e '.[eval]'"
+        ) from error
+    return EnglishTextNormalizer() if name == "whisper" else BasicTextNormalizer()
+
+
 @cache
 def _text_normaliser() -> Any:
     try:
@@ -57,4 +89,9 @@ def _text_normaliser() -> Any:
     return package.Normalizer()
 
 
-NORMALISERS: dict[str, Normaliser] = {"words": plain_words, "libritts": libritts_words}
+NORMALISERS: dict[str, Normaliser] = {
+    "words": plain_words,
+    "libritts": libritts_words,
+    "whisper": whisper_english,
+    "whisper-basic": whisper_basic,
+}

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vita_audio.audio.archives import read_file
 from vita_audio.distributed import gather_objects, is_first
-from vita_audio.evaluation.benchmarks import BenchmarkItem
+from vita_audio.evaluation.items import BenchmarkItem
 from vita_audio.files import content_fingerprint, read_json, write_json
 
 _CHECKPOINT_FILES = (
@@ -27,14 +28,14 @@ _CHECKPOINT_FILES = (
     "vocab*",
     "merges.txt",
 )
-_COUNTING = 3
+_COUNTING = 4
 """Increased when the same replies would get different scores, so older scores are not reused."""
 
 
 def keep_scores(
     folder: Path, name: str, fingerprint: str, compute: Callable[[], Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The scores in ``folder/NAME_scores.json`` if they have this fingerprint; otherwise computes and writes them.
+    """The scores in ``folder/NAME_scores.json`` if they have this fingerprint and no item failed; else computes them.
 
     All processes must call it; the file that the first process reads decides.
 
@@ -43,7 +44,7 @@ def keep_scores(
     """
     path = folder / f"{name}_scores.json"
     kept = gather_objects(read_scores(path) if is_first() else None)[0]
-    if kept is not None and kept.get("fingerprint") == fingerprint:
+    if kept is not None and kept.get("fingerprint") == fingerprint and not kept.get("failed"):
         return kept
     scores = {"fingerprint": fingerprint, **compute()}
     if is_first():
@@ -96,6 +97,5 @@ def items_fingerprint(path: Path, items: Iterable[BenchmarkItem]) -> str:
         digest.update(json.dumps(item.id).encode())
         for audio in (*item.conversation.audios, item.reference_audio):
             if isinstance(audio, str):
-                with open(audio, "rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(hashlib.sha256(read_file(audio)).digest())
     return digest.hexdigest()[:16]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from vita_audio.evaluation.benchmarks import SPOKEN_REPLY_TOKENS, BenchmarkItem
+from vita_audio.evaluation.bench import SPOKEN_REPLY_TOKENS
+from vita_audio.evaluation.items import BenchmarkItem
 from vita_audio.evaluation.tasks.task import Column, Scores
 from vita_audio.inference import AudioChunk, GenerationOptions, SpeechPipeline, Timings
 

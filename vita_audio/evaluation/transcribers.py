@@ -1,29 +1,30 @@
-"""Independent recognisers that transcribe the model's speech.
+"""Independent recognisers that transcribe the model's speech, opened by name.
 
 * ``pocketsphinx``: small, runs on the CPU, with its acoustic model in its pip package. It is weak on open
   speech, but reliable on a small domain when restricted to a grammar (a JSGF file).
 * ``whisper``: Whisper-large-v3 (or any folder of that architecture) through transformers; used for the
-  published speech-QA and English TTS figures.
+  published speech-QA and English TTS figures. ``faster-whisper`` runs it through CTranslate2.
 * ``paraformer``: Paraformer-zh through FunASR; used for the published Mandarin TTS figures.
+* ``sensevoice``: SenseVoiceSmall's encoder and CTC layer, without FunASR.
+* ``command:…``: any program that prints the transcript of ``{wav}``.
 
-All share ``transcribe(waveform, rate) -> str``; :class:`TranscriberPool` runs one of them over
-WAV files in several processes.
+:mod:`~vita_audio.evaluation.recognisers` implements them; :class:`TranscriberPool` runs one of them over WAV files, in
+several processes or in batches.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
-from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -31,16 +32,36 @@ from huggingface_hub import try_to_load_from_cache
 from vita_audio.audio import AudioLike, load_audio
 from vita_audio.files import content_fingerprint
 
+logger = logging.getLogger(__name__)
+
 RECOGNISER_RATE = 16_000
 """All three recognisers were trained on 16 kHz speech."""
 
 
-class Transcriber(ABC):
-    """Speech to text."""
+class RecogniserError(ValueError):
+    """A recogniser that cannot be opened, which fails all clips alike."""
 
-    @abstractmethod
+
+Waveform = tuple[torch.Tensor, int]
+"""Samples of shape (samples,) and their rate in Hz."""
+
+
+class Transcriber(ABC):
+    """Speech to text.
+
+    Attributes:
+        batch_size: how many clips are best transcribed together.
+    """
+
+    batch_size = 1
+
     def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
         """Words spoken in a waveform of shape (samples,); deterministic."""
+        return self.transcribe_batch([(waveform, rate)])[0]
+
+    @abstractmethod
+    def transcribe_batch(self, clips: Sequence[Waveform]) -> list[str]:
+        """Words of each clip."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +69,12 @@ class TranscriberConfig:
     """Which recogniser to open, and how. Small and picklable, so each process can open its own.
 
     Attributes:
-        name: ``pocketsphinx``, ``whisper`` or ``paraformer``.
+        name: ``pocketsphinx``, ``whisper``, ``faster-whisper``, ``paraformer``, ``sensevoice`` or
+            ``command:PROGRAM {wav}``, which prints the transcript.
         path: weights of the neural recognisers: a folder, or a name on the hub that is in the local cache;
             defaults to the published ones.
         grammar: JSGF file that restricts pocketsphinx; None: its own language model.
-        language: spoken language, such as ``en`` or ``zh``; whisper only.
+        language: spoken language, such as ``en`` or ``zh``.
         device: device of the neural recognisers.
     """
 
@@ -68,17 +90,25 @@ class TranscriberConfig:
         Raises:
             ValueError: the name is unknown, weights or a file are missing, or a package is not installed.
         """
-        if self.name == "pocketsphinx":
-            self.open()  # takes a third of a second
+        if self.name == "pocketsphinx" or self.name.startswith(COMMAND):
+            self.open()  # takes a third of a second at most
         elif self.name == "whisper":
             _find_weights(self.path or WHISPER)
-        elif self.name == "paraformer":
-            if find_spec("funasr") is None:
-                raise ValueError("the paraformer transcriber needs FunASR; pip install funasr")
-            if self.path is not None and not Path(self.path).is_dir():
-                raise ValueError(f"{self.path}: no such folder; give one with Paraformer's weights")
+        elif self.name in _PACKAGES:
+            if find_spec(_PACKAGES[self.name]) is None:
+                raise ValueError(f"the {self.name} transcriber needs {_INSTALL[self.name]}")
+            if self.path is not None and Path(self.path).is_absolute() and not Path(self.path).is_dir():
+                raise ValueError(f"{self.path}: no such folder; give one with the weights of {self.name}")
+        elif self.name == "sensevoice":
+            if not (Path(self.path or SENSEVOICE) / "am.mvn").is_file():
+                raise ValueError(
+                    f"{self.path or SENSEVOICE}: not a folder with SenseVoice's weights and am.mvn; download it with "
+                    f"'hf download FunAudioLLM/SenseVoiceSmall --local-dir {SENSEVOICE}'"
+                )
         else:
-            raise ValueError(f"unknown transcriber {self.name!r}; known: {', '.join(RECOGNISERS)}")
+            raise ValueError(
+                f"unknown transcriber {self.name!r}; known: {', '.join(RECOGNISERS)}, {COMMAND}…"
+            )
 
     def open(self) -> Transcriber:
         """The recogniser.
@@ -86,12 +116,23 @@ class TranscriberConfig:
         Raises:
             ValueError: see :meth:`check`.
         """
+        from vita_audio.evaluation import recognisers
+
         if self.name == "pocketsphinx":
-            return PocketSphinxTranscriber(self.grammar)
+            return recognisers.PocketSphinxTranscriber(self.grammar)
+        if self.name.startswith(COMMAND):
+            return recognisers.CommandTranscriber(self.name.removeprefix(COMMAND))
         self.check()
         if self.name == "whisper":
-            return WhisperTranscriber(str(_find_weights(self.path or WHISPER)), self.language, self.device)
-        return ParaformerTranscriber(self.path or PARAFORMER, self.device)
+            model = str(_find_weights(self.path or WHISPER))
+            return recognisers.WhisperTranscriber(model, self.language, self.device)
+        if self.name == "faster-whisper":
+            return recognisers.FasterWhisperTranscriber(
+                self.path or FASTER_WHISPER, self.language, self.device
+            )
+        if self.name == "sensevoice":
+            return recognisers.SenseVoiceTranscriber(self.path or SENSEVOICE, self.language, self.device)
+        return recognisers.ParaformerTranscriber(self.path or PARAFORMER, self.device)
 
     def fingerprint(self) -> str:
         """A digest of everything that can change a transcript: the recogniser, its weights and its grammar."""
@@ -100,9 +141,9 @@ class TranscriberConfig:
             if self.grammar is not None:
                 content.append(Path(self.grammar).read_text(encoding="utf-8"))
             return repr([self.name, *content])
-        path = (
-            _find_weights(self.path or WHISPER) if self.name == "whisper" else Path(self.path or PARAFORMER)
-        )
+        if self.name.startswith(COMMAND):
+            return self.name
+        path = _find_weights(self.path or WHISPER) if self.name == "whisper" else Path(self._weights)
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return repr([self.name, self.language, content_fingerprint(files) if files else str(path)])
 
@@ -112,12 +153,34 @@ class TranscriberConfig:
             if self.grammar is None:
                 return "pocketsphinx without a grammar, which mishears much of open speech"
             return f"pocketsphinx, restricted to {Path(self.grammar).name}"
-        return f"{self.name}, {self.path or (WHISPER if self.name == 'whisper' else PARAFORMER)}"
+        if self.name.startswith(COMMAND):
+            return self.name
+        return f"{self.name}, {self._weights}"
+
+    @property
+    def _weights(self) -> str:
+        return self.path or _PUBLISHED[self.name]
 
 
-RECOGNISERS = ("pocketsphinx", "whisper", "paraformer")
+RECOGNISERS = ("pocketsphinx", "whisper", "faster-whisper", "paraformer", "sensevoice")
+COMMAND = "command:"
 WHISPER = "openai/whisper-large-v3"
+FASTER_WHISPER = "large-v3"
 PARAFORMER = "paraformer-zh"
+SENSEVOICE = "models/FunAudioLLM/SenseVoiceSmall"
+_PUBLISHED = {
+    "whisper": WHISPER,
+    "faster-whisper": FASTER_WHISPER,
+    "paraformer": PARAFORMER,
+    "sensevoice": SENSEVOICE,
+}
+_PACKAGES = {"faster-whisper": "faster_whisper", "paraformer": "funasr"}
+_INSTALL = {
+    "faster-whisper": "its package; pip install faster-whisper",
+    "paraformer": "FunASR; pip install funasr==1.4.16",
+}
+_SETTINGS = "every clip afresh"
+"""Changed whenever recognisers process clips differently, so older scores are not reused."""
 
 
 def _find_weights(model: str) -> Path:
@@ -144,136 +207,11 @@ def _with_weights(folder: Path) -> Path:
     return folder
 
 
-class PocketSphinxTranscriber(Transcriber):
-    """CMU Sphinx with its US English acoustic model.
-
-    Its noise models mistake short pauses for breaths, and its words match digital silence: unmodified,
-    it inserts about 20% extra words in clean synthetic digits. Every clip is therefore normalised in loudness,
-    padded with silence and mixed with faint fixed noise, and with a grammar, pauses may only be
-    silence. This reduces the 20% to about 2%.
-
-    Its acoustic model uses noise removal, whose noise estimate is part of the feature extraction and
-    persists across clips. That part is rebuilt for every clip (about a millisecond), so a transcript
-    does not depend on earlier clips.
-
-    Args:
-        grammar: JSGF file with one public rule; every word must be in CMU's dictionary.
-    """
-
-    def __init__(self, grammar: str | PathLike[str] | None = None):
-        try:
-            from pocketsphinx import Decoder
-        except ImportError as error:
-            raise ValueError(
-                "pocketsphinx is not installed; run pip install -e '.[eval]' in the repository"
-            ) from error
-        generator = torch.Generator().manual_seed(0)
-        self._noise = _NOISE_LEVEL * torch.randn(RECOGNISER_RATE, generator=generator)
-        # "batch": cepstral means over the whole clip.
-        settings = {"samprate": float(RECOGNISER_RATE), "cmn": "batch", "loglevel": "FATAL"}
-        if grammar is None:
-            self._decoder = Decoder(**settings)
-            return
-        if not Path(grammar).is_file():
-            raise ValueError(f"{grammar}: no such grammar file")
-        self._decoder = Decoder(lm=None, fillprob=1e-40, silprob=0.5, **settings)
-        try:
-            self._decoder.add_jsgf_file("grammar", str(grammar))
-            self._decoder.activate_search("grammar")
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{grammar}: not a JSGF grammar with one public rule over words of CMU's dictionary"
-            ) from error
-
-    def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
-        pcm = (self._prepare(waveform, rate).clamp(-1, 1) * 32767).to(torch.int16)
-        self._decoder.reinit_feat()
-        self._decoder.start_utt()
-        self._decoder.process_raw(pcm.numpy().tobytes(), full_utt=True)
-        self._decoder.end_utt()
-        hypothesis = self._decoder.hyp()
-        return str(hypothesis.hypstr) if hypothesis else ""
-
-    def _prepare(self, waveform: torch.Tensor, rate: int) -> torch.Tensor:
-        waveform, _ = load_audio((waveform, rate), RECOGNISER_RATE)
-        waveform = waveform * (_LOUDNESS / waveform.square().mean().sqrt().clamp(min=1e-4))
-        waveform = torch.nn.functional.pad(waveform, (_RIM_SAMPLES, _RIM_SAMPLES))
-        repeats = -(-len(waveform) // len(self._noise))
-        return waveform + self._noise.repeat(repeats)[: len(waveform)]
-
-
-_LOUDNESS = 0.12  # root mean square
-_NOISE_LEVEL = 10 ** (-50 / 20)  # -50 dB
-_RIM_SAMPLES = RECOGNISER_RATE // 10
-_SETTINGS = "every clip afresh"
-"""Changed whenever this file processes clips differently, so older scores are not reused."""
-
-
-class WhisperTranscriber(Transcriber):
-    """Whisper through transformers' speech-recognition pipeline; clips over 30 s use its long-form mode.
-
-    Args:
-        model: folder or hub name.
-        language: spoken language; None: detected.
-    """
-
-    def __init__(self, model: str = WHISPER, language: str | None = None, device: str = "cpu"):
-        from transformers import pipeline
-
-        try:
-            self._pipeline = pipeline(
-                "automatic-speech-recognition",
-                model=model,
-                device=device,
-                dtype=torch.float16 if device.startswith("cuda") else torch.float32,
-            )
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # the pipeline's message holds a traceback for each class it tried
-            cause = (str(error).split("See the original errors")[0].splitlines() or [""])[0]
-            raise ValueError(
-                f"{model}: cannot be opened as Whisper: {cause}; give --transcriber_path another folder"
-            ) from error
-        self._arguments = {"task": "transcribe"} | ({"language": language} if language else {})
-
-    def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
-        waveform, rate = load_audio((waveform, rate), RECOGNISER_RATE)
-        result: Any = self._pipeline(
-            {"raw": waveform.numpy(), "sampling_rate": rate},
-            return_timestamps=len(waveform) > _WHISPER_WINDOW_SECONDS * rate,  # needed for long-form mode
-            generate_kwargs=self._arguments,
-        )
-        return str(result["text"]).strip()
-
-
-_WHISPER_WINDOW_SECONDS = 30
-
-
-class ParaformerTranscriber(Transcriber):
-    """Paraformer through FunASR, which users install themselves.
-
-    Args:
-        model: folder or hub name.
-    """
-
-    def __init__(self, model: str = PARAFORMER, device: str = "cpu"):
-        try:
-            from funasr import AutoModel
-        except ImportError as error:
-            raise ValueError("the paraformer transcriber needs FunASR; pip install funasr") from error
-        self._model = AutoModel(model=model, device=device, disable_update=True, disable_pbar=True)
-
-    def transcribe(self, waveform: torch.Tensor, rate: int) -> str:
-        waveform, rate = load_audio((waveform, rate), RECOGNISER_RATE)
-        (result,) = self._model.generate(input=waveform.numpy(), fs=rate)
-        return str(result["text"]).strip()
-
-
 class TranscriberPool:
     """One recogniser in each of several processes; a context manager.
 
-    Clips are submitted as they become available, so recognition runs in parallel with generation and decoding.
+    Clips are submitted as they become available, so recognition runs in parallel with generation and decoding. In this
+    process, clips wait until they fill a batch of the recogniser, or until one of them is needed.
 
     Args:
         config: the recogniser.
@@ -283,7 +221,7 @@ class TranscriberPool:
     def __init__(self, config: TranscriberConfig, processes: int = 2):
         if processes < 0:
             raise ValueError(f"{processes} recogniser processes: give 0 or more")
-        self._in_process = config.open() if processes == 0 else None
+        self._in_process = _Batches(config.open()) if processes == 0 else None
         self._executor = _start_workers(config, processes) if processes else None
 
     def __enter__(self) -> TranscriberPool:
@@ -302,10 +240,8 @@ class TranscriberPool:
         """Start recognising one clip."""
         if self._executor:
             return self._executor.submit(_transcribe_in_worker, audio)
-        result: Future[str] = Future()
         assert self._in_process is not None
-        result.set_result(_transcribe(self._in_process, audio))
-        return result
+        return self._in_process.submit(audio)
 
     def transcribe(self, audios: Iterable[AudioLike]) -> Iterator[str]:
         """Words of each clip, in order."""
@@ -313,14 +249,59 @@ class TranscriberPool:
         return (future.result() for future in futures)
 
 
+class _Batches:
+    """Transcribes clips in batches, synchronously."""
+
+    def __init__(self, transcriber: Transcriber):
+        self._transcriber = transcriber
+        self._waiting: list[tuple[AudioLike, _Awaited]] = []
+
+    def submit(self, audio: AudioLike) -> Future[str]:
+        result = _Awaited(self.flush)
+        self._waiting.append((audio, result))
+        if len(self._waiting) >= self._transcriber.batch_size:
+            self.flush()
+        return result
+
+    def flush(self) -> None:
+        """Transcribe what waits. If a batch fails, each of its clips is tried alone."""
+        waiting, self._waiting = self._waiting, []
+        try:
+            texts = self._transcriber.transcribe_batch([load_audio(audio) for audio, _ in waiting])
+        except (RuntimeError, ValueError, OSError) as problem:
+            if len(waiting) > 1:
+                logger.warning("a batch of %d clips is recognised one by one: %s", len(waiting), problem)
+            for audio, result in waiting:
+                try:
+                    result.set_result(_transcribe(self._transcriber, audio))
+                except (RuntimeError, ValueError, OSError) as error:
+                    result.set_exception(error)
+            return
+        for (_, result), text in zip(waiting, texts, strict=True):
+            result.set_result(text)
+
+
+class _Awaited(Future[str]):
+    """A transcript that is made at the latest when it is asked for."""
+
+    def __init__(self, flush: Callable[[], None]):
+        super().__init__()
+        self._flush = flush
+
+    def result(self, timeout: float | None = None) -> str:
+        if not self.done():
+            self._flush()
+        return super().result(timeout)
+
+
 def _start_workers(config: TranscriberConfig, processes: int) -> ProcessPoolExecutor:
     # The fork server imports once for all workers, and has neither CUDA nor this process's threads.
     context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "vita_audio.evaluation.recognisers"])
     return ProcessPoolExecutor(processes, mp_context=context, initializer=_open_in_worker, initargs=(config,))
 
 
-_worker_transcriber: Transcriber | ValueError
+_worker_transcriber: Transcriber | RecogniserError
 """A worker's recogniser, or the error that prevented it from opening."""
 
 
@@ -330,11 +311,11 @@ def _open_in_worker(config: TranscriberConfig) -> None:
     try:
         _worker_transcriber = config.open()
     except ValueError as error:  # raised at the first clip: an initialiser's own error is lost
-        _worker_transcriber = error
+        _worker_transcriber = RecogniserError(str(error))
 
 
 def _transcribe_in_worker(audio: AudioLike) -> str:
-    if isinstance(_worker_transcriber, ValueError):
+    if isinstance(_worker_transcriber, RecogniserError):
         raise _worker_transcriber
     return _transcribe(_worker_transcriber, audio)
 

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vita_audio.chat import default_data_root, locate_file, prompts
-from vita_audio.evaluation.benchmarks import (
-    BenchmarkItem,
-    Utterance,
-    every_nth,
-    read_test_set,
-    refuse_repeated_ids,
-)
-from vita_audio.evaluation.metrics import seed_tts_error_rate, seed_tts_tokens
+from vita_audio.evaluation.items import BenchmarkItem, every_nth, read_test_set, refuse_repeated_ids
+from vita_audio.evaluation.journal import Utterance
+from vita_audio.evaluation.metrics import seed_tts_error_rate, seed_tts_tokens, utterance_errors
+from vita_audio.evaluation.normalisers import plain_words
+from vita_audio.evaluation.statistics import Marks, rates
 from vita_audio.evaluation.tasks.task import AnyPath, Column, Items, Scores, need_utterances
-from vita_audio.evaluation.tasks.tts import Reading, check_text, requested_text
+from vita_audio.evaluation.tasks.tts import Reading, check_text, requested_text, similarity_mark
 
 LANGUAGES = ("zh", "en")
 
@@ -39,7 +36,12 @@ class SeedTTS(Reading):
     speaker_prompt: bool = False
     name: str = "seed_tts"
     title: str = "Seed-TTS"
-    columns: tuple[Column, ...] = (Column("mean WER %", "seed_tts_wer"),)
+    columns: tuple[Column, ...] = (
+        Column("mean WER %", "seed_tts_wer"),
+        Column("as published %", "seed_tts_wer_answered"),
+        Column("all words %", "seed_tts_wer_words"),
+        Column("SIM", "seed_tts_similarity", ".3f", 1),
+    )
     speaks: bool = True
     samples: bool = True
     open_system: bool = False
@@ -53,17 +55,26 @@ class SeedTTS(Reading):
         refuse_repeated_ids(items, path)
         return items
 
+    def marks(self, utterance: Utterance) -> Marks:
+        """``seed_tts_wer`` is the mean of the utterances' rates, one without speech counts as 1;
+        ``seed_tts_wer_answered`` leaves it out, as published. ``seed_tts_wer_words`` divides all errors by all words,
+        and takes hyphens as spaces."""
+        reference, heard = str(utterance.reference), utterance.heard
+        mean = 1.0 if heard is None else seed_tts_error_rate(reference, heard, self.language).rate
+        spoken = None if heard is None else plain_words(heard)
+        marks = {
+            "seed_tts_wer": (mean, 1.0),
+            "seed_tts_wer_words": utterance_errors(plain_words(reference), spoken),
+        }
+        if heard is not None:
+            marks["seed_tts_wer_answered"] = (mean, 1.0)
+        return marks | similarity_mark("seed_tts_similarity", utterance)
+
     def score(self, utterances: Sequence[Utterance]) -> Scores:
-        """``seed_tts_wer``, the mean of the utterances' rates; one without speech counts as 1."""
+        """The rates of :meth:`marks` as fractions, and the number of utterances behind them."""
         need_utterances(utterances)
-        rates = [
-            1.0
-            if utterance.heard is None
-            else seed_tts_error_rate(str(utterance.reference), utterance.heard, self.language).rate
-            for utterance in utterances
-        ]
         return {
-            "seed_tts_wer": sum(rates) / len(rates),
+            **rates([self.marks(utterance) for utterance in utterances]),
             "seed_tts_utterances": len(utterances),
             "seed_tts_without_audio": sum(utterance.heard is None for utterance in utterances),
         }
@@ -106,6 +117,7 @@ class SeedTTS(Reading):
             answer=text,
             answers=(text,),
             reference_audio=recording,
+            voice=voice,
         )
         self._check(item)
         return item

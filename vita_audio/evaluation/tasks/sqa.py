@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vita_audio.evaluation.answers import answer_words, contains_answer
-from vita_audio.evaluation.benchmarks import Bench, BenchmarkItem, Utterance, read_test_set
+from vita_audio.evaluation.bench import Bench
+from vita_audio.evaluation.items import BenchmarkItem, read_test_set
+from vita_audio.evaluation.journal import Utterance
+from vita_audio.evaluation.statistics import Mark, Marks, rates
 from vita_audio.evaluation.tasks.task import AnyPath, Column, Items, Scores, need_utterances
 
 
@@ -50,36 +53,36 @@ class QuestionAnswering:
         """Answer every question aloud."""
         return bench.spoken(items, lambda item: list(item.answers))
 
-    def score(self, utterances: Sequence[Utterance]) -> Scores:
-        """Accuracies as fractions of all questions.
+    def marks(self, utterance: Utterance) -> Marks:
+        """Whether each rule finds the answer.
 
         ``..._s2t_accuracy`` and ``..._s2s_accuracy`` (``t2t`` and ``t2s`` for typed questions) use the published
-        containment rule, but a reply without speech is wrong in the second instead of being left out (bug 17
-        of the data specification). ``..._whole_words`` use the strict rule, by which "eighteen" does not
-        contain "eight".
+        containment rule, but a reply without speech is wrong in the second; ``..._answered`` leaves it out, as
+        published (bug 17 of the data specification). ``..._whole_words`` use the strict rule, by which "eighteen" does
+        not contain "eight".
         """
+        marks: dict[str, Mark] = {}
+        for said, text in (("t", utterance.text), ("s", utterance.heard)):
+            for suffix, whole_words in (("", False), ("_whole_words", True)):
+                right = text is not None and contains_answer(
+                    text, utterance.reference, whole_words=whole_words
+                )
+                marks[f"{self._key(said)}{suffix}"] = (float(right), 1.0)
+        if utterance.heard is not None:
+            marks[f"{self._key('s')}_answered"] = marks[self._key("s")]
+        return marks
+
+    def score(self, utterances: Sequence[Utterance]) -> Scores:
+        """The rates of :meth:`marks` as fractions, and the number of questions behind them."""
         need_utterances(utterances)
         return {
-            **{
-                f"{self._key(said)}{suffix}": self._accuracy(utterances, said == "s", whole_words)
-                for whole_words, suffix in ((False, ""), (True, "_whole_words"))
-                for said in "ts"
-            },
+            **rates([self.marks(utterance) for utterance in utterances]),
             f"{self.name}_questions": len(utterances),
             f"{self.name}_without_audio": sum(utterance.heard is None for utterance in utterances),
         }
 
     def _key(self, said: str) -> str:
         return f"{self.name}_{self.asked.lower()}2{said}_accuracy"
-
-    @staticmethod
-    def _accuracy(utterances: Sequence[Utterance], heard: bool, whole_words: bool) -> float:
-        said = [utterance.heard if heard else utterance.text for utterance in utterances]
-        correct = sum(
-            text is not None and contains_answer(text, utterance.reference, whole_words=whole_words)
-            for text, utterance in zip(said, utterances, strict=True)
-        )
-        return correct / len(utterances)
 
     def _check(self, item: BenchmarkItem) -> None:
         empty = next((answer for answer in item.answers if not answer_words(answer)), None)

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from vita_audio.evaluation.benchmarks import AnyPath, Bench, BenchmarkItem, Items, Utterance
+from vita_audio.evaluation.bench import Bench
+from vita_audio.evaluation.items import AnyPath, BenchmarkItem, Items
+from vita_audio.evaluation.journal import Utterance
+from vita_audio.evaluation.statistics import Marks
 from vita_audio.inference import GenerationOptions
 
 Scores = dict[str, float | int | None]
@@ -81,6 +84,9 @@ class Task(Protocol):
     def run(self, bench: Bench, items: Sequence[BenchmarkItem]) -> list[Utterance]:
         """Answer every item."""
 
+    def marks(self, utterance: Utterance) -> Marks:
+        """What an utterance adds to each score."""
+
     def score(self, utterances: Sequence[Utterance]) -> Scores:
         """Scores of a whole test set; rates are fractions.
 
@@ -106,3 +112,12 @@ def need_utterances(utterances: Sequence[Utterance]) -> None:
     """
     if not utterances:
         raise ValueError("no utterances, so there is nothing to score")
+
+
+def need_words(count: float) -> None:
+    """
+    Raises:
+        ValueError: the references contain no words, so the rate is undefined.
+    """
+    if not count:
+        raise ValueError("the references contain no words; there is nothing to score against")

@@ -7,16 +7,17 @@ unchanged and after the codec (encode, decode). The latter is the codec floor, t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 from vita_audio.audio import AudioTokenizer
 from vita_audio.chat import prompts
-from vita_audio.distributed import rank, world_size
-from vita_audio.evaluation.benchmarks import Bench, BenchmarkItem, Utterance, gather, read_test_set
-from vita_audio.evaluation.metrics import CorpusErrors, corpus_error_rate
-from vita_audio.evaluation.normalisers import Normaliser, normaliser, plain_words
-from vita_audio.evaluation.tasks.task import AnyPath, Column, Items, Scores, need_utterances
+from vita_audio.evaluation.bench import Bench, Started
+from vita_audio.evaluation.items import BenchmarkItem, read_test_set
+from vita_audio.evaluation.journal import Utterance
+from vita_audio.evaluation.metrics import utterance_errors
+from vita_audio.evaluation.normalisers import normaliser, plain_words
+from vita_audio.evaluation.statistics import Mark, Marks, rate, rates
+from vita_audio.evaluation.tasks.task import AnyPath, Column, Items, Scores, need_utterances, need_words
 
 
 class Reading:
@@ -45,6 +46,7 @@ class SpeechSynthesis(Reading):
         Column("WER %", "tts_wer"),
         Column("codec floor %", "tts_floor_wer"),
         Column("natural %", "tts_natural_wer"),
+        Column("SIM", "tts_similarity", ".3f", 1),
     )
     speaks: bool = True
     samples: bool = True
@@ -53,35 +55,38 @@ class SpeechSynthesis(Reading):
     def read(self, path: AnyPath, data_root: AnyPath | None = None, limit: int | None = None) -> Items:
         return read_test_set(path, data_root, limit, check=check_text)
 
+    def marks(self, utterance: Utterance) -> Marks:
+        """``tts_wer`` counts an utterance without speech as wholly deleted; ``tts_wer_answered``
+        leaves it out, as the published scripts do (bug 17 of the data specification)."""
+        errors = self._errors(utterance)
+        marks = {"tts_wer": errors} | ({} if utterance.heard is None else {"tts_wer_answered": errors})
+        return marks | similarity_mark("tts_similarity", utterance)
+
     def score(self, utterances: Sequence[Utterance]) -> Scores:
-        """``tts_wer`` counts utterances without speech as wholly deleted; ``tts_wer_answered``
-        excludes them, as the published scripts do (bug 17 of the data specification). Fractions."""
-        result = self._word_errors(utterances)
+        """The rates of :meth:`marks` as fractions, and the numbers behind them."""
+        need_utterances(utterances)
+        marks = [self.marks(utterance) for utterance in utterances]
+        words = sum(one["tts_wer"][1] for one in marks)
+        need_words(words)
         return {
-            "tts_wer": result.rate,
-            "tts_wer_answered": result.answered.rate if result.answered.reference_tokens else None,
+            "tts_wer_answered": None,
+            **rates(marks),
             "tts_utterances": len(utterances),
-            "tts_without_audio": len(result.missing),
-            "tts_reference_words": result.counts.reference_tokens,
+            "tts_without_audio": sum(utterance.heard is None for utterance in utterances),
+            "tts_reference_words": int(words),
         }
 
     def score_recordings(self, resynthesised: Sequence[Utterance], natural: Sequence[Utterance]) -> Scores:
         """``tts_floor_wer`` of the recordings after the codec, and ``tts_natural_wer`` of the originals."""
         return {
-            "tts_floor_wer": self._word_errors(resynthesised).rate if resynthesised else None,
-            "tts_natural_wer": self._word_errors(natural).rate if natural else None,
+            "tts_floor_wer": rate([self._errors(utterance) for utterance in resynthesised]),
+            "tts_natural_wer": rate([self._errors(utterance) for utterance in natural]),
         }
 
-    def _word_errors(self, utterances: Sequence[Utterance]) -> CorpusErrors:
-        need_utterances(utterances)
-        normalise: Normaliser = normaliser(self.text_normaliser)
-        return corpus_error_rate(
-            {utterance.id: normalise(str(utterance.reference)) for utterance in utterances},
-            {
-                utterance.id: None if utterance.heard is None else normalise(utterance.heard)
-                for utterance in utterances
-            },
-        )
+    def _errors(self, utterance: Utterance) -> Mark:
+        normalise = normaliser(self.text_normaliser)
+        heard = None if utterance.heard is None else normalise(utterance.heard)
+        return utterance_errors(normalise(str(utterance.reference)), heard)
 
 
 def run_recordings(
@@ -92,21 +97,29 @@ def run_recordings(
     Returns:
         Utterances of the resynthesised and of the natural speech; empty without recordings.
     """
-    assert bench.listener is not None, "recognising recordings needs a listener"
-    resynthesised: list[tuple[BenchmarkItem, Future[str], str]] = []
-    natural: list[tuple[BenchmarkItem, Future[str], str]] = []
-    recorded = [(item, item.reference_audio) for item in items if item.reference_audio is not None]
-    for item, recording in recorded[rank() :: world_size()]:
+    listener = bench.listener
+    assert listener is not None, "recognising recordings needs a listener"
+    recorded = [item for item in items if item.reference_audio is not None]
+
+    def resynthesise(item: BenchmarkItem) -> Started:
         wav = bench.wav(item.id)
-        resynthesised.append((item, bench.hear(codec.encode(recording), wav), wav.as_posix()))
-        natural.append((item, bench.listener.hear_file(recording), recording))
-    return _finish(resynthesised), _finish(natural)
+        heard = bench.hear(codec.encode(str(item.reference_audio)), wav)
+        return Started(Utterance(item.id, requested_text(item), "", wav=wav.as_posix()), heard)
 
+    def listen(item: BenchmarkItem) -> Started:
+        recording = str(item.reference_audio)
+        utterance = Utterance(item.id, requested_text(item), "", wav=recording)
+        return Started(utterance, listener.hear_file(recording))
 
-def _finish(started: Sequence[tuple[BenchmarkItem, Future[str], str]]) -> list[Utterance]:
-    return gather(
-        [Utterance(item.id, requested_text(item), "", heard.result(), wav) for item, heard, wav in started]
+    return (
+        bench.recorded("resynthesised", recorded, requested_text, resynthesise),
+        bench.recorded("natural", recorded, requested_text, listen),
     )
+
+
+def similarity_mark(key: str, utterance: Utterance) -> dict[str, Mark]:
+    """The mark of the voice's similarity, if it was measured."""
+    return {} if utterance.similarity is None else {key: (utterance.similarity, 1.0)}
 
 
 def requested_text(item: BenchmarkItem) -> str:
