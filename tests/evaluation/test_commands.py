@@ -138,7 +138,7 @@ def test_greedy_and_published_decoding_stand_side_by_side(
     assert max(map(len, said[:-1])) <= 80
 
 
-def test_foreign_prompts_a_missing_grammar_and_the_system_message_are_reported(
+def test_foreign_prompts_a_missing_grammar_and_the_system_message_are_said(
     run_tool, tiny_world, codec_flags, tmp_path, write_lines
 ):
     sample = json.loads(json.dumps(tiny_world.samples["asr"]))
@@ -152,7 +152,7 @@ def test_foreign_prompts_a_missing_grammar_and_the_system_message_are_reported(
     (row,) = json.loads((tmp_path / "out" / "results.json").read_text())
     notes = " ".join(row["notes"])
     assert "foreign: 1 of 1 prompts differ in wording from the training data" in notes
-    assert "sqa: transcribed by pocketsphinx without a grammar" in notes
+    assert "sqa: heard by pocketsphinx without a grammar" in notes
     assert "sqa: questions without a system message were asked with no system message" in notes
     assert row["sets"]["sqa"]["system"] is None
     said = " ".join((tmp_path / "out" / "results.md").read_text().split())
@@ -184,7 +184,7 @@ def test_foreign_prompts_a_missing_grammar_and_the_system_message_are_reported(
         (["--text_normaliser", "libritts"], "the libritts normaliser needs WeTextProcessing"),
     ],
 )
-def test_the_table_refuses_bad_input_in_one_line_before_a_model_is_loaded(
+def test_the_table_refuses_in_one_line_before_a_model_is_loaded(
     run_tool, table_flags, monkeypatch, flags, message
 ):
     monkeypatch.setattr(SpeechPipeline, "open", lambda *_, **__: pytest.fail("a model was loaded"))
@@ -225,7 +225,7 @@ def test_single_benchmarks_write_their_scores(run_tool, tiny_world, codec_flags,
         ({"MODEL_NAME_OR_PATH": "somewhere"}, "no test set"),
     ],
 )
-def test_the_script_names_what_is_missing(variables, message):
+def test_the_script_says_what_it_lacks(variables, message):
     script = REPOSITORY / "scripts" / "deepspeed" / "evaluate_sts.sh"
     result = subprocess.run(
         ["bash", str(script)],
@@ -284,7 +284,7 @@ def spelled_out(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["libritts", "seedtts"])
-def test_the_published_commands_accept_their_arguments(run_tool, tiny_world, tmp_path, name, spelled_out):
+def test_the_published_commands_take_their_arguments(run_tool, tiny_world, tmp_path, name, spelled_out):
     grammar = tmp_path / "words.gram"
     grammar.write_text(GRAMMAR)
     if name == "libritts":
@@ -308,7 +308,7 @@ def test_the_published_commands_accept_their_arguments(run_tool, tiny_world, tmp
     assert ("the quiet river runs" in spelled_out) is (name == "libritts")
 
 
-def test_tts_may_be_scored_like_seed_tts(run_tool, tiny_world, codec_flags, tmp_path):
+def test_tts_may_be_counted_as_seed_tts_counts(run_tool, tiny_world, codec_flags, tmp_path):
     grammar = tmp_path / "words.gram"
     grammar.write_text(GRAMMAR)
     run_tool(
@@ -359,7 +359,7 @@ def test_the_script_scores_the_published_sets_that_are_there(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_scores_of_one(tiny_world, tmp_path):
+def test_two_processes_score_what_one_scores(tiny_world, tmp_path):
     grammar = tmp_path / "words.gram"
     grammar.write_text(GRAMMAR)
     variables = os.environ | {

@@ -82,12 +82,12 @@ def item(audio, text: str = "", task: str = "Open-Ended") -> dict:
     return {"index": 0, "audio": audio, "text": text, "meta": meta}
 
 
-def test_transcription_uses_the_wording_of_the_training_data(model, tiny_world):
+def test_speech_is_written_down_in_the_words_of_the_training_data(model, tiny_world):
     answer = model(item([tiny_world.audio("question.wav")], "Please transcribe the audio.", task="ASR"))
     assert answer == ("Convert the speech to text.\n<|audio|>", "the blue key")
 
 
-def test_a_spoken_question_is_answered_with_text_only(model, tiny_world):
+def test_a_spoken_question_is_answered_with_text_alone(model, tiny_world):
     prompt, text = model(item([tiny_world.audio("question.wav")]))
     assert (prompt, text.strip()) == ("<|audio|>", "blue")
 

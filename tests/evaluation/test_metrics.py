@@ -1,4 +1,4 @@
-"""Metrics against the reference's recorded figures, and their own guarantees."""
+"""Metrics against the reference's recorded figures, and their own promises."""
 
 from __future__ import annotations
 

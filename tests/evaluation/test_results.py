@@ -19,7 +19,7 @@ from vita_audio.inference import SpeechPipeline
 
 @pytest.fixture
 def world(tiny_world, tmp_path) -> Path:
-    """A copy of the world, whose files may be changed."""
+    """A folder of one's own, whose files may change."""
     for name, folder in (
         ("model", tiny_world.model_dir),
         ("codec", tiny_world.codec_dir),
@@ -66,7 +66,7 @@ def score(world, monkeypatch):
 EVERYTHING = ["asr", "tts", "recordings"]
 
 
-def test_scores_are_kept_until_one_of_their_inputs_changes(world, score):
+def test_scores_stay_until_something_behind_them_changes(world, score):
     assert score() == EVERYTHING
     assert score() == []
 

@@ -55,13 +55,13 @@ def test_the_table_is_readable_in_80_columns_and_says_what_matters():
 
 
 def test_a_note_about_several_sets_is_printed_once():
-    heard = [f"{name}: transcribed by whisper" for name in ("clean", "other", "clean")]
-    assert "* clean, other: transcribed by whisper\n" in markdown(
+    heard = [f"{name}: heard by whisper" for name in ("clean", "other", "clean")]
+    assert "* clean, other: heard by whisper\n" in markdown(
         [ROW | {"notes": heard}, ROW | {"notes": heard[:1]}]
     )
 
 
-def test_columns_of_several_sets_stay_separate():
+def test_columns_of_several_sets_keep_apart():
     titles = [column.title for column in columns([ROW])]
     assert titles == [
         "stage", "mode", "ASR clean WER %", "ASR clean CER %", "ASR other WER %", "ASR other CER %",
@@ -69,7 +69,7 @@ def test_columns_of_several_sets_stay_separate():
     ]  # fmt: skip
 
 
-def test_rows_without_named_sets_are_shown():
+def test_rows_that_name_no_sets_are_shown():
     old = {"stage": "s", "mode": "boost", "asr_wer": 0.5, "sqa_s2t_accuracy": None}
     assert [column.title for column in columns([old])] == ["stage", "mode", "ASR WER %"]
     assert "### ASR\n" in markdown([old])

@@ -53,13 +53,13 @@ def clips() -> list[tuple[torch.Tensor, int]]:
     return made
 
 
-def test_a_grammar_restricts_the_transcript(grammar, clips):
+def test_a_grammar_bounds_what_is_heard(grammar, clips):
     words = " ".join(PocketSphinxTranscriber(grammar).transcribe(*clip) for clip in clips[:2])
     assert words.strip()
     assert set(words.split()) <= {"zero", "one", "two", "three", "four"}
 
 
-def test_a_transcript_does_not_depend_on_earlier_clips(grammar, clips):
+def test_a_clip_is_heard_alike_alone_and_after_others_in_any_order(grammar, clips):
     """Likelihoods are compared too: they show what words alone rarely do."""
 
     def hear(transcriber: PocketSphinxTranscriber, clip: tuple[torch.Tensor, int]) -> tuple[str, float]:
@@ -74,7 +74,7 @@ def test_a_transcript_does_not_depend_on_earlier_clips(grammar, clips):
         assert [hear(used, clips[index]) for index in order] == [alone[index] for index in order]
 
 
-def test_several_processes_give_the_transcripts_of_one_in_order(grammar, clips, tmp_path):
+def test_processes_hear_what_one_hears_and_in_order(grammar, clips, tmp_path):
     files = []
     for number, (speech, rate) in enumerate(clips[:4]):
         files.append(str(tmp_path / f"{number}.wav"))
@@ -92,7 +92,7 @@ def test_several_processes_give_the_transcripts_of_one_in_order(grammar, clips, 
         (TranscriberConfig(name="paraformer"), "pip install funasr"),
     ],
 )
-def test_a_recogniser_that_cannot_be_opened_is_named(config, message):
+def test_what_cannot_be_opened_is_named(config, message):
     with pytest.raises(ValueError, match=message):
         config.open()
 
@@ -104,7 +104,7 @@ def test_a_grammar_with_unknown_words_is_refused(tmp_path):
         PocketSphinxTranscriber(path)
 
 
-def test_a_worker_reports_why_it_cannot_open(tmp_path):
+def test_a_worker_says_why_it_cannot_listen(tmp_path):
     save_audio(tmp_path / "a.wav", torch.zeros(16_000), 16_000)
     with TranscriberPool(TranscriberConfig(grammar="nowhere.gram"), processes=1) as pool:
         future = pool.submit(str(tmp_path / "a.wav"))
