@@ -282,9 +282,8 @@ def check_data(run: Preflight) -> str:
 
 def check_step(run: Preflight) -> str:
     """A step at the real row length with every attention back end; their losses and gradients agree."""
-    model = open_model(run.model_args, run.data_args, run.need("tokenizer"), run.dtype, run.attention[0]).to(
-        run.device
-    )
+    model: Any = open_model(run.model_args, run.data_args, run.need("tokenizer"), run.dtype, run.attention[0])
+    model = model.to(run.device)
     apply_stage(
         model,
         language_model_freeze=run.model_args.language_model_freeze,
@@ -323,10 +322,10 @@ def check_precision(run: Preflight) -> str:
     said = "float32 already"
     with torch.no_grad():
         torch.manual_seed(0)
-        loss = one_loss(model, length, run.device)
+        loss = float(one_loss(model, length, run.device))
         if run.dtype != torch.float32:
             torch.manual_seed(0)
-            exact = one_loss(model.float(), length, run.device)
+            exact = float(one_loss(model.float(), length, run.device))
             model.to(run.dtype)
             close(f"{run.dtype}".removeprefix("torch."), loss, "float32", exact, _TOLERANCE[run.dtype])
             said = f"loss {loss:.4f}, {exact:.4f} in float32"

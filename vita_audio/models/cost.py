@@ -201,7 +201,7 @@ def _audio_flops(config_json: str, name: str, frames: int) -> int:
     modules = _audio_modules(config)
     encoder = modules[AUDIO_ENCODER].eval()
     with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
-        size = encoder.model.config.input_size  # type: ignore[union-attr]
+        size: int = encoder.model.config.input_size  # type: ignore[union-attr, assignment]
         encoded, _ = encoder(torch.empty(1, frames, size), [frames])
         inside = counter.get_total_flops()
         modules[AUDIO_ADAPTER](encoded)

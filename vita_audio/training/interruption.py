@@ -92,7 +92,8 @@ class HangDump(TrainerCallback):
 
     def _progress(self, *_: Any, **__: Any) -> None:
         # The timer is a thread of C: it also fires when Python itself is stuck in a call.
-        faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__)
+        if sys.__stderr__ is not None:
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__)
 
     on_train_begin = on_step_begin = on_substep_end = on_step_end = on_save = on_log = _progress
 
