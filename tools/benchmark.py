@@ -22,6 +22,7 @@ BENCHMARKS = {
     "codec": "codec",
     "codec-streams": "codec_streams",
     "sts": "sts",
+    "serve": "serve",
     "benchmark_llm": "generate",
     "benchmark_sts": "sts",
 }

@@ -310,10 +310,10 @@ class Connection:
             await self.send(kind, item=shown(item), previous_item_id=previous)
 
     def _item(self, item_id: str) -> Item:
-        try:
-            return self._dialogue.items[self._dialogue.index(item_id)]
-        except (KeyError, IndexError):
-            raise _no_item("item_id", item_id) from None
+        for item in self._dialogue.items:
+            if item.id == item_id:
+                return item
+        raise _no_item("item_id", item_id)
 
     def _last_id(self) -> str | None:
         return self._dialogue.items[-1].id if self._dialogue.items else None

@@ -32,6 +32,7 @@ from vita_audio.inference import (
 from vita_audio.inference.engine_backend import LONGEST
 from vita_audio.inference.replies import Sound
 from vita_audio.models.configuration import num_positions
+from vita_audio.serving import detection
 from vita_audio.serving.config import ServeOptions
 from vita_audio.serving.errors import ApiError, draining, failure, overloaded
 from vita_audio.serving.metrics import Metrics, Player
@@ -87,6 +88,7 @@ class Service:
         try:
             with engine:
                 self.clips.start()
+                detection.load_model()
                 self.pipeline.synthesize(_WARM_UP, options=GenerationOptions.greedy(max_new_tokens=32))
                 self.ready = True
                 yield
