@@ -16,8 +16,7 @@ from vita_audio.evaluation.items import BenchmarkItem
 from vita_audio.evaluation.journal import Journal, Utterance
 from vita_audio.evaluation.settings import Settings
 from vita_audio.evaluation.tasks import SpeechRecognition
-from vita_audio.inference import GenerationOptions, SpeechPipeline
-from vita_audio.inference.backend import ReferenceBackend
+from vita_audio.inference import EngineBackend, GenerationOptions, SpeechPipeline
 
 COUNT = 6
 
@@ -41,13 +40,13 @@ def flags(tiny_world, tmp_path, write_lines) -> list[str]:
 @pytest.fixture
 def asked(monkeypatch) -> list[int]:
     """The number of requests in each call of the model."""
-    calls, stream_many = [], ReferenceBackend.stream_many
+    calls, stream_many = [], EngineBackend.stream_many
 
     def note(self, requests):
         calls.append(len(requests))
         return stream_many(self, requests)
 
-    monkeypatch.setattr(ReferenceBackend, "stream_many", note)
+    monkeypatch.setattr(EngineBackend, "stream_many", note)
     return calls
 
 
@@ -92,7 +91,7 @@ def test_a_failed_item_is_named_counted_and_not_scored_and_tried_again(
 
 def test_a_batch_that_fails_is_tried_item_by_item(flags, tmp_path, monkeypatch):
     """As when memory runs out."""
-    stream_many = ReferenceBackend.stream_many
+    stream_many = EngineBackend.stream_many
 
     def small(self, requests):
         if len(requests) > 1:
@@ -101,7 +100,7 @@ def test_a_batch_that_fails_is_tried_item_by_item(flags, tmp_path, monkeypatch):
 
     main(flags)
     expected = utterances(tmp_path)
-    monkeypatch.setattr(ReferenceBackend, "stream_many", small)
+    monkeypatch.setattr(EngineBackend, "stream_many", small)
     main([*flags, "--output_dir", str(tmp_path / "again")])
     again = (tmp_path / "again/tiny-turbo/asr.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in again] == expected
@@ -111,14 +110,14 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(flags, tmp_path, as
     main([*flags, "--output_dir", str(tmp_path / "whole")])
     whole = (tmp_path / "whole/tiny-turbo/asr.jsonl").read_text()
     asked.clear()
-    noted = ReferenceBackend.stream_many
+    noted = EngineBackend.stream_many
 
     def killed(self, requests):
         if len(asked) == 2:
             raise KeyboardInterrupt
         return noted(self, requests)
 
-    monkeypatch.setattr(ReferenceBackend, "stream_many", killed)
+    monkeypatch.setattr(EngineBackend, "stream_many", killed)
     with pytest.raises(KeyboardInterrupt):
         main(flags)
     assert not (tmp_path / "out/tiny-turbo/asr.jsonl").exists()
@@ -127,7 +126,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(flags, tmp_path, as
     with journal.open("a") as file:
         file.write('{"id": "item_0", "refer')  # the kill cut a line off
 
-    monkeypatch.setattr(ReferenceBackend, "stream_many", noted)
+    monkeypatch.setattr(EngineBackend, "stream_many", noted)
     asked.clear()
     main(flags)
     assert sum(asked) == COUNT - 4
