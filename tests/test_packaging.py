@@ -22,6 +22,7 @@ USED_WITHOUT_IMPORT = {
     "accelerate": "transformers' Trainer needs it",
     "tensorboard": "the Trainer writes its files",
     "flash-attn": "transformers' flash_attention_2 needs it",
+    "silero-vad": "serving loads its model file without importing it",
     "python-multipart": "fastapi's forms need it",
     "websockets": "uvicorn's websockets need it",
     "textgrid": "lhotse's recipe for AISHELL-4 needs it",

@@ -97,7 +97,9 @@ class TranscriberConfig:
         elif self.name in _PACKAGES:
             if find_spec(_PACKAGES[self.name]) is None:
                 raise ValueError(f"the {self.name} transcriber needs {_INSTALL[self.name]}")
-            if self.path is not None and Path(self.path).is_absolute() and not Path(self.path).is_dir():
+            # faster-whisper also takes the name of a size.
+            folder = self.path is not None and (self.name == "paraformer" or Path(self.path).is_absolute())
+            if folder and not Path(str(self.path)).is_dir():
                 raise ValueError(f"{self.path}: no such folder; give one with the weights of {self.name}")
         elif self.name == "sensevoice":
             if not (Path(self.path or SENSEVOICE) / "am.mvn").is_file():
