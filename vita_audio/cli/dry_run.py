@@ -288,7 +288,7 @@ def _data(run: DryRun, data: DataArguments, stage: StageArguments) -> list[str]:
     by_set: dict[str, list[SourceSpec]] = defaultdict(list)
     for spec in specs:
         by_set[spec.dataset].append(spec)
-    rows = [_EPOCH_LABELS]
+    rows: list[tuple[str, ...]] = [_EPOCH_LABELS]
     for name, members in by_set.items():
         states = [found.get(str(spec.path)) for spec in members]
         there = [state for state in states if state is not None and state.rows]

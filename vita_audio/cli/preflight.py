@@ -280,9 +280,9 @@ def check_data(run: Preflight) -> str:
 
 def check_step(run: Preflight) -> str:
     """A step at the real row length with every attention back end; their losses and gradients agree."""
-    model = open_model(run.model_args, run.data_args, run.need("tokenizer"), run.dtype, run.attention[0]).to(
-        run.device
-    )
+    tokenizer = run.need("tokenizer")
+    model: Any = open_model(run.model_args, run.data_args, tokenizer, run.dtype, run.attention[0])
+    model = model.to(run.device)
     apply_stage(
         model,
         language_model_freeze=run.model_args.language_model_freeze,
@@ -421,7 +421,7 @@ def existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
-def one_loss(model: Any, length: int, device: torch.device) -> torch.Tensor | Any:
+def one_loss(model: Any, length: int, device: torch.device) -> Any:
     """The loss of a row of random documents."""
     positions = (torch.arange(length, device=device) % _DOCUMENT)[None]
     ids = torch.randint(min(model.config.vocab_size, 1000), (1, length), device=device)
