@@ -22,13 +22,14 @@ TRAIN = [
     "datasets>=4.0",
     "deepspeed>=0.18",
     "filelock",
+    "matplotlib",
     "pyarrow",
     "scikit-learn",
     "tensorboard",
     "torchdata>=0.11",
 ]
 EVAL = ["pocketsphinx", "word2number", "zhconv"]
-QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "jinja2", "matplotlib", "soxr"]
+QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "jinja2", "soxr"]
 DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"]
 
 setup(
