@@ -24,6 +24,7 @@ TRAIN = [
     "datasets>=4.0",
     "deepspeed>=0.18",
     "filelock",
+    "matplotlib",
     "pyarrow",
     "scikit-learn",
     "tensorboard",
@@ -40,7 +41,7 @@ EVAL = [
     "zhconv",
 ]
 CORPORA = ["lhotse>=1.33", "pyarrow", "textgrid", "zhconv"]
-QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "matplotlib", "soxr"]
+QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "soxr"]
 SERVE = [
     "fastapi>=0.130",
     "prometheus-client",

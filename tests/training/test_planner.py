@@ -1,6 +1,10 @@
 """The plan of a stage against the model itself: operations as torch counts them, memory as DeepSpeed keeps it."""
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -127,3 +131,21 @@ def test_numbers_that_make_no_plan_are_refused_in_one_line(capsys):
         with pytest.raises(SystemExit):
             plan_run.main(wrong)
         assert capsys.readouterr().err.startswith(f"error: {wrong[0]}")
+
+
+@pytest.mark.slow
+def test_planned_memory_is_within_a_tenth_of_what_deepspeed_takes():
+    """Two of the sixteen cases of docs/planning.md, with the same command."""
+    command = [sys.executable, str(plan_run.REPOSITORY / "tools/benchmark.py"), "memory"]
+    run = subprocess.run(
+        [*command, "--sizes", "256", "--stages", "2", "4"],
+        env={**os.environ, "PYTHONPATH": str(plan_run.REPOSITORY), "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=500,
+    )
+    cases = json.loads(run.stdout.splitlines()[-1])
+    assert [case["stage"] for case in cases] == [2, 4]
+    for case in cases:
+        assert case["planned"] == pytest.approx(case["measured"], rel=0.1), case

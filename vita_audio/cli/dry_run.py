@@ -43,8 +43,7 @@ from vita_audio.training import (
     describe_changes,
 )
 from vita_audio.training.command_line import flag_values, parse_arguments
-from vita_audio.training.deepspeed_config import read_deepspeed_config
-from vita_audio.training.planner import Zero, make_plan, stage_setup
+from vita_audio.training.planner import plan_run
 from vita_audio.training.quiet import hush_libraries
 
 _PROGRAM = "tools/finetune_sts.py"
@@ -316,9 +315,8 @@ def _plan(
 ) -> list[str]:
     """The plan of :mod:`vita_audio.training.planner` for this command."""
     device = "cpu" if run.values.get("use_cpu", Value("False", "")).text == "True" else "cuda"
-    setup = stage_setup(model, data, stage, gpus=run.processes, dtype=dtype, device=device)
-    zero = Zero.from_config(read_deepspeed_config(stage.deepspeed) if stage.deepspeed else None)
-    lines = describe_plan(make_plan(config, setup, zero), mfu=0.4)
+    plan = plan_run(config, model, data, stage, gpus=run.processes, dtype=dtype, device=device)
+    lines = describe_plan(plan, mfu=0.4)
     if isinstance(config, Qwen2MTPSenseVoiceConfig):
         lines.append("the encoder's work on clips is not included")
     return [

@@ -47,8 +47,7 @@ from vita_audio.models.loss import chunked_losses, liger_forward, liger_losses
 from vita_audio.provenance import versions
 from vita_audio.training import DataArguments, ModelArguments, StageArguments, apply_stage
 from vita_audio.training.command_line import parse_arguments
-from vita_audio.training.deepspeed_config import read_deepspeed_config
-from vita_audio.training.planner import Plan, Zero, make_plan, stage_setup
+from vita_audio.training.planner import Plan, plan_run
 from vita_audio.training.quiet import hush_libraries
 
 _GROUP_TIMEOUT = timedelta(days=1)
@@ -281,7 +280,8 @@ def check_data(run: Preflight) -> str:
 
 def check_step(run: Preflight) -> str:
     """A step at the real row length with every attention back end; their losses and gradients agree."""
-    model: Any = open_model(run.model_args, run.data_args, run.need("tokenizer"), run.dtype, run.attention[0])
+    tokenizer = run.need("tokenizer")
+    model: Any = open_model(run.model_args, run.data_args, tokenizer, run.dtype, run.attention[0])
     model = model.to(run.device)
     apply_stage(
         model,
@@ -321,10 +321,10 @@ def check_precision(run: Preflight) -> str:
     said = "float32 already"
     with torch.no_grad():
         torch.manual_seed(0)
-        loss = float(one_loss(model, length, run.device))
+        loss = one_loss(model, length, run.device)
         if run.dtype != torch.float32:
             torch.manual_seed(0)
-            exact = float(one_loss(model.float(), length, run.device))
+            exact = one_loss(model.float(), length, run.device)
             model.to(run.dtype)
             close(f"{run.dtype}".removeprefix("torch."), loss, "float32", exact, _TOLERANCE[run.dtype])
             said = f"loss {loss:.4f}, {exact:.4f} in float32"
@@ -408,11 +408,7 @@ def plan_of(run: Preflight) -> Plan:
     model, data, stage = run.model_args, run.data_args, run.stage_args
     base = open_config(model.model_name_or_path)
     config = config_with_heads(base, model.num_nextn_predict_layers, sensevoice=data.continuous_input)
-    device = run.device.type
-    setup = stage_setup(model, data, stage, gpus=world_size(), dtype=run.dtype, device=device)
-    return make_plan(
-        config, setup, Zero.from_config(read_deepspeed_config(stage.deepspeed) if stage.deepspeed else None)
-    )
+    return plan_run(config, model, data, stage, gpus=world_size(), dtype=run.dtype, device=run.device.type)
 
 
 def saves(stage: StageArguments) -> float:
@@ -425,7 +421,7 @@ def existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
-def one_loss(model: Any, length: int, device: torch.device) -> torch.Tensor | Any:
+def one_loss(model: Any, length: int, device: torch.device) -> Any:
     """The loss of a row of random documents."""
     positions = (torch.arange(length, device=device) % _DOCUMENT)[None]
     ids = torch.randint(min(model.config.vocab_size, 1000), (1, length), device=device)

@@ -14,6 +14,7 @@ move at least once: weights, keys and values.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -195,13 +196,11 @@ def _size(module: nn.Module) -> int:
 @lru_cache(maxsize=64)
 def _audio_flops(config_json: str, name: str, frames: int) -> int:
     """Counted by torch itself on tensors without memory; the encoder has too many parts for a formula."""
-    import json
-
     config = Qwen2MTPSenseVoiceConfig(**json.loads(config_json))
     modules = _audio_modules(config)
     encoder = modules[AUDIO_ENCODER].eval()
     with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
-        size: int = encoder.model.config.input_size  # type: ignore[union-attr, assignment]
+        size = (config.audio_encoder or {})["input_size"]
         encoded, _ = encoder(torch.empty(1, frames, size), [frames])
         inside = counter.get_total_flops()
         modules[AUDIO_ADAPTER](encoded)

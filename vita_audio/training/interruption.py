@@ -12,7 +12,6 @@ from __future__ import annotations
 import faulthandler
 import logging
 import signal
-import sys
 import time
 from types import FrameType
 from typing import Any
@@ -26,6 +25,7 @@ logger = logging.getLogger(__name__)
 REQUEUE = 75
 """Exit status of a run that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h. Start it again to go on."""
 _NOTHING, _SAVE, _STOP = 0, 1, 2
+_STANDARD_ERROR = 2
 
 
 class Interruption(TrainerCallback):
@@ -92,8 +92,7 @@ class HangDump(TrainerCallback):
 
     def _progress(self, *_: Any, **__: Any) -> None:
         # The timer is a thread of C: it also fires when Python itself is stuck in a call.
-        if sys.__stderr__ is not None:
-            faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self._seconds, exit=True, file=_STANDARD_ERROR)
 
     on_train_begin = on_step_begin = on_substep_end = on_step_end = on_save = on_log = _progress
 

@@ -33,6 +33,8 @@ from vita_audio.models.cost import (
     lm_head_pass,
 )
 from vita_audio.models.loss import CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU
+from vita_audio.training.arguments import DataArguments, ModelArguments, StageArguments
+from vita_audio.training.deepspeed_config import read_deepspeed_config
 from vita_audio.training.step_memory import Batch, step_memory
 
 if TYPE_CHECKING:
@@ -204,29 +206,6 @@ class Plan:
         return self.steps * self.tokens_per_step * speech_share / CODES_PER_SECOND / 3600
 
 
-def stage_setup(
-    model: ModelArguments,
-    data: DataArguments,
-    stage: StageArguments,
-    *,
-    gpus: int,
-    dtype: torch.dtype,
-    device: str,
-) -> Setup:
-    """The set-up that a stage's arguments describe."""
-    return Setup(
-        language_model_freeze=model.language_model_freeze,
-        audio_model_freeze=model.audio_model_freeze,
-        batch=Batch(stage.per_device_train_batch_size, data.model_max_length),
-        accumulation=stage.gradient_accumulation_steps,
-        steps=stage.max_steps,
-        gpus=gpus,
-        dtype=dtype,
-        checkpointing=bool(stage.gradient_checkpointing),
-        device=device,
-    )
-
-
 def make_plan(config: Qwen2MTPConfig, setup: Setup, zero: Zero) -> Plan:
     """Plan a stage of a model with this config.
 
@@ -257,6 +236,32 @@ def make_plan(config: Qwen2MTPConfig, setup: Setup, zero: Zero) -> Plan:
         result_bytes=value_bytes * total,
         checkpoint_bytes=_checkpoint_bytes(value_bytes, zero, trained, total),
     )
+
+
+def plan_run(
+    config: Qwen2MTPConfig,
+    model: ModelArguments,
+    data: DataArguments,
+    stage: StageArguments,
+    *,
+    gpus: int,
+    dtype: torch.dtype,
+    device: str,
+) -> Plan:
+    """Plan the run that a trainer's options describe; see :class:`Setup` for the others."""
+    setup = Setup(
+        language_model_freeze=model.language_model_freeze,
+        audio_model_freeze=model.audio_model_freeze,
+        batch=Batch(stage.per_device_train_batch_size, data.model_max_length),
+        accumulation=stage.gradient_accumulation_steps,
+        steps=stage.max_steps,
+        gpus=gpus,
+        dtype=dtype,
+        checkpointing=bool(stage.gradient_checkpointing),
+        device=device,
+    )
+    zero = read_deepspeed_config(stage.deepspeed) if stage.deepspeed else None
+    return make_plan(config, setup, Zero.from_config(zero))
 
 
 def step_flops(config: Qwen2MTPConfig, setup: Setup) -> tuple[int, int]:

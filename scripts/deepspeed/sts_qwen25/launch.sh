@@ -160,7 +160,7 @@ if [[ $NODE_RANK == 0 ]]; then
 fi
 LOG_FILE=$OUTPUT_DIR/log_node$NODE_RANK.txt
 # tee must outlive all processes, so it ignores signals and ends when the last one closes the pipe.
-exec > >(trap '' INT TERM HUP && exec tee -a "$LOG_FILE") 2> >(trap '' INT TERM HUP && exec tee -a "$LOG_FILE" >&2)
+exec > >(trap '' INT TERM HUP USR1 && exec tee -a "$LOG_FILE") 2> >(trap '' INT TERM HUP USR1 && exec tee -a "$LOG_FILE" >&2)
 echo "$STAGE_NAME: $MODEL_NAME_OR_PATH -> $OUTPUT_DIR ($NNODES x $NPROC_PER_NODE processes)"
 
 exec "${COMMAND[@]}"
