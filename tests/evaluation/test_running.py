@@ -154,6 +154,7 @@ def test_replies_of_a_batch_end_at_their_own_limits(tiny_world, tmp_path):
     longer = replace(
         item, id="b", conversation=replace(item.conversation, audios=(tiny_world.audio("reading.wav"),))
     )
+    short = len(pipeline.prompt(item.conversation))
     said = {}
     for size in (1, 2):
         bench = Bench(
@@ -163,11 +164,12 @@ def test_replies_of_a_batch_end_at_their_own_limits(tiny_world, tmp_path):
             options=GenerationOptions.greedy("vanilla"),
             batch_size=size,
         )
-        said[size] = [
-            one.text
-            for one in bench.written([item, longer], lambda one: one.answer, lambda prompt: prompt % 7)
-        ]
+        utterances = bench.written(
+            [item, longer], lambda one: one.answer, lambda prompt: 1 if prompt == short else 9
+        )
+        said[size] = {one.id: one.text for one in utterances}
     assert said[1] == said[2]
+    assert len(said[1][item.id]) < len("the blue key")
 
 
 def test_the_last_batches_of_several_processes_are_small():
@@ -220,7 +222,10 @@ def test_several_draws_give_a_mean_and_a_spread(flags, tiny_world, tmp_path, cap
         drawn.append(above / below)
     assert found["tts_wer"] == pytest.approx(statistics.mean(drawn))
     assert facts["spread"]["tts_wer"] == pytest.approx(statistics.stdev(drawn))
-    texts = {(place / f"{name}.jsonl").read_text() for name in ("tts", "tts_sample2", "tts_sample3")}
+    texts = {
+        json.loads((place / f"{name}.jsonl").read_text())["text"]
+        for name in ("tts", "tts_sample2", "tts_sample3")
+    }
     assert len(texts) == 3, "each draw has its own seeds"
     assert "means of 3 draws" in capsys.readouterr().out
 
