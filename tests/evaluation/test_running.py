@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,3 +254,49 @@ def test_items_are_dealt_by_length_without_reading_damaged_audio(tiny_world, tmp
     good, bad = SpeechRecognition().run(bench, [item, broken])
     assert (good.failure, good.text) == (None, "the blue key")
     assert "broken.wav" in bad.failure
+
+
+@pytest.mark.slow
+def test_two_processes_killed_in_the_middle_and_started_again_give_the_scores_of_one(
+    tiny_world, tmp_path, write_lines
+):
+    samples = [
+        {"id": f"{number:02}"}
+        | tiny_world.samples["asr"]
+        | {"audios": [tiny_world.audio(("question", "answer", "reading")[number % 3] + ".wav")]}
+        for number in range(60)
+    ]
+    variables = os.environ | {
+        "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MODEL_NAME_OR_PATH": f"tiny={tiny_world.model_dir}@vanilla",
+        "AUDIO_TOKENIZER_TYPE": "mel_vq", "AUDIO_TOKENIZER_PATH": str(tiny_world.codec_dir), "BATCH_SIZE": "1",
+        "ASR_JSON": str(write_lines(tmp_path / "asr.jsonl", samples)), "SPEED_ITEMS": "0", "MASTER_PORT": "34573",
+    }  # fmt: skip
+    script = Path(__file__).parents[2] / "scripts" / "deepspeed" / "evaluate_sts.sh"
+
+    def start(name: str, processes: int) -> subprocess.Popen:
+        more = {"OUTPUT_DIR": str(tmp_path / name), "EVALUATION_PROCESSES": str(processes)}
+        return subprocess.Popen(
+            ["bash", str(script)],
+            env=variables | more,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    assert start("one", 1).wait(timeout=300) == 0
+    killed = start("two", 2)
+    place = tmp_path / "two" / "tiny-vanilla"
+
+    def written() -> int:
+        return sum(path.read_text().count('"id"') for path in place.glob(".asr.*.jsonl"))
+
+    while written() < 5 and killed.poll() is None:
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait(timeout=60)
+    before = written()
+    assert 0 < before < len(samples), "it was killed in the middle"
+    assert start("two", 2).wait(timeout=300) == 0
+    for name in ("asr.jsonl", "asr_scores.json"):
+        results = [(tmp_path / run / "tiny-vanilla" / name).read_text() for run in ("one", "two")]
+        assert results[0] == results[1]
