@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from vita_audio.audio import AudioError, load_audio
-from vita_audio.audio.archives import file_exists, file_size, read_file
+from vita_audio.audio.archives import file_exists, file_size, read_file, stored_size
 from vita_audio.audio.io import audio_duration
 from vita_audio.chat import locate_file
 
@@ -34,6 +34,16 @@ def test_a_member_equals_the_file_that_went_in(archive):
         assert audio_duration(packed) == audio_duration(plain) == number / 10
         assert file_size(packed) == file_size(plain) == plain.stat().st_size
         assert read_file(packed) == plain.read_bytes()
+
+
+def test_what_caches_compare_is_the_archives_size_and_costs_no_look_into_it(archive):
+    assert (
+        stored_size(f"{archive}/a/1.flac") == stored_size(f"{archive}/a/none.flac") == archive.stat().st_size
+    )
+    plain = archive.parent / "clips" / "1.flac"
+    assert stored_size(plain) == plain.stat().st_size
+    with pytest.raises(OSError, match="No such file"):
+        stored_size(f"{archive.parent}/lost.tar/1.flac")
 
 
 def test_a_folder_that_is_named_like_an_archive_is_a_folder(archive):
@@ -78,4 +88,6 @@ def test_a_changed_archive_is_read_again(archive):
 def test_a_relative_path_through_an_archive_is_found_below_the_root_or_next_to_the_file(archive, tmp_path):
     assert locate_file("clips.tar/a/1.flac", tmp_path, "/elsewhere") == f"{archive}/a/1.flac"
     assert locate_file("clips.tar/a/1.flac", "/elsewhere", tmp_path) == f"{archive}/a/1.flac"
-    assert locate_file("clips.tar/a/12.flac", "/root", tmp_path) == "/root/clips.tar/a/12.flac"
+    missing = locate_file("clips.tar/a/12.flac", "/root", tmp_path)
+    assert missing == f"{archive}/a/12.flac", "the archive is there; reading it says what it lacks"
+    assert locate_file("lost.tar/a/1.flac", "/root", tmp_path) == "/root/lost.tar/a/1.flac"

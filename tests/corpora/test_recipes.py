@@ -26,7 +26,7 @@ def test_the_recipes_write_the_very_files_of_the_published_mix():
     wanted: dict[str, set[str]] = {}
     for row in published():
         wanted.setdefault(row["set"], set()).add(row["file"])
-    written = {name: {part.output for part in recipe.parts} for name, recipe in RECIPES.items()}
+    written = {name: set(recipe.outputs) for name, recipe in RECIPES.items()}
     assert written == wanted
     assert len(written) == 34
     assert sum(map(len, written.values())) == 116
@@ -39,7 +39,7 @@ def test_the_documentation_lists_every_set_as_its_recipe_says():
         name, alias, tasks, files, license, size, pages = (
             cell.strip() for cell in row.strip("|").split(" | ")
         )
-        assert (name, alias, files) == (recipe.name, f"`{recipe.alias}`", str(len(recipe.parts)))
+        assert (name, alias, files) == (recipe.name, f"`{recipe.alias}`", str(len(recipe.outputs)))
         assert (license, size) == (recipe.license, recipe.size)
         assert all(url in pages for url in recipe.page.split(", "))
         assert tasks == (", ".join(sorted({task for part in recipe.parts for task in part.tasks})) or tasks)
@@ -140,6 +140,43 @@ def test_spoken_answers_keep_their_text_before_the_speech(miniatures, tmp_path):
     assert sample.messages[1].text == ""
     assert sample.messages[2].content == "好的，今天天气很好我们出去走走。\n<|audio|>"
     assert "answer_part1_shuf_part_3.tar/answer_part1_shuf_part_3/wav/" in sample.audios[1]
+
+
+def test_the_original_releases_are_read_too(tmp_path, sound):
+    """LibriSpeech and LibriTTS of OpenSLR, and Mozilla's archives of Common Voice."""
+    source, root = tmp_path / "source", tmp_path / "root"
+    words = ["THE QUIET RIVER RUNS PAST THE MILL", "A SMALL BOAT WAITS AT THE BRIDGE"]
+    chapter = source / "LibriSpeech/train-clean-100/103/1240"
+    book = source / "LibriTTS/train-clean-100/84/121123"
+    voice = source / "cv-corpus-17.0-2024-03-15/en"
+    for folder in (chapter, book, voice / "clips"):
+        folder.mkdir(parents=True)
+    rows = ["client_id\tpath\tsentence_id\tsentence\n"]
+    for number, text in enumerate(words):
+        (chapter / f"103-1240-000{number}.flac").write_bytes(sound(number, "flac"))
+        (book / f"84_121123_000007_00000{number}.wav").write_bytes(sound(number))
+        (voice / f"clips/common_voice_en_{number}.mp3").write_bytes(sound(number, "mp3"))
+        rows.append(f"c{number}\tcommon_voice_en_{number}.mp3\ts\t{text.lower()}\n")
+    names = [f"84_121123_000007_00000{number}" for number in range(2)]
+    (chapter / "103-1240.trans.txt").write_text(
+        "".join(f"103-1240-000{n} {text}\n" for n, text in enumerate(words))
+    )
+    (book / "84_121123.trans.tsv").write_text(
+        "".join(f"{name}\t{text}\t{text.capitalize()}\n" for name, text in zip(names, words, strict=True))
+    )
+    (book / "84_121123.book.tsv").write_text("".join(f"{name}\ta\tb\t0.0\t30.0\n" for name in names))
+    (voice / "train.tsv").write_text("".join(rows))
+    for name, output, text in (
+        ("fixie-ai/librispeech_asr", "train.100.clean.jsonl", "the quiet river runs past the mill"),
+        ("mythicinfinity/libritts", "libritts/train.clean.100.jsonl", "The quiet river runs past the mill"),
+        ("mozilla-foundation/common_voice_17_0", "en/train.jsonl", "the quiet river runs past the mill"),
+    ):
+        [(path, tally)] = prepare(RECIPES[name], source, root, Settings()).items()
+        assert path.endswith(output)
+        assert (tally.samples, dict(tally.rejected)) == (2, {})
+        [first, _] = [sample for _, sample in read_samples(root / path, root)]
+        assert text.lower() in " ".join(message.text for message in first.messages).lower()
+        assert first.audios[0].startswith(str(source)), "single files stay where they are"
 
 
 def test_the_mix_authors_copy_of_voice_assistant_is_read_as_it_is(tmp_path, sound, write_lines):

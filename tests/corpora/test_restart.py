@@ -21,6 +21,23 @@ RECIPE = read_recipes()["MushanW/GLOBE_V2"]
 OUTPUT = RECIPE.parts[0].output
 SHARDS, ROWS = 6, 5
 
+# The command itself, with a note of every item that a process reads.
+NOTED = """
+import os, runpy, sys
+from vita_audio.corpora.samples import Builder
+
+build, notes = Builder.build, os.path.join(sys.argv[1], os.environ["RANK"])
+
+def noting(self, item):
+    with open(notes, "a") as file:
+        print(item.id, file=file)
+    return build(self, item)
+
+Builder.build = noting
+sys.argv = ["prepare_data.py", *sys.argv[2:]]
+runpy.run_path("tools/prepare_data.py", run_name="__main__")
+"""
+
 # The command itself, killed without warning in the middle of a unit.
 KILLED = """
 import os, runpy, signal, sys
@@ -91,7 +108,7 @@ def run(*command: object, scratch: Path) -> subprocess.CompletedProcess:
     variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=300, check=False,
+        cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=540, check=False,
     )  # fmt: skip
 
 
@@ -103,9 +120,9 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(source, whole, tmp_path)
     assert not (root / OUTPUT).exists(), "no half file under the final name"
     done = sorted(path.name for path in root.rglob("*.prepare/*/*.json"))
     assert len(done) == 2
-    killed = run("-c", KILLED, 1, *flags, scratch=tmp_path / "scratch")
-    assert killed.returncode == -signal.SIGKILL, "the units that were done are not read again"
-    run("tools/prepare_data.py", *flags, scratch=tmp_path / "scratch")
+    rest = 3 * ROWS  # of the three units that were not done, and can be read
+    finished = run("-c", KILLED, rest, *flags, scratch=tmp_path / "scratch")
+    assert finished.returncode == 0, "units that were done are not read again"
     assert content(root) == whole
 
 
@@ -115,12 +132,16 @@ def test_workers_of_one_machine_give_the_same_bytes(source, whole, tmp_path):
 
 
 def test_two_nodes_with_their_own_scratch_give_the_same_bytes(source, whole, tmp_path):
-    """Two processes of a launch share only the data root."""
-    command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "tools/prepare_data.py")
-    flags = ("globe_v2", source, "--root", tmp_path / "root")
+    """Two processes of a launch share only the data root, and the work."""
+    (tmp_path / "noted.py").write_text(NOTED)
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "noted.py")
+    flags = (tmp_path, "globe_v2", source, "--root", tmp_path / "root")
     result = run(*command, *flags, scratch=tmp_path / "scratch")
     assert result.returncode == 0, result.stderr
     assert content(tmp_path / "root") == whole
+    read = [(tmp_path / rank).read_text().split() for rank in ("0", "1")]
+    assert [len(items) for items in read] == [3 * ROWS, 2 * ROWS], "every item is read by one of them"
+    assert not set(read[0]) & set(read[1])
     ids = [sample.id for _, sample in read_samples(tmp_path / "root" / OUTPUT, tmp_path / "root")]
     assert len(ids) == len(set(ids)) == 20
 

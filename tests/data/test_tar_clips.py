@@ -77,11 +77,15 @@ def test_codes_of_an_archives_clips_come_from_the_cache_even_without_the_archive
     cached, counts = rows(world, goldens, row_hash, arrow_cache, "tars", token_cache=tmp_path / "tokens")
     assert cached == expected
     assert (counts["speech/cache"] > CLIPS, "speech/codec" in counts) == (True, False)
-    (world / "tars/clips.tar").rename(world / "tars/away.tar")
+    archive, cached = world / "tars/clips.tar", tmp_path / "tokens"
+    archive.rename(world / "tars/away.tar")
     try:
-        assert (
-            rows(world, goldens, row_hash, arrow_cache, "tars", token_cache=tmp_path / "tokens")[0]
-            == expected
-        )
+        assert rows(world, goldens, row_hash, arrow_cache, "tars", token_cache=cached)[0] == expected
+        with tarfile.open(archive, "w") as tar:  # other clips under the old names
+            for index in range(CLIPS):
+                tar.add(world / f"files/clips/{(index + 1) // 2}.flac", f"a/{index}.flac")
+        changed, counts = rows(world, goldens, row_hash, arrow_cache, "tars", token_cache=cached)
+        assert changed != expected
+        assert counts["speech/stale"] > CLIPS, "clips of an archive whose size changed are encoded again"
     finally:
-        (world / "tars/away.tar").rename(world / "tars/clips.tar")
+        (world / "tars/away.tar").rename(archive)

@@ -1,8 +1,9 @@
 """Clips inside uncompressed tar archives, read without unpacking.
 
 A path that goes through an archive names a member: ``clips.tar/a/b.wav`` is the member ``a/b.wav`` of ``clips.tar``.
-The first clip of an archive costs one pass over its headers; the others cost one read. A corpus of a million clips
-is then a few hundred files, which every file system can hold.
+The first clip of an archive costs one pass over its headers, then each costs one read, while the archive is among
+the last 64 that this process used. A corpus of a million clips is then a few hundred files, which every file system
+can hold. Read clips in the order of their paths where possible; training takes codes and features from caches.
 """
 
 from __future__ import annotations
@@ -25,6 +26,24 @@ def file_size(path: str | os.PathLike[str]) -> int:
     """
     place = _place(path)
     return os.path.getsize(path) if place is None else place[2]
+
+
+def stored_size(path: str | os.PathLike[str]) -> int:
+    """Size in bytes of what holds a clip: its file, or the whole archive. Caches compare it to notice a change.
+
+    Unlike :func:`file_size` it reads no headers of an archive, so a cached clip costs the same anywhere.
+
+    Raises:
+        OSError: there is none.
+    """
+    name = os.fspath(path)
+    return os.path.getsize((_archive_of(name) if _MARK in name else None) or name)
+
+
+def is_stored(path: str | os.PathLike[str]) -> bool:
+    """Whether a file or folder is there, or the archive that should hold it; reads no headers."""
+    name = os.fspath(path)
+    return os.path.exists(name) or (_MARK in name and _archive_of(name) is not None)
 
 
 def file_exists(path: str | os.PathLike[str]) -> bool:

@@ -13,7 +13,7 @@ import os
 from os import PathLike
 from pathlib import Path, PurePath
 
-from vita_audio.audio.archives import file_exists
+from vita_audio.audio.archives import is_stored
 
 _PUBLISHED_LINK, _PUBLISHED_FOLDER = "datasets", "data"
 
@@ -40,7 +40,7 @@ def locate_file(path: str, data_root: str | PathLike[str], beside: str | PathLik
         if os.path.isdir(folder) and not os.path.isdir(os.path.join(data_root, _PUBLISHED_LINK)):
             expected = places[1]
     places.append(os.path.join(beside, path))
-    return next((place for place in places if file_exists(place)), expected)
+    return next((place for place in places if is_stored(place)), expected)
 
 
 def default_data_root(file: str | PathLike[str]) -> Path:

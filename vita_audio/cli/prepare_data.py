@@ -133,8 +133,8 @@ def listing(recipes: Sequence[Recipe]) -> str:
         f"  SOURCE   {recipe.source}\n"
         f"  from     {recipe.page}\n"
         f"  size     {recipe.size}; licence {recipe.license}\n"
-        f"  writes   {len(recipe.parts)} {'file' if len(recipe.parts) == 1 else 'files'}, {recipe.parts[0].output}"
-        f"{' …' if len(recipe.parts) > 1 else ''}"
+        f"  writes   {len(recipe.outputs)} {'file' if len(recipe.outputs) == 1 else 'files'}, {recipe.outputs[0]}"
+        f"{' …' if len(recipe.outputs) > 1 else ''}"
         for recipe in recipes
     ]
     return "\n".join(blocks)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from vita_audio import distributed
 from vita_audio.audio import AudioError, AudioTokenizer, available_kinds, is_continuous_kind
-from vita_audio.audio.archives import file_exists, file_size
+from vita_audio.audio.archives import stored_size
 from vita_audio.audio.io import audio_duration
 from vita_audio.chat import SampleError, default_data_root, locate_file, parse_sample
 from vita_audio.cli.arguments import command_parser
@@ -106,7 +106,7 @@ def tokenize(specs: list[SourceSpec], options: argparse.Namespace, rank: int, wo
     todo = []
     for path in sorted(_audios(specs, options, rank, world_size, summary)):
         key = audio_key(path, options.data_root)
-        if key in done and (not file_exists(path) or file_size(path) == done[key]):
+        if key in done and _unchanged(path, done[key]):
             summary.there_already += 1
         else:
             todo.append(path)
@@ -158,6 +158,14 @@ class Summary:
             f"{self.hours_per_second:.5f} hours of speech per second; {self.there_already} were already encoded; "
             f"failures: {failures}; unusable samples: {samples}"
         )
+
+
+def _unchanged(path: str, size: int) -> bool:
+    """Whether a clip is as it was encoded; one that is gone needs no new codes."""
+    try:
+        return stored_size(path) == size
+    except OSError:
+        return True
 
 
 def _audios(
@@ -220,7 +228,7 @@ def _encode(
             summary.fail(path, "empty", f"{path}: the codec returned no codes")
             continue
         yield CachedClip(
-            audio_key(path, data_root), content_hash(path), file_size(path), seconds, list(clip_codes)
+            audio_key(path, data_root), content_hash(path), stored_size(path), seconds, list(clip_codes)
         )
 
 

@@ -70,16 +70,14 @@ class Listed(Layout):
     speaker: str | None = None
 
     def units(self, source: Path, patterns: Sequence[str], work: Path) -> list[Path]:
-        def items() -> Iterator[dict[str, Any]]:
-            folders = matching(source, patterns)
-            items = sorted(
-                (item for folder in folders for item in self.scan(folder)), key=lambda item: item.id
-            )
-            if self.every:
-                items = [item for number, item in enumerate(items) if (number % self.every == 0) == self.test]
-            yield from map(_to_dict, items)
+        folders = matching(source, patterns)
+        return blocks(work, lambda: self._entries(folders), _BLOCK) if folders else []
 
-        return blocks(work, items, _BLOCK)
+    def _entries(self, folders: list[Path]) -> Iterator[dict[str, Any]]:
+        items = sorted((item for folder in folders for item in self.scan(folder)), key=lambda item: item.id)
+        for number, item in enumerate(items):
+            if not self.every or (number % self.every == 0) == self.test:
+                yield _to_dict(item)
 
     @abstractmethod
     def scan(self, folder: Path) -> Iterator[Utterance | Broken]:

@@ -33,17 +33,20 @@ class LhotseCorpus(Listed):
     """A corpus through ``lhotse.recipes.prepare_RECIPE``; the pattern is its folder.
 
     Attributes:
+        above: the corpus is so many folders above the match, which is then only one part of it.
         recipe: name in lhotse.
         parts: of its manifests; empty: all.
         arguments: of the recipe.
     """
 
     recipe: str
+    above: int = 0
     parts: tuple[str, ...] | list[str] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def scan(self, folder: Path) -> Iterator[Utterance | Broken]:
         skipped = _Skipped()
+        folder = folder.parents[self.above - 1] if self.above else folder
         manifests = self._manifests(folder, skipped)
         yield from skipped.items(folder)
         parts = [str(part) for part in self.parts] or sorted(manifests)

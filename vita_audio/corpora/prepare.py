@@ -117,18 +117,22 @@ def prepare(
         raise SourceError(f"{source}: no such folder; it must hold {recipe.source}")
     tallies: dict[str, Tally] = {}
     for part in recipe.parts:
+        if part.output in tallies:  # another alternative was there
+            continue
         part = replace(part, tasks=settings.tasks or part.tasks) if part.tasks else part
         opened = layout or open_layout(part.layout, dict(part.options), f"{recipe.name}: {part.output}")
         tally = _prepare_part(recipe.name, part, opened, source, root, settings, checks or Checks())
-        if tally is None:
-            logger.warning("%s: %s has nothing like %s", part.output, source, " or ".join(part.patterns))
-        else:
+        if tally is not None:
             tallies[part.output] = tally
     if not tallies:
         wanted = ", ".join(pattern for part in recipe.parts[:3] for pattern in part.patterns)
         raise SourceError(
             f"{source}: holds nothing of {recipe.name}; it must hold {recipe.source} ({wanted}, …)"
         )
+    for output in recipe.outputs:
+        if output not in tallies:
+            patterns = [one for part in recipe.parts if part.output == output for one in part.patterns]
+            logger.warning("%s: %s has nothing like %s", output, source, " or ".join(patterns))
     return tallies
 
 

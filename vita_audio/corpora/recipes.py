@@ -8,7 +8,8 @@ page, license,     for the table of docs/corpora.md and ``--list``
 size, source       ``source`` says what SOURCE must hold
 folder             folder of the outputs below the data root
 files              output: pattern of its files below SOURCE, a list of patterns, or ``{from: pattern, …}`` with
-                   any key below for this output only
+                   any key below for this output only; a list of such mappings gives alternatives, of which
+                   the first that SOURCE holds is used
 layout             how the files are read (:data:`vita_audio.corpora.layouts.LAYOUTS`); its options are further keys
 language           ``en``, ``zh`` or a list: the language check
 tasks              ``asr``, ``tts``, ``clone``: the samples that an utterance becomes
@@ -65,7 +66,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A set of the mix. The attributes are the keys in the module's docstring."""
+    """A set of the mix. The attributes are the keys in the module's docstring; ``parts`` are its ``files``.
+
+    Parts with the same output are alternatives.
+    """
 
     name: str
     alias: str
@@ -74,6 +78,11 @@ class Recipe:
     size: str
     source: str
     parts: tuple[Part, ...]
+
+    @property
+    def outputs(self) -> list[str]:
+        """The files that it writes, below the data root."""
+        return list(dict.fromkeys(part.output for part in self.parts))
 
 
 def read_recipes(folder: Path = FOLDER) -> dict[str, Recipe]:
@@ -123,7 +132,8 @@ def _read_recipe(where: str, name: str, entry: Any) -> Recipe:
     folder = entry.get("folder", "")
     parts = tuple(
         _read_part(f"{where}: {output}", f"{folder}/{output}".lstrip("/"), value, shared)
-        for output, value in entry["files"].items()
+        for output, values in entry["files"].items()
+        for value in (values if isinstance(values, list) and isinstance(values[0], Mapping) else [values])
     )
     return Recipe(name=name, parts=parts, **{key: entry[key] for key in _ABOUT})
 

@@ -62,8 +62,6 @@ class Tars(Layout):
             row = rows.get(name)
             if row is None:
                 yield Broken(name, Rejection.NO_TRANSCRIPT, f"{unit.name}: no transcript of {name}")
-            elif name in found:
-                yield Broken(name, Rejection.REPEATED, f"{unit.name}: {name} is in it twice")
             else:
                 found.add(name)
                 yield row if isinstance(row, Broken) else Utterance(name, row[0], clip, row[1])

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vita_audio.audio import AudioLike, get_audio_tokenizer, is_continuous_kind
-from vita_audio.audio.archives import file_exists, file_size
+from vita_audio.audio.archives import stored_size
 from vita_audio.audio.io import audio_duration
 from vita_audio.chat.sample import Reason, Sample, SampleError
 from vita_audio.constants import AUDIO_CODEBOOK_SIZE
@@ -161,7 +161,7 @@ class SpeechReader:
             self.sources["features"] += 1
             return self._frontend(audio)
         key = audio_key(audio, self._data_root)
-        size = file_size(audio) if file_exists(audio) else -1
+        size = _size(audio)
         features = self._feature_cache.find(key, size)
         if features is not None:
             self.sources["feature_cache"] += 1
@@ -216,7 +216,7 @@ class SpeechReader:
         if clip is None:
             return None
         try:
-            stale = file_size(audio) != clip.size
+            stale = stored_size(audio) != clip.size
         except OSError:
             stale = False  # the codes suffice; the audio may be missing
         if stale:
@@ -254,6 +254,13 @@ class SpeechReader:
             raise SampleError(
                 Reason.AUDIO_TOO_LONG, f"{audio}: {seconds:.0f} s, the limit is {self._max_seconds:.0f} s"
             )
+
+
+def _size(audio: str) -> int:
+    try:
+        return stored_size(audio)
+    except OSError:
+        return -1
 
 
 def _path(audio: AudioLike) -> str:
