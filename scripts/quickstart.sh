@@ -194,8 +194,7 @@ flags="--model_name_or_path $(quoted "$result") --audio_tokenizer_type $AUDIO_TO
 flags+=" --audio_tokenizer_path $(quoted "$codec")"
 frontend=
 if [[ $variant == plus ]]; then
-  # The Plus family's default is the Omni message; this model was trained without one.
-  flags+=" --frontend_path $(quoted "$AUDIO_MODEL_NAME_OR_PATH") --system_prompt $SYSTEM_PROMPT"
+  flags+=" --frontend_path $(quoted "$AUDIO_MODEL_NAME_OR_PATH")"
   frontend=", frontend_path=\"$AUDIO_MODEL_NAME_OR_PATH\""
 fi
 cat <<END
@@ -214,7 +213,7 @@ from vita_audio.audio import save_audio
 from vita_audio.inference import SpeechPipeline
 
 pipeline = SpeechPipeline.from_pretrained("$result", "$AUDIO_TOKENIZER_TYPE", "$codec"$frontend)
-reply = pipeline.speech_to_speech("$corpus/question.wav", system="$SYSTEM_PROMPT")
+reply = pipeline.speech_to_speech("$corpus/question.wav")
 print(reply.text)
 save_audio("$out/reply.wav", reply.waveform, reply.sample_rate)
 PY

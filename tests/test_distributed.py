@@ -47,7 +47,7 @@ def test_a_process_started_alone_is_the_first_of_one():
     distributed.barrier()
 
 
-def test_the_place_comes_from_the_launcher(monkeypatch):
+def test_the_rank_comes_from_the_launcher(monkeypatch):
     for name, value in {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     assert (distributed.rank(), distributed.world_size()) == (9, 16)
@@ -55,7 +55,7 @@ def test_the_place_comes_from_the_launcher(monkeypatch):
     assert not distributed.is_first()
 
 
-def test_every_process_sees_the_values_of_all_in_rank_order(tmp_path):
+def test_every_process_gets_the_values_of_all_in_rank_order(tmp_path):
     (tmp_path / "exchange.py").write_text(EXCHANGE)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run(

@@ -23,7 +23,7 @@ def test_files_that_a_page_names_exist(page):
     assert missing == []
 
 
-def test_tests_that_show_a_difference_exist():
+def test_tests_named_as_showing_a_difference_exist():
     """Each as ``FOLDER/test_FILE.py``, alone or with the name of a test or how it begins."""
     page = (REPOSITORY / "docs/differences.md").read_text(encoding="utf-8")
     named = re.findall(r"`(\w+/test_\w+\.py)(?:::(\w+))?…?`", page)
@@ -36,7 +36,7 @@ def test_tests_that_show_a_difference_exist():
     assert missing == []
 
 
-def test_messages_that_troubleshooting_explains_are_said_somewhere():
+def test_messages_that_troubleshooting_explains_exist_in_the_code():
     sources = [
         path.read_text(encoding="utf-8")
         for folder in ("vita_audio", "tools", "scripts")

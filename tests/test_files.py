@@ -58,7 +58,7 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_file(tmp_path):
     assert (tmp_path / "x").read_text() == "first"
 
 
-def test_json_lines_come_back_also_with_half_characters(tmp_path):
+def test_json_lines_survive_lone_surrogates(tmp_path):
     values = [{"text": "线\u2028x"}, {"text": "\ud83d"}, [1, None]]
     write_json_lines(tmp_path / "a.jsonl", values)
     assert list(read_json_lines(tmp_path / "a.jsonl")) == values

@@ -27,7 +27,7 @@ def test_no_file_is_longer_than_five_hundred_lines():
     assert not {str(file): length for file, length in lengths.items() if length > LONGEST_FILE}
 
 
-def test_the_tools_are_thin():
+def test_the_tools_are_short():
     tools = (ROOT / "tools").glob("*.py")
     assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in tools) < LONGEST_TOOLS
 

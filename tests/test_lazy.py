@@ -8,7 +8,7 @@ import sys
 from vita_audio.lazy import LazyClass, when_imported
 
 
-def test_a_lazy_class_makes_objects_and_can_be_a_base():
+def test_a_lazy_class_creates_objects_and_can_be_a_base():
     lazy = LazyClass("fractions", "Fraction", known=7)
     assert lazy.known == 7
     assert lazy(1, 2) == fractions.Fraction(1, 2)

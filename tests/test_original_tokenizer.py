@@ -17,7 +17,7 @@ ROLE_TABLE = json.loads(
 )
 
 
-def test_a_discrete_codec_encodes_and_decodes_with_the_originals_arguments(tiny_world):
+def test_a_discrete_codec_encodes_and_decodes_with_the_arguments_of_the_original(tiny_world):
     tokenizer = get_audio_tokenizer(str(tiny_world.codec_dir), "mel_vq", flow_path=None, rank=0)
     tokenizer.load_model()
     codes = tokenizer.encode(tiny_world.audio("answer.wav"), is_discrete=True, is_contiguous=False)
@@ -31,7 +31,7 @@ def test_a_discrete_codec_encodes_and_decodes_with_the_originals_arguments(tiny_
 
 
 @pytest.mark.parametrize("case", ROLE_TABLE, ids=lambda case: f"{case['role']} {case['kwargs']}")
-def test_the_role_rule_of_the_sensevoice_kinds_is_the_originals(case):
+def test_the_role_rule_of_the_sensevoice_kinds_is_that_of_the_original(case):
     tokenizer = get_audio_tokenizer("anywhere", "sensevoice_glm4voice")
     assert tokenizer.apply_to_role(case["role"], **case["kwargs"]) == case["result"]
 
@@ -61,7 +61,7 @@ def test_nothing_is_opened_before_it_is_needed_and_an_unknown_kind_is_refused():
         get_audio_tokenizer("nowhere", "glm4voice").load_model()
 
 
-def test_the_decoder_that_is_given_is_opened():
+def test_the_given_decoder_is_opened():
     folder = Path(__file__).parent / "goldens" / "glm4voice" / "tokenizer_block20"
     with pytest.raises(ValueError, match=r"^decoder_folder: no such folder"):
         get_audio_tokenizer(folder, "glm4voice", flow_path="decoder_folder").load_model()

@@ -1,4 +1,4 @@
-"""What setup.py, the pinned versions and the imports say of each other."""
+"""setup.py, the pinned versions and the imports agree with each other."""
 
 import ast
 import importlib.metadata
@@ -93,7 +93,7 @@ def test_everything_declared_is_used(packaging):
     assert declared <= imports("vita_audio") | imports("tools") | set(USED_WITHOUT_IMPORT)
 
 
-def test_inference_imports_only_what_the_plain_install_brings(packaging):
+def test_inference_imports_only_what_the_plain_install_provides(packaging):
     found = set().union(*(imports(f"vita_audio/{name}", anywhere=False) for name in INFERENCE_PACKAGES))
     assert found <= names(packaging["install_requires"])
 
@@ -146,7 +146,7 @@ def test_importing_inference_loads_nothing_of_training_or_evaluation():
     assert run.stdout.strip() == "[]"
 
 
-def test_the_plain_install_answers_aloud(packaging, tiny_world):
+def test_the_plain_install_gives_a_spoken_answer(packaging, tiny_world):
     code = f"""
 from vita_audio.inference import SpeechPipeline
 
@@ -158,7 +158,7 @@ print(reply.text.strip(), len(reply.waveform) > 0)
 
 
 @pytest.mark.parametrize(("part", "extra"), [("data", "train"), ("evaluation", "eval")])
-def test_a_part_that_needs_an_extra_says_which(packaging, part, extra):
+def test_a_part_that_needs_an_extra_names_it(packaging, part, extra):
     code = f"""
 try:
     import vita_audio.{part}
@@ -178,7 +178,7 @@ def test_both_lists_of_versions_pin_what_is_declared_and_agree(packaging):
     assert {name: direct[name] for name in on_cpus} == {name: all_pins.get(name) for name in on_cpus}
 
 
-def test_the_package_says_that_it_is_typed(packaging):
+def test_the_package_is_marked_as_typed(packaging):
     assert (REPOSITORY / "vita_audio/py.typed").is_file()
     assert "py.typed" in packaging["package_data"]["vita_audio"]
 

@@ -55,7 +55,7 @@ def test_outside_of_a_checkout_there_is_no_revision(tmp_path, monkeypatch):
     assert git_revision() is None
 
 
-def test_a_package_installed_inside_somebody_elses_repository_has_no_revision(checkout, monkeypatch):
+def test_a_package_installed_inside_another_repository_has_no_revision(checkout, monkeypatch):
     inside = checkout / "venv" / "vita_audio"
     inside.mkdir(parents=True)
     monkeypatch.setattr(provenance, "__file__", str(inside / "provenance.py"))

@@ -17,9 +17,12 @@ from vita_audio.cli.arguments import command_parser, run_command
 BENCHMARKS = {
     "train-step": "train_step",
     "generate": "generate",
+    "decode": "decode",
     "packing": "packing",
     "loader": "loader",
     "codec": "codec",
+    "codec-streams": "codec_streams",
+    "memory": "memory",
     "sts": "sts",
     "benchmark_llm": "generate",
     "benchmark_sts": "sts",

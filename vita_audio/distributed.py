@@ -93,7 +93,7 @@ def barrier() -> None:
 
 @contextmanager
 def agreed(*errors: type[Exception]) -> Iterator[None]:
-    """A section of the program that either all processes pass, or none.
+    """A section of the program that either all processes complete, or none.
 
     If one process raises one of ``errors``, the others raise too, so no process waits for one that has
     already exited. All processes must enter the section, and nothing inside it may wait for other processes.

@@ -72,7 +72,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_settings(text: str) -> Any:
-    """JSON that a person has written: a key that is given twice is an error.
+    """Parse JSON written by a person: a duplicate key is an error.
 
     Raises:
         ValueError: it is not JSON, or an object has a key twice.

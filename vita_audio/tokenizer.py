@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vita_audio import audio
-from vita_audio.audio import AudioLike, AudioTokenizer, is_continuous_kind
+from vita_audio.audio import AudioLike, AudioTokenizer, check_kind, is_continuous_kind
 from vita_audio.distributed import local_rank
 
 _ASSISTANT_ROLES = ("assistant", "gpt")
@@ -44,9 +44,7 @@ def get_audio_tokenizer(
     Raises:
         ValueError: there is no such kind of codec.
     """
-    kinds = audio.available_kinds()
-    if audio_tokenizer_type not in kinds:
-        raise ValueError(f"unknown audio tokenizer type {audio_tokenizer_type!r}; known: {', '.join(kinds)}")
+    check_kind(audio_tokenizer_type)
     return OriginalAudioTokenizer(model_name_or_path, audio_tokenizer_type, flow_path, rank)
 
 

@@ -36,7 +36,7 @@ def constant_mp3(samples: np.ndarray, compression: float, rate: int = RATE) -> b
 
 
 def without_first_frame(mp3: bytes) -> bytes:
-    """The frames behind the Xing header."""
+    """The frames after the Xing header."""
     return mp3[mp3.index(mp3[:2], 4) :]
 
 
@@ -92,18 +92,18 @@ def test_a_recording_of_unknown_length_is_read_to_its_end(tmp_path, format_name,
 
 @pytest.mark.parametrize("format_name", ["RF64", "W64", "CAF"])
 @pytest.mark.parametrize("size", [1 << 40, (1 << 63) - 1, (1 << 64) - 1], ids=hex)
-def test_an_absurd_length_of_64_bits_is_not_believed(tmp_path, format_name, size):
+def test_an_absurd_64_bit_length_is_ignored(tmp_path, format_name, size):
     check_all_is_heard(tmp_path, restated(format_name, size), NOISE)
 
 
 @FORMATS
-def test_samples_behind_the_declared_length_are_heard(tmp_path, format_name):
+def test_samples_after_the_declared_length_are_read(tmp_path, format_name):
     own = SIZES[format_name][2]
     check_all_is_heard(tmp_path, restated(format_name, 2 * 8000 + own), NOISE)
 
 
 @FORMATS
-def test_a_file_shorter_than_it_says_is_refused(tmp_path, format_name):
+def test_a_file_shorter_than_its_header_states_is_refused(tmp_path, format_name):
     for content in (restated(format_name, 70_000), encoded(format_name)[:-20_000]):
         for read in (load_audio, audio_duration):
             with pytest.raises(AudioError, match="cut off") as caught:
@@ -112,9 +112,19 @@ def test_a_file_shorter_than_it_says_is_refused(tmp_path, format_name):
 
 
 @FORMATS
-def test_joined_files_are_all_heard(tmp_path, format_name):
+def test_all_recordings_of_joined_files_are_read(tmp_path, format_name):
     both = encoded(format_name) + encoded(format_name, samples=NOISE[:5000])
     check_all_is_heard(tmp_path, both, np.concatenate([NOISE, NOISE[:5000]]))
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "ALAC_16"])
+@pytest.mark.parametrize("sizes", [(False, False), (True, False), (True, True)])
+def test_joined_caf_files_are_read_whole_even_if_compressed_and_of_unknown_length(tmp_path, subtype, sizes):
+    both = b""
+    for unknown in sizes:
+        content = encoded("CAF", subtype)
+        both += patched(content, content.index(b"data") + 4, (1 << 64) - 1, ">Q") if unknown else content
+    check_all_is_heard(tmp_path, both, np.concatenate([NOISE, NOISE]))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +139,7 @@ def test_joined_files_are_all_heard(tmp_path, format_name):
     ],
     ids=["list", "two chunks", "ID3v1", "ID3v2", "cut list", "padding"],
 )
-def test_what_follows_the_samples_of_a_wav_is_not_heard(tmp_path, tail):
+def test_chunks_after_the_samples_of_a_wav_are_not_read_as_sound(tmp_path, tail):
     check_all_is_heard(tmp_path, encoded("WAV") + tail, NOISE)
 
 
@@ -139,7 +149,7 @@ def test_an_odd_chunk_without_padding_is_followed_by_others(tmp_path):
     check_all_is_heard(tmp_path, content + b"LIST\x04\x00\x00\x00abcd", NOISE[:9999], atol=0.01)
 
 
-def test_a_wav_without_samples_is_empty_although_chunks_follow(tmp_path):
+def test_a_wav_without_samples_is_empty_even_if_chunks_follow(tmp_path):
     content = encoded("WAV", samples=NOISE[:0]) + b"LIST\x04\x00\x00\x00abcd"
     with pytest.raises(AudioError) as caught:
         load_audio(content)
@@ -152,7 +162,7 @@ def test_an_au_header_that_points_at_itself_is_refused():
         load_audio(content)
 
 
-def test_headers_that_a_pipe_left_in_front_are_skipped(tmp_path):
+def test_headers_without_samples_at_the_start_are_skipped(tmp_path):
     header = encoded("CAF", samples=NOISE[:0])
     check_all_is_heard(tmp_path, header + encoded("CAF"), NOISE)
 
@@ -173,12 +183,12 @@ def test_a_flac_is_read_to_its_last_frame(tmp_path, samples, shape):
     check_all_is_heard(tmp_path, content, sound if shape == "mono" else sound.mean(axis=1))
 
 
-def test_joined_flac_files_are_all_heard(tmp_path):
+def test_all_recordings_of_joined_flac_files_are_read(tmp_path):
     content = encoded("FLAC")
     check_all_is_heard(tmp_path, content + content, np.concatenate([NOISE, NOISE]))
 
 
-def test_a_flac_whose_recorder_was_killed_is_heard_up_to_its_last_whole_frame(tmp_path):
+def test_a_flac_of_a_killed_recorder_is_read_up_to_its_last_complete_frame(tmp_path):
     content = flac_stating(encoded("FLAC"), 0)
     cut = content[: len(content) * 2 // 3]
     heard, _ = load_audio(cut)
@@ -195,14 +205,14 @@ def test_a_flac_that_states_more_samples_than_it_holds_is_refused():
 
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
-def test_every_link_of_a_chained_ogg_is_heard(tmp_path, subtype):
+def test_every_link_of_a_chained_ogg_is_read(tmp_path, subtype):
     first, second = encoded("OGG", subtype), encoded("OGG", subtype, NOISE[:8000])
     expected = np.concatenate([load_audio(part)[0].numpy() for part in (first, second)])
     assert len(expected) == 40_000
     check_all_is_heard(tmp_path, first + second, expected)
 
 
-def test_links_of_other_rates_and_channels_join_at_the_first_rate():
+def test_links_of_different_rates_and_channels_are_joined_at_the_first_rate():
     stereo = np.stack([NOISE, NOISE], axis=1)
     chained = encoded("OGG", "VORBIS") + encoded("OGG", "OPUS", stereo, 48_000)
     waveform, rate = load_audio(chained)
@@ -214,7 +224,7 @@ def test_links_of_other_rates_and_channels_join_at_the_first_rate():
 # --- MP3 --------------------------------------------------------------------------------------------
 
 
-def test_a_variable_mp3_without_xing_header_is_heard_whole(tmp_path):
+def test_a_variable_rate_mp3_without_xing_header_is_read_whole(tmp_path):
     """libsndfile takes the length from the first frame's bit rate and stops at half of it."""
     loud, quiet = constant_mp3(NOISE, 0.0), constant_mp3(0.1 * NOISE, 0.99)
     assert len(loud) > 10 * len(quiet)
@@ -229,7 +239,7 @@ def test_a_variable_mp3_without_xing_header_is_heard_whole(tmp_path):
     assert halves[1] < 0.15 * halves[0]
 
 
-def test_joined_mp3_files_are_all_heard(tmp_path):
+def test_all_recordings_of_joined_mp3_files_are_read(tmp_path):
     first, second = constant_mp3(NOISE, 0.5), constant_mp3(NOISE[:9000], 0.2)
     expected = np.concatenate([load_audio(part)[0].numpy() for part in (first, second)])
     assert len(expected) == 41_000
@@ -237,7 +247,7 @@ def test_joined_mp3_files_are_all_heard(tmp_path):
     check_all_is_heard(tmp_path, tag + first + tag + second + b"TAG".ljust(128, b"\0"), expected)
 
 
-def test_a_xing_header_that_states_too_few_frames_is_not_believed(tmp_path):
+def test_a_xing_header_that_states_too_few_frames_is_ignored(tmp_path):
     content = constant_mp3(NOISE, 0.5)
     at = next(content.index(name) for name in (b"Xing", b"Info") if name in content[:200])
     check_all_is_heard(tmp_path, patched(content, at + 8, 5, ">I"), load_audio(content)[0].numpy())
@@ -299,7 +309,7 @@ def test_codecs_in_wav_that_cannot_seek_are_read():
 
 
 @pytest.mark.parametrize("rate", [1, 2_000_000_000])
-def test_a_rate_that_no_recording_has_is_refused_before_it_takes_all_memory(rate):
+def test_an_impossible_rate_is_refused_before_it_exhausts_memory(rate):
     file = io.BytesIO()
     soundfile.write(file, np.zeros(16_000), 16_000, format="WAV")
     content = bytearray(file.getvalue())

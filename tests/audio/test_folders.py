@@ -1,4 +1,4 @@
-"""Opening a codec: folders are checked at once, by their small files, in one line; and one direction alone."""
+"""Opening a codec: folders are checked at once, by their small files; one direction can be opened alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refusal(kind: str, path: Path | None = None, **folders: Path) -> str:
     return str(caught.value)
 
 
-def test_a_folder_of_another_kind_is_refused_by_what_it_holds(mel_vq, tmp_path):
+def test_a_folder_of_another_kind_is_refused_by_its_content(mel_vq, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"model_type": "qwen2_mtp"}))
@@ -75,18 +75,18 @@ def test_a_missing_decoder_or_front_end_is_refused_when_the_codec_is_opened(tmp_
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])
-def test_an_incomplete_folder_is_refused_by_the_file_it_lacks(tmp_path, name):
+def test_an_incomplete_folder_is_refused_with_the_missing_file(tmp_path, name):
     shutil.copytree(TOKENIZER, tmp_path / "copy", ignore=shutil.ignore_patterns(name))
     assert f"no {name} there" in refusal("glm4voice", tmp_path / "copy")
 
 
 @pytest.mark.parametrize("name", ["flow", "hift"])
-def test_an_incomplete_decoder_is_refused_by_the_file_it_lacks(tmp_path, name):
+def test_an_incomplete_decoder_is_refused_with_the_missing_file(tmp_path, name):
     shutil.copytree(DECODER, tmp_path / "copy", ignore=shutil.ignore_patterns(f"{name}.*"))
     assert f"no {name}.safetensors or {name}.pt there" in refusal("glm4voice", flow_path=tmp_path / "copy")
 
 
-def test_cut_off_weights_are_noticed_without_loading_them(tmp_path):
+def test_truncated_weights_are_noticed_without_loading_them(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(TOKENIZER, copy, copy_function=shutil.copyfile)
     weights = (copy / "model.safetensors").read_bytes()
@@ -114,7 +114,7 @@ def test_a_codec_opens_for_encoding_alone():
             ask([1, 2, 3])
 
 
-def test_a_plus_codec_needs_no_tokenizer_to_listen_and_speak():
+def test_a_plus_codec_needs_no_tokenizer_to_make_features_and_to_decode():
     codec = get_audio_tokenizer("sensevoice_glm4voice", flow_path=DECODER, frontend_path=SENSEVOICE)
     assert codec.features(CLIP).shape[1] == 560
     assert len(codec.decode([1, 2, 3], steps=1))

@@ -136,7 +136,9 @@ def test_plain_yaml_and_json_read_alike(tmp_path):
         ("hift: !new", "hifi: !new", "hift"),
     ],
 )
-def test_anything_else_is_refused_in_one_line_and_nothing_runs(tmp_path, monkeypatch, old, new, message):
+def test_any_other_content_is_refused_in_one_line_and_nothing_is_run(
+    tmp_path, monkeypatch, old, new, message
+):
     monkeypatch.chdir(tmp_path)
     assert old in RELEASED
     with pytest.raises(ConfigError, match=message) as caught:
@@ -219,7 +221,7 @@ def test_missing_weights_are_named(tmp_path):
         FlowDecoder.from_pretrained(tmp_path)
 
 
-def test_a_fingerprint_follows_content_not_place(tmp_path):
+def test_a_fingerprint_depends_on_content_and_not_on_location(tmp_path):
     for name, byte in (("a", 0), ("b", 0), ("c", 1)):
         (tmp_path / name).write_bytes(bytes(300_000) + bytes([byte]))
     a, b, c = (content_fingerprint([tmp_path / name]) for name in "abc")

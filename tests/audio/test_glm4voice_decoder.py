@@ -1,4 +1,4 @@
-"""Flow model and vocoder against the recorded numbers, and their promises."""
+"""Flow model and vocoder against the recorded numbers, and their guarantees."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vita_audio.audio.glm4voice import FlowDecoder, Vocoder
 from vita_audio.audio.glm4voice.config import FlowConfig, VocoderConfig
 from vita_audio.audio.glm4voice.estimator import MaskedGroupNorm
-from vita_audio.audio.glm4voice.flow import FlowInput, nearest_indices, solver_times
+from vita_audio.audio.glm4voice.flow import ROWS_PER_PASS, FlowInput, nearest_indices, solver_times
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "glm4voice"
 RECORDED = np.load(GOLDENS / "decoder" / "expected.npz")
@@ -84,7 +84,7 @@ def test_mel_equals_the_recorded_one(flow, steps):
     _close(flow(tokens, steps=steps, z=_recorded("offline/z")), f"offline/mel_steps{steps}", 5e-4)
 
 
-def test_default_noise_is_the_references(flow):
+def test_default_noise_is_that_of_the_reference(flow):
     tokens = torch.tensor([EXPECTED["offline_tokens"]])
     assert torch.equal(flow(tokens, steps=1), flow(tokens, steps=1, z=_recorded("offline/z")))
 
@@ -102,7 +102,7 @@ def test_solver_times_are_the_recorded_ones():
     np.testing.assert_allclose(solver_times(10)[:-1].numpy(), RECORDED["offline/est_t_values"], atol=1e-6)
 
 
-def test_zero_steps_are_refused(flow):
+def test_zero_solver_steps_are_refused(flow):
     with pytest.raises(ValueError, match="steps"):
         flow(torch.tensor([[1, 2, 3]]), steps=0)
 
@@ -126,6 +126,56 @@ def test_rows_of_a_ragged_batch_do_not_see_each_other(flow):
         torch.testing.assert_close(mel, flow.generate([row], steps=3)[0], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("frames", [55, 128, 201])
+def test_a_row_of_a_shared_pass_is_the_same_bit_for_bit_in_any_company(flow, frames):
+    generator = torch.Generator().manual_seed(0)
+
+    def row(length: int) -> FlowInput:
+        codes = max(1, round(length / 6.9))
+        return FlowInput(
+            torch.randint(0, 256, (codes,), generator=generator),
+            nearest_indices(codes, length),
+            torch.randn(80, length, generator=generator),
+            torch.randn(80, length // 3, generator=generator),
+        )
+
+    own, others, padded = row(frames), [row(length) for length in (30, 256, frames)], 256
+    alone = flow.solve_rows([own] * ROWS_PER_PASS, 2, padded)[0]
+    torch.testing.assert_close(alone, flow.generate([own], steps=2)[0], atol=2e-5, rtol=0)
+    for place in range(ROWS_PER_PASS):
+        company = [*others[:place], own, *others[place:]]
+        assert torch.equal(flow.solve_rows(company, 2, padded)[place], alone)
+
+
+def test_a_device_other_than_the_cpu_solves_in_passes_of_one_shape(flow, monkeypatch):
+    """Rows of a bucket share passes; the last pass repeats a row to keep the shape."""
+    passes = []
+    solve = FlowDecoder.solve_rows
+
+    def recording(self, inputs, steps, padded_frames=None):
+        passes.append((len(inputs), padded_frames))
+        return solve(self, inputs, steps, padded_frames)
+
+    rows = [
+        FlowInput(
+            torch.full((codes,), codes),
+            nearest_indices(codes, flow.frames(codes)),
+            torch.randn(80, flow.frames(codes), generator=torch.Generator().manual_seed(codes)),
+            torch.zeros(80, 0),
+        )
+        for codes in (8, 30, 9, 10, 11, 12, 31)
+    ]
+    expected = flow.generate(rows, steps=1)
+    monkeypatch.setattr(FlowDecoder, "solve_rows", recording)
+    monkeypatch.setattr(FlowDecoder, "shares_passes", True)
+    solved = flow.generate(rows, steps=1)
+    assert passes == [(ROWS_PER_PASS, 128), (ROWS_PER_PASS, 128), (ROWS_PER_PASS, 256)]
+    flow(torch.tensor([8] * 8), steps=1)  # a whole reply has no company, and is not padded
+    assert passes[3:] == [(1, None)]
+    for mel, wanted in zip(solved, expected, strict=True):
+        torch.testing.assert_close(mel, wanted, atol=2e-5, rtol=0)
+
+
 @given(frames=st.integers(1, 40), real=st.integers(1, 40), groups=st.sampled_from([1, 4, 8]))
 @settings(max_examples=25, deadline=None)
 def test_masked_group_norm_is_group_norm_of_the_real_frames(frames, real, groups):
@@ -141,7 +191,7 @@ def test_masked_group_norm_is_group_norm_of_the_real_frames(frames, real, groups
 
 @given(tokens=st.integers(1, 800))
 @settings(max_examples=50, deadline=None)
-def test_nearest_indices_are_pytorchs(tokens):
+def test_nearest_indices_equal_those_of_pytorch(tokens):
     frames = max(1, 441 * tokens // 64)
     row = torch.arange(tokens, dtype=torch.float32)[None, None]
     expected = F.interpolate(row, size=frames, mode="nearest")[0, 0]
@@ -165,7 +215,7 @@ def test_waveform_equals_the_recorded_one(vocoder):
     _close(wave, "offline/wave_steps10", 5e-3)
 
 
-def test_one_seeded_generator_gives_the_references_whole_chain(flow, vocoder):
+def test_one_seeded_generator_reproduces_the_reference_chain(flow, vocoder):
     generator = torch.Generator().manual_seed(42)
     mel = flow(torch.tensor([EXPECTED["offline_tokens"]]), steps=1, generator=generator)
     wave, _ = vocoder(mel, generator=generator)

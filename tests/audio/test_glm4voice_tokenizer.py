@@ -43,7 +43,7 @@ def test_files_encode_to_the_recorded_codes(codec):
     ]
 
 
-def test_memory_encodes_with_its_first_channel(codec):
+def test_a_clip_in_memory_is_encoded_from_its_first_channel(codec):
     clip = torch.randn(2, 16000, generator=torch.Generator().manual_seed(0)) * 0.1
     assert codec.encode((clip, 16000)) == codec.encode((clip[0], 16000))
     assert len(codec.encode((clip, 16000))) == 13
@@ -76,7 +76,7 @@ def test_opening_a_codec_loads_nothing_and_pickling_takes_no_weights(codec):
     assert copy.fingerprint == codec.fingerprint
 
 
-def test_the_codec_states_its_numbers(codec):
+def test_the_codec_states_its_rates_and_sizes(codec):
     assert (codec.kind, codec.sample_rate, codec.frame_rate) == ("glm4voice", 22050, 12.5)
     assert codec.codebook_size == 256
     assert not codec.continuous_input
@@ -106,7 +106,7 @@ def test_decoding_leaves_the_global_generator_alone(codec):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_what_is_missing_is_said(tmp_path):
+def test_a_missing_folder_or_direction_is_named(tmp_path):
     with pytest.raises(WeightsError, match="folder"):
         get_audio_tokenizer("glm4voice", None)
     with pytest.raises(WeightsError, match="no such folder"):

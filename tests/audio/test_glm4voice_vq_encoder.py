@@ -1,4 +1,4 @@
-"""The GLM-4-Voice tokenizer network against the recorded numbers, and its promises."""
+"""The GLM-4-Voice tokenizer network against the recorded numbers, and its guarantees."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_states_in_the_recorded_batch_agree(encoder, folder, clips, expected):
         _close(prequant[row - 1, kept - 1], recorded[f"batched/{name.split('.')[0]}/last_prequant"][0])
 
 
-def test_codes_do_not_depend_on_company_even_when_speech_touches_the_padding(encoder, clips):
+def test_codes_do_not_depend_on_the_batch_even_when_speech_touches_the_padding(encoder, clips):
     speech = clips["d_16k_33s.flac"]
     # Ends just before a whole code: the last feature frame then mirrors real samples.
     awkward = speech[10_000 : 10_000 + 20 * 1280 - 50]
@@ -129,7 +129,7 @@ def test_segments_of_thirty_seconds_are_independent(encoder, clips):
     assert codes[375:] == encoder.encode([speech[SEGMENT_SAMPLES:]])[0]
 
 
-def test_streamed_codes_never_change_and_are_those_of_what_was_heard(encoder, clips):
+def test_streamed_codes_never_change_and_equal_those_of_the_audio_so_far(encoder, clips):
     speech = clips["d_16k_33s.flac"]
     # The loudest moment comes first, so that the loudness floor is known from the start.
     speech = torch.cat([speech[speech.abs().argmax() - 800 :], speech])[: 31 * 16000]
@@ -143,7 +143,7 @@ def test_streamed_codes_never_change_and_are_those_of_what_was_heard(encoder, cl
     assert agreement > 0.98
 
 
-def test_a_stream_says_nothing_before_a_block_is_complete(encoder, clips):
+def test_a_stream_returns_nothing_before_a_block_is_complete(encoder, clips):
     block_samples = encoder.config.quantize_causal_block_size * 320
     speech = clips["d_16k_33s.flac"]
     stream = encoder.stream()

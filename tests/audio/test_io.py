@@ -127,7 +127,7 @@ def test_samples_that_are_not_finite_are_refused(tmp_path, bad):
     assert _refusal((torch.from_numpy(samples), 16000)).reason == "nan"
 
 
-def test_memory_of_wrong_type_shape_or_rate_is_refused():
+def test_a_clip_in_memory_of_wrong_type_shape_or_rate_is_refused():
     assert _refusal((torch.zeros(10, dtype=torch.int64), 16000)).reason == "dtype"
     assert _refusal((torch.zeros(1, 1, 10), 16000)).reason == "shape"
     assert _refusal((torch.zeros(10), 0)).reason == "rate"
@@ -182,7 +182,7 @@ def _one_output(waveform: np.ndarray, old: int, new: int, output: int) -> float:
     return total
 
 
-def test_a_full_disk_leaves_no_part_of_a_file_and_keeps_the_one_before(tmp_path):
+def test_a_full_disk_leaves_no_partial_file_and_keeps_the_old_one(tmp_path):
     path = tmp_path / "a.wav"
     save_audio(path, torch.zeros(800), 16_000)
     before = path.read_bytes()

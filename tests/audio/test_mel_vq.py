@@ -84,7 +84,7 @@ def test_decoding_and_encoding_again_keeps_most_codes_near(codec):
 
 @given(cuts=st.lists(st.integers(0, 50), max_size=6))
 @settings(max_examples=15, deadline=None)
-def test_streamed_speech_equals_offline_speech_however_it_is_cut(codec, cuts):
+def test_streamed_speech_equals_offline_speech_for_any_split(codec, cuts):
     codes = random.Random(0).choices(range(64), k=50)
     edges = [0, *sorted(cuts), len(codes)]
     stream = codec.stream()
@@ -93,7 +93,7 @@ def test_streamed_speech_equals_offline_speech_however_it_is_cut(codec, cuts):
     torch.testing.assert_close(torch.cat(pieces), codec.decode(codes), rtol=0, atol=0)
 
 
-def test_a_stream_holds_back_at_most_five_codes_of_sound(codec):
+def test_a_stream_lags_at_most_five_codes_behind(codec):
     stream, emitted = codec.stream(), 0
     for pushed in range(1, 60):
         emitted += len(stream.push([pushed]))
@@ -155,7 +155,7 @@ def test_fitting_reports_its_epochs_and_refuses_too_little_audio():
         MelVQTokenizer.fit(clips)
 
 
-def test_a_folder_that_is_no_codec_is_refused_in_one_line(codec, tmp_path):
+def test_a_folder_without_a_codec_is_refused_in_one_line(codec, tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json there"):
         MelVQTokenizer.from_pretrained(tmp_path)
     codec.save_pretrained(tmp_path)

@@ -49,7 +49,7 @@ def test_samples_by_channels_and_channels_by_samples_are_distinguished(path):
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (33, 33), (100, 200), (40, 1000), (2, 10, 1), ()])
-def test_a_shape_that_could_be_anything_is_refused(shape):
+def test_an_ambiguous_shape_is_refused(shape):
     assert reason((np.zeros(shape, np.float32), RATE)) == "shape"
 
 
@@ -78,17 +78,17 @@ def test_integers_are_scaled_by_the_range_of_their_type(dtype, zero, scale):
 
 
 @pytest.mark.parametrize("dtype", ["int64", "uint32", "uint64", "bool", "complex64", "object", "U4"])
-def test_types_without_a_certain_scale_are_refused(dtype):
+def test_types_of_unknown_scale_are_refused(dtype):
     assert reason((np.ones(50).astype(dtype), RATE)) == "dtype"
 
 
-def test_integers_in_a_wider_type_than_theirs_are_refused():
+def test_integers_stored_in_a_wider_type_are_refused():
     assert reason((np.arange(-500, 500, dtype=np.int32), RATE)) == "range"
     assert load_audio((np.zeros(10, np.int32), RATE))[0].tolist() == [0.0] * 10
 
 
 @pytest.mark.parametrize("scale", [5, 300, 32767])
-def test_integers_in_floats_that_nobody_scaled_are_refused(tmp_path, scale):
+def test_unscaled_integers_in_floats_are_refused(tmp_path, scale):
     unscaled = np.round(STEREO[:, 0] * scale / 0.5)
     assert reason((unscaled, RATE)) == "range"
     soundfile.write(tmp_path / "unscaled.wav", unscaled, RATE, subtype="FLOAT")
@@ -157,7 +157,7 @@ def test_dictionaries_of_datasets_and_transformers_are_read(path):
         assert torch.equal(left(audio), LEFT)
 
 
-def test_dictionaries_that_say_too_little_are_refused(tmp_path):
+def test_incomplete_dictionaries_are_refused(tmp_path):
     assert reason({"array": STEREO[:, 0]}) == "rate"
     assert reason({"path": None, "bytes": None}) == "shape"
     assert reason({}) == "shape"
@@ -191,19 +191,19 @@ def test_anything_else_is_refused_with_the_forms_that_are_read(audio):
 
 
 @pytest.mark.parametrize("rate", [0, -1, 0.5, float("nan"), float("inf")])
-def test_rates_that_are_no_positive_whole_number_are_refused(rate):
+def test_rates_that_are_not_positive_whole_numbers_are_refused(rate):
     assert reason((STEREO, rate)) == "rate"
 
 
 @pytest.mark.parametrize("rate", ["16000", True, None])
-def test_rates_that_are_no_numbers_are_refused(rate):
+def test_rates_that_are_not_numbers_are_refused(rate):
     assert reason((STEREO, rate)) == "shape"
 
 
 @pytest.mark.parametrize(
     ("bad", "expected"), [(float("nan"), "nan"), (float("inf"), "nan"), (3000.0, "range")]
 )
-def test_a_waveform_that_is_no_sound_is_not_saved(tmp_path, bad, expected):
+def test_an_invalid_waveform_is_not_saved(tmp_path, bad, expected):
     waveform = LEFT.clone()
     waveform[5] = bad
     with pytest.raises(AudioError, match=r"clip\.wav: not written") as caught:
@@ -235,7 +235,7 @@ class _Failing:
     ],
     ids=str,
 )
-def test_what_cannot_be_read_is_refused_in_one_line(audio):
+def test_unreadable_input_is_refused_in_one_line(audio):
     with pytest.raises(AudioError) as refusal:
         load_audio(audio)
     assert "\n" not in str(refusal.value)
@@ -266,7 +266,7 @@ def test_a_path_in_bytes_of_a_path_object_and_a_long_double_are_read(tmp_path):
     ],
     ids=str,
 )
-def test_what_is_no_sound_is_not_written(waveform, rate, tmp_path):
+def test_invalid_samples_are_not_written(waveform, rate, tmp_path):
     with pytest.raises(AudioError, match="not written"):
         save_audio(tmp_path / "a.wav", waveform, rate)
     assert not list(tmp_path.iterdir())

@@ -63,7 +63,7 @@ def listen(stream, waveform: torch.Tensor, cuts: list[float]) -> list[int]:
 
 @given(cuts=CUTS, length=st.integers(1, 60_000))
 @settings(max_examples=15, deadline=None)
-def test_streamed_codes_equal_offline_codes_however_the_clip_is_cut(codec, cuts, length):
+def test_streamed_codes_equal_offline_codes_for_any_split(codec, cuts, length):
     clip = noise(length)
     assert listen(codec.encode_stream(), clip, cuts) == codec.encode((clip, RATE))
 
@@ -92,12 +92,12 @@ def test_encode_streams_do_not_share_state(codec):
     assert codes == [codec.encode((clip, RATE)) for clip in clips]
 
 
-def test_codes_of_a_neural_codec_come_while_speech_goes_on(glm4voice):
+def test_codes_of_a_neural_codec_arrive_during_speech(glm4voice):
     stream = glm4voice.encode_stream()
     assert stream.push(noise(20_000))
 
 
-def test_pieces_of_other_libraries_are_taken_and_bad_ones_change_nothing(codec):
+def test_pieces_of_other_libraries_are_accepted_and_bad_ones_change_nothing(codec):
     clip, stream = noise(20_000), codec.encode_stream()
     integers = (clip * 32768).round().clamp(-32768, 32767).to(torch.int16)
     stream.push(integers[:9000].numpy())
@@ -120,12 +120,12 @@ def test_pieces_of_other_libraries_are_taken_and_bad_ones_change_nothing(codec):
 def test_streamed_features_equal_those_of_the_whole_clip(cuts, length):
     frontend = Frontend(GOLDENS / "sensevoice")
     clip, stream = noise(length), frontend.stream()
-    for _ in range(2):  # a stream starts afresh after its end
+    for _ in range(2):  # a stream starts over after its end
         frames = torch.cat([stream.push(piece, last) for piece, last in pieces(clip, cuts)])
         assert torch.equal(frames, frontend((clip, RATE)))
 
 
-def test_features_come_while_speech_goes_on(mel_vq):
+def test_features_arrive_during_speech(mel_vq):
     codec = SenseVoiceInputTokenizer(mel_vq, GOLDENS / "sensevoice")
     clip = noise(24_000)
     stream = codec.feature_stream(24_000)
@@ -153,7 +153,7 @@ def test_a_resampled_stream_equals_the_resampled_clip(cuts, length, rates):
         assert torch.equal(heard, resample(clip, *rates))
 
 
-def test_several_streams_decode_as_each_alone(mel_vq):
+def test_several_streams_decode_as_each_does_alone(mel_vq):
     for codec in (mel_vq, SenseVoiceInputTokenizer(mel_vq, GOLDENS / "sensevoice")):
         replies = [[1, 2, 3] * 4, [7] * 9, []]
         streams = [codec.stream() for _ in replies]

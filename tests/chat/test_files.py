@@ -97,7 +97,7 @@ def test_content_of_another_format_is_named(tmp_path, head, kind):
         questions(tmp_path / "a.jsonl")
 
 
-def test_a_line_that_is_not_utf8_is_refused_by_number_and_costs_no_other(tmp_path, sample_text):
+def test_a_line_that_is_not_utf8_is_refused_by_number_and_affects_no_other(tmp_path, sample_text):
     (tmp_path / "a.jsonl").write_bytes(
         b"\n".join([sample_text("one").encode(), b'{"messages": "\xff"', b"{}"])
     )
@@ -124,11 +124,11 @@ def test_a_missing_file_a_folder_and_an_empty_file_get_different_errors(tmp_path
 
 def test_a_broken_array_is_named(tmp_path):
     (tmp_path / "a.json").write_text('[{"messages": 1},')
-    with pytest.raises(SampleFileError, match=r"a\.json: starts like a JSON array but is none"):
+    with pytest.raises(SampleFileError, match=r"a\.json: starts like a JSON array but is not one"):
         questions(tmp_path / "a.json")
 
 
-def test_a_file_that_the_system_does_not_give_is_refused_in_one_line(tmp_path, sample_text, monkeypatch):
+def test_a_file_that_cannot_be_opened_is_refused_in_one_line(tmp_path, sample_text, monkeypatch):
     (tmp_path / "a.jsonl").write_text(sample_text("x"))
 
     def refuse(*_, **__):

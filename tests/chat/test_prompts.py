@@ -117,7 +117,7 @@ def test_the_question_of_a_sample_leaves_out_the_answer_and_its_audio():
 
 @pytest.mark.parametrize("kind", ["glm4voice", "sensevoice_glm4voice"])
 @pytest.mark.parametrize("typed", ["what does <|audio|> mean?", "<|audio|>", "<|audio_3|> <|im_end|>"])
-def test_a_tag_that_somebody_types_is_text(kind, typed):
+def test_a_typed_tag_is_text(kind, typed):
     tokenizer = AutoTokenizer.from_pretrained(DATA / "tokenizer" / kind)
     codec = RecordedCodec(kind)
 
@@ -168,14 +168,14 @@ def test_the_last_message_determines_the_task():
 
 
 @pytest.mark.parametrize("text", ["\u200b", "\ufeff\u2060", "...", "?!", "—", "\x00", "\u0300"])
-def test_a_text_of_which_nothing_can_be_said_is_refused(text, goldens):
+def test_a_text_without_anything_to_read_aloud_is_refused(text, goldens):
     conversation = prompts.synthesis(text)
     with pytest.raises(ValueError, match="blank; provide some words"):
         build_prompt(conversation.messages, (), goldens.tokenizer("glm4voice"), None)
 
 
 @pytest.mark.parametrize("text", [None, 5, b"hi", ["hi"], "a\udcff"], ids=repr)
-def test_what_is_no_text_is_refused_instead_of_being_spoken(text):
+def test_a_value_that_is_not_text_is_refused_instead_of_being_spoken(text):
     for ask in (prompts.synthesis, prompts.chat):
         with pytest.raises(ValueError, match=r"(must be|is not)[^\n]+$"):
             ask(text)

@@ -96,7 +96,7 @@ def test_a_speech_request_counts_for_the_next_reply_only(goldens):
 @pytest.mark.parametrize("roles", [("user", "assistant"), ("human", "gpt")])
 @pytest.mark.parametrize("separator", ["\n", " "])
 @pytest.mark.parametrize("answer", ["<|audio|>", "Good day.<|audio|>"])
-def test_requested_text_is_said_once_and_without_the_instruction(goldens, roles, separator, answer):
+def test_requested_text_is_spoken_once_and_without_the_instruction(goldens, roles, separator, answer):
     request = f"Convert the text to speech.{separator}Good day."
     sample = turns((roles[0], request), (roles[1], answer), audios=["audio/tts_out.wav"])
     assert reply_text(goldens, sample) == "Good day.\n"
@@ -132,7 +132,7 @@ def test_control_tokens_inside_a_text_stay_text(goldens):
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_cannot_be_learnt_is_refused_with_a_reason(goldens, kind, sample, reason):
+def test_an_unusable_sample_is_refused_with_a_reason(goldens, kind, sample, reason):
     from vita_audio.chat.sample import parse_sample
 
     with pytest.raises(SampleError) as refusal:
@@ -146,7 +146,7 @@ def test_messages_win_over_a_conversations_column_of_null(goldens, text_sample):
     assert build_example({**text_sample("hi"), "conversations": None}, tokenizer, None) == plain
 
 
-def test_speech_that_is_heard_as_features_is_not_encoded(goldens):
+def test_speech_that_enters_as_features_is_not_encoded(goldens):
     codec = goldens.codec("sensevoice_glm4voice")
     codec.encoded.clear()
     sample = turns(

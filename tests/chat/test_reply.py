@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -51,5 +52,11 @@ def test_a_chunk_is_complete_with_its_eighth_code_or_its_end_marker():
     assert pieces == [tuple(range(8)), "a", (8, 9), "a"]
 
 
-def test_padding_rows_of_the_embedding_are_no_text():
+def test_padding_rows_of_the_embedding_are_not_text():
     assert split_reply([len(TOKENIZER), FIRST + 3], TOKENIZER) == ("", [3])
+
+
+@pytest.mark.parametrize("token", [-1, -100, 1 << 31, 1 << 70])
+def test_ids_that_no_tokenizer_has_are_refused_in_one_line(token):
+    with pytest.raises(ValueError, match=rf"^token id {token} is not valid; [^\n]+$"):
+        split_reply([FIRST, token], TOKENIZER)

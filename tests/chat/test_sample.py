@@ -75,7 +75,7 @@ def test_a_list_of_answers_is_read_where_test_sets_have_it(make):
 
 
 @pytest.mark.parametrize("nothing", [None, [], ""])
-def test_a_key_that_holds_nothing_counts_as_not_given(nothing):
+def test_a_key_without_a_value_counts_as_missing(nothing):
     turns = FORMATS["messages"]("hey", "ho")["messages"]
     sample = parse_sample(
         {"messages": turns, "conversations": nothing, "audios": nothing, "id": nothing or None}

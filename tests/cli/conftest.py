@@ -19,7 +19,7 @@ def codec_flags(tiny_world) -> list[str]:
 
 @pytest.fixture
 def refusal(capsys) -> Callable[..., str]:
-    """Runs a command that must refuse, and returns the one line that it says."""
+    """Runs a command that must refuse its input, and returns the line that it prints."""
 
     def run(command: Command, *arguments: object) -> str:
         with pytest.raises(SystemExit) as exit_, one_line_refusals():

@@ -34,3 +34,36 @@ def test_flags_with_dashes_and_unknown_names_reach_the_benchmark(main, refusal):
     said = refusal(main, "benchmark_llm", "--model", "x", "--tokens", "many")
     assert said.startswith("argument --tokens: invalid int value: 'many'")
     assert refusal(main, "speed").startswith("argument name: invalid choice: 'speed'")
+
+
+def test_streams_in_step_are_compared_with_streams_one_by_one(main, capsys):
+    decoder = Path(__file__).parents[1] / "goldens" / "glm4voice" / "decoder"
+    sizes = ["--streams", "1", "2", "--codes", "20", "--max_steps", "1"]
+    main(["codec-streams", "--flow", str(decoder), "--device", "cpu", "--threads", "1", *sizes])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(result) == ["1", "2"]
+    for ways in result.values():
+        for figures in ways.values():
+            assert figures["difference"] == 0
+            assert figures["work_per_second"] > 0
+
+
+def test_the_engine_is_measured_beside_the_plain_loop_in_every_mode(main, tmp_path, capsys):
+    checkpoint = Path(__file__).parents[1] / "goldens" / "mctp" / "checkpoint"
+    files = ["--json", str(tmp_path / "all.json"), "--png", str(tmp_path / "speeds.png")]
+    size = ["--tokens", "24", "--repeats", "1", "--rows", "1", "2"]
+    main(["decode", "--model", str(checkpoint), "--dtype", "float32", "--device", "cpu", *size, *files])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    modes = {"vanilla", "balance", "boost", "turbo"}
+    assert set(result["plain"]) == modes
+    assert set(result["engine"]) == set(result["engine_audio_rows"]) == modes | {"lossless"}
+    for figures in (figures for way in ("plain", "engine") for figures in result[way].values()):
+        assert set(figures) == {"tokens_per_second", "first_11_seconds", "share_of_limit"}
+        assert all(value > 0 for value in figures.values())
+    assert set(result["rows"]) == {"1", "2"}
+    assert json.loads((tmp_path / "all.json").read_text())["versions"]["device"].startswith("cpu")
+    assert (tmp_path / "speeds.png").stat().st_size > 5000
+
+
+def test_the_benchmark_of_the_engine_asks_for_a_model(main, refusal):
+    assert refusal(main, "decode").startswith("give --model or --sizes")

@@ -63,7 +63,7 @@ def test_a_round_trip_and_a_stream_give_the_same_sound_and_their_speed(flags, ti
         (["decode", "{codes}"], "the following arguments are required: --output"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_line(refusal, flags, tiny_world, tmp_path, arguments, message):
+def test_unusable_input_is_refused_in_one_line(refusal, flags, tiny_world, tmp_path, arguments, message):
     (tmp_path / "empty.json").write_text("[]")
     (tmp_path / "codes.json").write_text("[64]")
     places = {

@@ -101,7 +101,7 @@ def test_the_table_fits_into_80_columns_and_keeps_its_words_whole():
         assert any(heading in line for line in lines)
 
 
-def test_without_arguments_five_lines_say_what_to_give():
+def test_without_arguments_five_lines_explain_what_to_give():
     with pytest.raises(SystemExit) as exit_:
         main([])
     lines = str(exit_.value.code).splitlines()
@@ -140,7 +140,7 @@ def test_a_wrong_request_is_refused_in_one_line(refusal, flags, arguments, messa
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     ],
 )  # fmt: skip
-def test_what_this_machine_or_the_codec_lacks_is_said_before_the_model_loads(
+def test_what_this_machine_or_the_codec_lacks_is_reported_before_the_model_loads(
     refusal, flags, tiny_world, monkeypatch, arguments, message
 ):
     def load(*_, **__):

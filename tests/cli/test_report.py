@@ -1,4 +1,4 @@
-"""The report page of a run: what is there is shown, what is missing is left out, nothing is linked."""
+"""The report page of a run: existing parts are shown, missing ones are omitted, and nothing is linked."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_folders_named_as_the_original_names_them_are_stages(tmp_path):
     assert list(report.read_training_logs(tmp_path)) == ["1 · alignment", "2 · one head"]
 
 
-def test_a_run_of_ones_own_is_titled_by_its_folder_and_shown_while_it_trains(tmp_path):
+def test_another_run_is_titled_by_its_folder_and_shown_while_it_trains(tmp_path):
     checkpoint = tmp_path / "my_voice" / "checkpoint-20"
     checkpoint.mkdir(parents=True)
     history = {"log_history": [{"step": 20, "loss": 2.0, "main_loss": 2.0}]}
@@ -122,7 +122,7 @@ def test_the_folders_of_an_evaluation_and_of_an_inference_are_runs(run, tmp_path
     assert replies.count("<audio") == 2
 
 
-def test_the_command_says_where_the_page_is_and_refuses_what_is_no_run(run, refusal, capsys):
+def test_the_command_prints_the_path_of_the_page_and_refuses_other_folders(run, refusal, capsys):
     report.main(["--run", str(run)])
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert refusal(report.main, "--run", run / "nowhere").endswith(

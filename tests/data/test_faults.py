@@ -137,7 +137,7 @@ def test_every_readable_format_is_used_and_every_unreadable_file_has_its_reason(
 
 
 def damaged(rng: random.Random, line: bytes, speech, index: int) -> bytes:
-    """One of many ways to spoil a sample."""
+    """A sample damaged in one of many ways."""
     sample = json.loads(line)
     way = rng.randrange(7)
     if way == 0:  # bytes flipped in the line
@@ -171,7 +171,7 @@ def damaged(rng: random.Random, line: bytes, speech, index: int) -> bytes:
     return json.dumps(sample).encode()
 
 
-def test_five_hundred_damaged_samples_crash_nothing_and_cost_no_good_sample(one_epoch, speech):
+def test_five_hundred_damaged_samples_crash_nothing_and_lose_no_good_sample(one_epoch, speech):
     rng = random.Random(7)
     good = [json.dumps(spoken(rng.choice(GOOD), f"good{index}")).encode() for index in range(100)]
     bad = [

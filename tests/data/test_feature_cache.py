@@ -66,7 +66,7 @@ def test_the_data_may_move_with_its_root(tmp_path):
     assert reader.sources == {"feature_cache": 1}
 
 
-@pytest.mark.parametrize("damage", [b"", b"no tensors here", None], ids=["empty", "garbage", "cut short"])
+@pytest.mark.parametrize("damage", [b"", b"no tensors here", None], ids=["empty", "garbage", "truncated"])
 def test_a_damaged_file_is_computed_again_and_mended(tmp_path, open_reader, damage):
     clip = write_clip(tmp_path / "a.wav", 0)
     expected = open_reader().features(clip)
@@ -79,7 +79,7 @@ def test_a_damaged_file_is_computed_again_and_mended(tmp_path, open_reader, dama
     assert reader.sources["feature_cache"] == 1
 
 
-def test_a_folder_that_cannot_be_written_is_said_once(tmp_path, caplog):
+def test_a_folder_that_cannot_be_written_is_reported_once(tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.touch()
     cache = FeatureCache(blocked, "frontend")
@@ -94,7 +94,7 @@ def test_missing_audio_remains_a_separate_error(tmp_path, open_reader):
         open_reader().features(str(tmp_path / "absent.wav"))
 
 
-def test_nothing_half_written_is_left(tmp_path, open_reader):
+def test_no_partial_file_is_left(tmp_path, open_reader):
     open_reader().features(write_clip(tmp_path / "a.wav", 0))
     names = [name for _, _, files in os.walk(tmp_path / "features") for name in files]
     assert len(names) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def test_the_same_seed_gives_the_same_rows(open_loader, row_hash, num_workers):
 @pytest.mark.parametrize(
     ("num_workers", "micro_batch_size", "steps"), [(0, 1, 0), (0, 1, 17), (0, 3, 25), (2, 1, 17), (3, 2, 40)]
 )
-def test_a_resumed_loader_continues_with_the_very_rows(
+def test_a_resumed_loader_continues_with_the_same_rows(
     open_loader, row_hash, num_workers, micro_batch_size, steps
 ):
     options = {"num_workers": num_workers, "micro_batch_size": micro_batch_size, "rank": 1, "world_size": 2}
@@ -126,7 +127,7 @@ def test_a_resumed_loader_continues_with_the_very_rows(
     assert third.counts() == counted.counts()
 
 
-def test_state_speaks_of_the_batches_received_and_is_small(open_loader):
+def test_the_state_describes_the_batches_received_and_is_small(open_loader):
     loader = open_loader(num_workers=2)
     next(islice(loader, 20, 21))
     assert len(json.dumps(loader.state_dict())) < 6_000
@@ -169,7 +170,7 @@ def test_all_ranks_and_workers_share_an_epoch_without_overlap(open_loader, names
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_counters_live_on_once_when_a_run_is_resumed_on_other_ranks(open_loader, after):
+def test_counters_are_kept_once_when_a_run_is_resumed_on_other_ranks(open_loader, after):
     before = [open_loader(rank, 2) for rank in range(2)]
     for loader in before:
         list(islice(loader, 7))
@@ -184,7 +185,7 @@ def test_counters_live_on_once_when_a_run_is_resumed_on_other_ranks(open_loader,
     )
 
 
-def test_a_document_of_exactly_a_rows_length_is_used(
+def test_a_document_of_exactly_the_length_of_a_row_is_used(
     open_loader, tmp_path, text_sample, write_lines, goldens
 ):
     sample = text_sample("exact.", "hey " * 30)
@@ -230,7 +231,7 @@ def test_audio_below_the_data_root_takes_precedence_over_audio_next_to_the_file(
     assert set(codec.asked) == {str((root if below_root else beside) / "clip.wav")}
 
 
-def test_a_clip_may_be_as_long_as_a_row_at_twelve_and_a_half_codes_a_second(
+def test_a_clip_may_fill_a_row_at_twelve_and_a_half_codes_per_second(
     open_loader, tmp_path, write_lines, text_sample
 ):
     for name, seconds in (("fits", 7.9), ("long", 8.1)):
@@ -257,7 +258,7 @@ def test_codes_that_the_tokenizer_does_not_know_are_bad_codes(open_loader, tmp_p
     assert abs(loader.report.used.total() - loader.report.skipped.total()) <= 1
 
 
-def test_states_that_do_not_fit_are_refused_in_a_sentence(open_loader, mix_file):
+def test_states_of_another_run_are_refused_in_one_line(open_loader, mix_file):
     state = open_loader(0, 2).state_dict()
     with pytest.raises(ValueError, match="another data mix or seed"):
         open_loader(0, 2, seed=7).load_state_dict(state)
@@ -267,6 +268,20 @@ def test_states_that_do_not_fit_are_refused_in_a_sentence(open_loader, mix_file)
         open_loader(0, 3).load_state_dict(state)
     with pytest.raises(ValueError, match="states of all ranks"):
         open_loader(0, 3).load_state_dict([state])
+
+
+def test_a_file_whose_content_changed_is_named_on_resume(open_loader, mix_file, tmp_path):
+    folder = shutil.copytree(mix_file.parent, tmp_path / "mix")
+    before = open_loader(dataset_path=folder / mix_file.name)
+    state = before.state_dict()
+    file = folder / "b.jsonl"
+    file.write_text(file.read_text().replace("b7.", "b8.", 1))
+    after = open_loader(dataset_path=folder / mix_file.name)
+    assert after.mix.fingerprint != before.mix.fingerprint
+    with pytest.raises(ValueError, match=rf"^{file}: its content has changed since [^\n]+$"):
+        after.load_state_dict(state)
+    del state["contents"]  # as in checkpoints of earlier versions
+    after.load_state_dict(state)
 
 
 CONSUMER = """

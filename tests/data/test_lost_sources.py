@@ -165,7 +165,7 @@ def test_speech_is_noticed_anywhere_in_a_file(open_mix, texts, tmp_path):
         open_mix(CodecSpec("mel_vq", str(tmp_path / "gone")), mixed=texts[:330] + [spoken("a.wav")] * 70)
 
 
-def test_heard_speech_needs_the_front_end_before_the_first_step(tmp_path, goldens, arrow_cache, write_lines):
+def test_user_speech_needs_the_front_end_before_the_first_step(tmp_path, goldens, arrow_cache, write_lines):
     heard = {"messages": [{"role": "user", "content": "<|audio|>"}, {"role": "assistant", "content": "yes"}]}
     write_lines(tmp_path / "heard.jsonl", [heard | {"audios": ["a.wav"]}])
     mix = write_lines(tmp_path / "mix.yaml", ["dataset: {heard: {data_paths: [heard.jsonl]}}"])
@@ -181,7 +181,9 @@ def test_heard_speech_needs_the_front_end_before_the_first_step(tmp_path, golden
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_codec_that_opens_no_more_stops_the_run_and_costs_no_sample(open_mix, tmp_path, texts, num_workers):
+def test_a_codec_that_no_longer_opens_stops_the_run_and_loses_no_sample(
+    open_mix, tmp_path, texts, num_workers
+):
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).standard_normal(24_000) * 0.1, 16_000)
     MelVQTokenizer.fit([str(tmp_path / "a.wav")], MelVQConfig(codebook_size=8), epochs=1).save_pretrained(
         tmp_path / "codec"
@@ -226,7 +228,7 @@ def test_a_full_disk_stops_the_run_instead_of_dropping_a_data_set(tmp_path, text
     mix = write_lines(tmp_path / "mix.yaml", [f"dataset: {{s: {{data_paths: [small.jsonl, a.{suffix}]}}}}"])
     with full_disk(200_000), pytest.raises(MachineError) as stop:
         Mix(read_mix(mix), 0, cache_dir=str(tmp_path / "arrow"))
-    assert f"a.{suffix}: cannot be opened, because of this machine: " in str(stop.value)
+    assert f"a.{suffix}: cannot be opened because this machine failed: " in str(stop.value)
     assert (
         f"its Arrow copy goes to {tmp_path / 'arrow'}: free some space there, or set HF_DATASETS_CACHE"
         in str(stop.value)
@@ -240,9 +242,38 @@ def test_an_arrow_cache_that_cannot_be_written_stops_the_run(tmp_path, text_samp
         Rows(tmp_path / "a.jsonl", place)
 
 
-def test_a_file_that_may_not_be_read_stops_the_run(
-    tmp_path, text_sample, write_lines, monkeypatch, arrow_cache
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_read_only_arrow_cache_is_used_if_it_holds_the_files(
+    tmp_path, text_sample, write_lines, monkeypatch, arrow_cache, suffix
 ):
+    import datasets
+
+    for name in ("prepared", "new"):
+        samples = [text_sample(f"{name} {index}", "ok") for index in range(9)]
+        write_lines(tmp_path / f"{name}.jsonl", samples)
+        datasets.Dataset.from_list(samples).to_parquet(tmp_path / f"{name}.parquet")
+
+    def read(name):
+        rows = Rows(tmp_path / f"{name}.{suffix}", arrow_cache)
+        return [rows[index] for index in range(len(rows))]
+
+    expected = read("prepared")
+
+    class Lock(datasets.builder.FileLock):
+        def __init__(self, path, *args, **kwargs):
+            if str(path).startswith(str(arrow_cache)):
+                raise OSError(errno.EROFS, "Read-only file system", path)
+            super().__init__(path, *args, **kwargs)
+
+    monkeypatch.setattr(datasets.builder, "FileLock", Lock)
+    assert read("prepared") == expected
+    with pytest.raises(
+        MachineError, match=rf"new\.{suffix}: .*Read-only file system; its Arrow copy goes to [^\n]+$"
+    ):
+        read("new")
+
+
+def test_an_unreadable_file_stops_the_run(tmp_path, text_sample, write_lines, monkeypatch, arrow_cache):
     write_lines(tmp_path / "a.jsonl", [text_sample("x")])
 
     def refuse(*_, **__):
@@ -255,7 +286,7 @@ def test_a_file_that_may_not_be_read_stops_the_run(
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EMFILE, errno.ESTALE, errno.EACCES])
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_a_fault_of_the_machine_while_a_sample_is_read_is_not_the_samples(open_mix, texts, number, wrapped):
+def test_a_machine_fault_while_a_sample_is_read_is_not_blamed_on_the_sample(open_mix, texts, number, wrapped):
     class Codec:
         kind = "glm4voice"
 
@@ -269,7 +300,7 @@ def test_a_fault_of_the_machine_while_a_sample_is_read_is_not_the_samples(open_m
 
     loader = open_mix(Codec(), speech=[spoken("a.wav")] * 9, texts=texts[:9], max_audio_seconds=float("inf"))
     message = stopped(loader)
-    assert "stopped by this machine" in message
+    assert "because this machine failed" in message
     assert "the disk is gone" in message
     assert loader.report.skipped.total() == 0
 
@@ -280,7 +311,7 @@ def test_faults_of_data_are_not_faults_of_the_machine():
     assert "disk space" in machine_fault(OSError("Not enough disk space. Needed: 5 GB"))
 
 
-def test_memory_that_runs_out_is_the_machines_fault_unless_a_header_asked_for_it():
+def test_running_out_of_memory_is_a_machine_fault_unless_a_header_caused_it():
     with pytest.raises(RuntimeError) as too_much:
         torch.empty(2**50)
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), too_much.value):
@@ -306,7 +337,7 @@ def test_a_token_cache_that_cannot_be_indexed_is_named(tmp_path, monkeypatch):
     write_identity(tmp_path / identity.folder_name, identity)
     write_shard(tmp_path / identity.folder_name, "x", [CachedClip("a.wav", "0", 1, 1.0, [1])])
     with pytest.raises(
-        TokenCacheError, match=r"mel_vq-one: cannot be opened, because of this machine: .*free some space"
+        TokenCacheError, match=r"mel_vq-one: cannot be opened because this machine failed: .*free some space"
     ):
         TokenCache.find(tmp_path, "mel_vq", arrow_cache="/dev/null/arrow")
 
@@ -329,7 +360,7 @@ def test_compressed_lines_are_samples(tmp_path, text_sample, arrow_cache):
         ("a.csv", b"x,y\n", r"\.csv files are not read; convert it"),
         ("a.jsonl.gz", b"\x1f\x8b" + b"\0" * 50, "its compressed data is damaged"),
         ("a.parquet", b"PAR1" + b"\0" * 50, "cannot be read: ArrowInvalid"),
-        ("a.json", b"[{", "starts like a JSON array but is none"),
+        ("a.json", b"[{", "starts like a JSON array but is not one"),
     ],
 )
 def test_a_file_that_is_there_and_cannot_be_read_is_refused_and_not_left_out(
@@ -359,7 +390,7 @@ def test_a_pipe_is_not_waited_for(tmp_path, arrow_cache):
         Rows(tmp_path / "pipe.jsonl", arrow_cache)
 
 
-def test_a_parquet_path_that_would_be_taken_apart_is_named(tmp_path, text_sample, arrow_cache):
+def test_a_parquet_path_that_datasets_would_split_is_named(tmp_path, text_sample, arrow_cache):
     import datasets
 
     datasets.Dataset.from_list([text_sample("x")]).to_parquet(tmp_path / "a.parquet")

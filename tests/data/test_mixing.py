@@ -75,7 +75,7 @@ READ_WHOLE = "fewer_tags_than_audios"
         ("late_error", {READ_WHOLE: 400, "wrong_type": 1}),
     ],
 )
-def test_a_broken_line_or_changing_column_costs_that_line_only(open_mix, file, outcomes):
+def test_a_broken_line_or_a_changing_column_invalidates_only_that_line(open_mix, file, outcomes):
     """The public code drops such files whole, or strips them of their audio."""
     mix = open_mix(MIX.format(paths=f"d/{file}.jsonl, d/qa.jsonl", more="ratio: 1"))
     found = Counter()
@@ -126,7 +126,7 @@ def test_missing_files_are_reported_together_and_refused_when_strict(open_mix, c
         ("just text\n", "needs a section 'dataset'"),
     ],
 )
-def test_a_mix_that_cannot_be_right_is_refused_in_a_sentence(open_mix, yaml, message):
+def test_an_invalid_mix_is_refused_in_one_line(open_mix, yaml, message):
     with pytest.raises(MixError, match=message.replace("(", r"\(")):
         open_mix(yaml)
 
@@ -163,7 +163,7 @@ def test_relative_data_files_are_found_below_the_root_or_next_to_the_mix(tmp_pat
     assert [spec.path for spec in read_mix(mix)][1:3] == [own / "both.jsonl", own / "b.jsonl"]
 
 
-def test_a_key_without_a_value_counts_as_not_given(open_mix):
+def test_a_key_without_a_value_counts_as_missing(open_mix):
     assert open_mix(MIX.format(paths="d/qa.jsonl", more="ratio:\n    num: null")).used == [9]
 
 
@@ -174,7 +174,7 @@ def test_numbers_may_have_an_exponent_without_a_point(tmp_path):
     assert (spec.ratio, spec.num) == (0.1, 2000)
 
 
-def test_a_leading_zero_is_no_octal_and_a_data_set_may_be_called_no(tmp_path):
+def test_a_leading_zero_is_not_octal_and_a_data_set_may_be_named_no(tmp_path):
     mix = tmp_path / "mix.yaml"
     mix.write_text(
         f"dataset: {{no: {{data_paths: a.jsonl, num: 010}}, on: {{data_paths: a.jsonl, num: {'9' * 400}}}}}"
@@ -240,7 +240,7 @@ def test_arrays_parquet_and_odd_lines_are_read(tmp_path, arrow_cache, text_sampl
         assert contents == {sample["messages"][0]["content"] for sample in samples}, name
 
 
-def test_a_lone_surrogate_in_an_array_costs_its_sample_only(tmp_path, arrow_cache, text_sample):
+def test_a_lone_surrogate_in_an_array_invalidates_only_its_sample(tmp_path, arrow_cache, text_sample):
     samples = [text_sample("good"), text_sample("\ud800")]
     (tmp_path / "array.json").write_text(json.dumps(samples))
     rows = Rows(tmp_path / "array.json", arrow_cache)
@@ -286,7 +286,7 @@ def published_mix(stage: int) -> list[tuple[str, float, float, str]]:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_the_mixes_are_the_published_ones_to_the_last_file(stage, monkeypatch):
+def test_the_mixes_equal_the_published_ones_file_by_file(stage, monkeypatch):
     monkeypatch.delenv("ROOT_PATH", raising=False)
     path = Path(__file__).parents[2] / "configs" / f"sts_finetune_stage{stage}.yaml"
     specs = read_mix(path, "/data_root")

@@ -53,7 +53,7 @@ def test_a_document_longer_than_a_row_is_refused():
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_no_document_waits_long_and_no_source_or_length_is_late(fill_lengths, name):
+def test_no_document_waits_long_whatever_its_source_or_length(fill_lengths, name):
     lengths, sources = fill_lengths[name], fill_lengths[f"{name}_source40"]
     packer: RowPacker[int] = RowPacker(8192)
     waits: dict[int, int] = {}
@@ -74,7 +74,7 @@ def test_no_document_waits_long_and_no_source_or_length_is_late(fill_lengths, na
         assert_not_late(by_length[part * len(waits) // 10 : (part + 1) * len(waits) // 10])
 
 
-def test_a_waiting_row_is_finished_after_the_patience_even_when_another_is_fuller():
+def test_a_waiting_row_is_finished_after_patience_rows_even_if_another_is_fuller():
     packer: RowPacker[str] = RowPacker(100, open_rows=2, patience=3)
     packer.add("waiting", 10)
     finished = [packer.add(f"long {index}", 95) for index in range(12)]
@@ -90,7 +90,7 @@ def test_a_document_goes_into_the_fullest_row_that_has_room():
     assert packer.add("e", 40) == ["a", "e"]  # fills a row to the last token, which finishes it
 
 
-def test_where_no_row_has_room_the_fullest_is_finished():
+def test_if_no_row_has_room_the_fullest_is_finished():
     packer: RowPacker[str] = RowPacker(100, open_rows=3)
     for name, length in (("a", 60), ("b", 80), ("c", 70)):
         packer.add(name, length)
@@ -145,7 +145,7 @@ def test_rows_as_tensors_equal_the_golden_packs(goldens):
     assert checked > 20
 
 
-def test_one_open_row_gives_the_golden_rows_and_loses_none(goldens):
+def test_one_open_row_gives_the_golden_rows_and_loses_no_document(goldens):
     case = goldens.lines("packing/small_packs.jsonl")[0]
     golden_rows = [pack["sample_order"] for pack in case["emitted"] if pack]
     rows = pack_lengths(case["lengths"], case["options"]["max_padding_length"], open_rows=1, patience=1_000)

@@ -119,6 +119,10 @@ GOOD = FileState("s/a", "/x/a.jsonl", rows=10, bytes=100, used=10)
             identity(GOOD, GOOD),
             r"the mix file is not the same \(rank 0 names 1 files, rank 1 names 2 files\)",
         ),
+        (
+            identity(FileState("s/a", "/y/a.jsonl", 10, 100, 10, "other")),
+            r"/y/a\.jsonl has another content on rank 1 \(host\) than on rank 0",
+        ),
         (identity(GOOD, codec="mel_vq one"), r"codec is mel_vq one on rank 1 \(host\) and None on rank 0"),
         (identity(GOOD, seed="2"), r"seed is 2 on rank 1 \(host\) and 1 on rank 0"),
     ],

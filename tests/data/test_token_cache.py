@@ -99,7 +99,7 @@ def test_ranks_split_the_work_and_the_cache_holds_the_codecs_codes(corpus, run_t
     assert [Path(failure["path"]).name for failure in failures] == ["noise.wav"]
 
 
-def test_a_second_run_does_only_what_is_missing_changed_or_damaged(corpus, run_tool, arrow_cache):
+def test_a_second_run_encodes_only_missing_changed_or_damaged_clips(corpus, run_tool, arrow_cache):
     run_tool(shard_clips=5)
     assert run_tool().clips == 0
     shards = sorted(corpus.glob("tokens/*/tokens-*.parquet"))
@@ -122,7 +122,7 @@ def test_of_continuous_kinds_only_the_assistants_speech_is_encoded(corpus, run_t
     )
 
 
-def test_a_batch_that_fails_costs_its_faulty_clip_only(corpus, run_tool, monkeypatch):
+def test_a_failing_batch_loses_only_its_faulty_clip(corpus, run_tool, monkeypatch):
     encode = MelVQTokenizer.encode
 
     def fragile(self, audio):
@@ -181,7 +181,7 @@ def test_a_clip_that_changed_since_is_encoded_again(corpus, run_tool, open_loade
     assert counts["speech/cache"] > counts["speech/stale"]
 
 
-def test_only_codes_of_the_very_codec_are_used(corpus, run_tool, open_loader):
+def test_only_codes_of_the_same_codec_are_used(corpus, run_tool, open_loader):
     other = CodecIdentity("mel_vq", "another", 32)
     write_identity(corpus / "tokens" / other.folder_name, other)
     with pytest.raises(TokenCacheError, match=r"no codes of kind 'mel_vq' and fingerprint .*mel_vq-another"):
@@ -247,7 +247,7 @@ class CountingCodec:
         return torch.zeros(3, 560)
 
 
-def test_public_token_files_are_used_when_sound_and_passed_over_when_not(goldens, tmp_path):
+def test_public_token_files_are_used_if_valid_and_ignored_otherwise(goldens, tmp_path):
     for case in goldens.lines("preprocess/token_cache.jsonl"):
         if case.get("raises"):
             continue
@@ -287,9 +287,7 @@ def small_cache(tmp_path):
     return folder
 
 
-def test_the_index_of_a_cache_that_cannot_be_written_lies_elsewhere(
-    tmp_path, small_cache, monkeypatch, arrow_cache
-):
+def test_the_index_of_a_read_only_cache_is_stored_elsewhere(tmp_path, small_cache, monkeypatch, arrow_cache):
     def refuse(path):
         if path.parent == small_cache:
             raise OSError(errno.EROFS, "Read-only file system", str(path))

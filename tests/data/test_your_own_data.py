@@ -1,4 +1,4 @@
-"""docs/your_own_data.md does what it says, as far as a test without a trained model can try it."""
+"""docs/your_own_data.md works as described, as far as that can be tested without a trained model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def own(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_recordings_become_samples_with_a_test_set_of_their_own(own):
+def test_recordings_become_samples_with_their_own_test_set(own):
     samples = {
         name: [sample for _, sample in read_samples(own / "own" / f"{name}.jsonl")]
         for name in ("asr", "tts", "asr_test", "tts_test")

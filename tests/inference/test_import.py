@@ -1,4 +1,4 @@
-"""What importing a part brings with it, in processes of their own."""
+"""What importing a part loads, in separate processes."""
 
 from __future__ import annotations
 

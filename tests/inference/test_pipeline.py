@@ -12,22 +12,37 @@ import torch
 from vita_audio.chat import ReplyParser
 from vita_audio.inference import (
     AudioChunk,
+    CodecOptions,
     GenerationOptions,
     Reply,
     Request,
+    RuntimeOptions,
     SpeechPipeline,
     TextDelta,
     collect,
     prompts,
 )
+from vita_audio.models import Qwen2MTPConfig
+from vita_audio.models.configuration import num_positions
 
 MODES = ["vanilla", "balance", "boost", "turbo"]
 READING = "the quiet river runs"
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["engine", "generate"])
+def pipeline(tiny_world, request) -> SpeechPipeline:
+    return open_pipeline(tiny_world, request.param)
+
+
 @pytest.fixture(scope="module")
-def pipeline(tiny_world) -> SpeechPipeline:
-    return SpeechPipeline.from_pretrained(tiny_world.model_dir, "mel_vq", tiny_world.codec_dir, device="cpu")
+def reference(tiny_world) -> SpeechPipeline:
+    """For what only the loop of ``generate()`` shows: the passes of the model's own modules."""
+    return open_pipeline(tiny_world, False)
+
+
+def open_pipeline(world, engine: bool) -> SpeechPipeline:
+    codec = CodecOptions("mel_vq", world.codec_dir)
+    return SpeechPipeline.open(world.model_dir, codec, RuntimeOptions(device="cpu", engine=engine))
 
 
 def options(mode: str = "boost", **changes) -> GenerationOptions:
@@ -35,7 +50,7 @@ def options(mode: str = "boost", **changes) -> GenerationOptions:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_text_is_read_with_the_codes_learnt(pipeline, tiny_world, mode):
+def test_a_text_is_read_aloud_with_the_learnt_codes(pipeline, tiny_world, mode):
     reply = pipeline.synthesize(READING, options=options(mode))
     assert reply.text == READING
     assert reply.codes == tiny_world.codec.encode(tiny_world.audio("reading.wav"))
@@ -51,7 +66,7 @@ def test_only_the_reply_is_decoded(pipeline, tiny_world, mode):
     assert reply.sample_rate == tiny_world.codec.sample_rate
 
 
-def test_speech_is_written_down_without_speaking(pipeline, tiny_world):
+def test_speech_is_transcribed_without_a_spoken_reply(pipeline, tiny_world):
     reply = pipeline.transcribe(tiny_world.audio("question.wav"), options=options())
     assert (reply.text, reply.codes, reply.waveform) == ("the blue key", [], None)
     assert reply.timings.first_chunk is None
@@ -82,7 +97,7 @@ def test_streamed_reply_equals_the_whole_one(pipeline, tiny_world, mode):
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("boost", 1), ("turbo", 1), ("vanilla", 10)])
-def test_first_chunk_comes_out_of_the_prefill_in_boost_and_turbo(pipeline, mode, expected):
+def test_first_chunk_comes_out_of_the_prefill_in_boost_and_turbo(reference, mode, expected):
     """READING's first chunk: a text token, the begin marker and 8 codes; ten tokens, nine by the heads."""
     passes = 0
 
@@ -91,9 +106,9 @@ def test_first_chunk_comes_out_of_the_prefill_in_boost_and_turbo(pipeline, mode,
         passes += 1
 
     passes_at_codes = []
-    with pipeline.model.model.layers[0].register_forward_hook(count):
-        tap_put = _record_first_chunk(pipeline, lambda: passes_at_codes.append(passes))
-        pipeline.reply(prompts.synthesis(READING), options(mode), decode=False)
+    with reference.model.model.layers[0].register_forward_hook(count):
+        tap_put = _record_first_chunk(reference, lambda: passes_at_codes.append(passes))
+        reference.reply(prompts.synthesis(READING), options(mode), decode=False)
         tap_put.undo()
     assert passes_at_codes[0] == expected
 
@@ -122,7 +137,7 @@ def test_batched_replies_equal_single_ones(pipeline, tiny_world):
         assert reply.token_ids == pipeline.reply(conversation, options()).token_ids
 
 
-def test_closing_a_stream_stops_generation(pipeline):
+def test_closing_a_stream_stops_generation(reference):
     """A reply that would not end: closing it lets no further pass of the model happen, nor does waiting."""
     passes = 0
 
@@ -131,9 +146,9 @@ def test_closing_a_stream_stops_generation(pipeline):
         passes += 1
 
     endless = GenerationOptions(mode="turbo", max_new_tokens=1500)
-    with pytest.MonkeyPatch.context() as patch, pipeline.model.model.layers[0].register_forward_hook(count):
-        patch.setattr(pipeline.backend, "_tokens", replace(pipeline.backend._tokens, stops=(0,)))
-        events = pipeline.stream(prompts.synthesis(READING), endless)
+    with pytest.MonkeyPatch.context() as patch, reference.model.model.layers[0].register_forward_hook(count):
+        patch.setattr(reference.backend, "_tokens", replace(reference.backend._tokens, stops=(0,)))
+        events = reference.stream(prompts.synthesis(READING), endless)
         next(events)
         before = passes
         events.close()
@@ -143,21 +158,42 @@ def test_closing_a_stream_stops_generation(pipeline):
     assert torch.is_grad_enabled()
 
 
+def test_prompts_and_replies_beyond_the_positions_of_the_model_are_refused_in_one_line(pipeline, monkeypatch):
+    passes = []
+    length = len(pipeline.prompt(prompts.synthesis(READING)).input_ids)
+    with pipeline.model.model.register_forward_hook(lambda *_: passes.append(1)):
+        monkeypatch.setattr(pipeline.model.config, "max_position_embeddings", length)
+        with pytest.raises(ValueError, match=rf"^the prompt has {length} tokens, .*; shorten the prompt$"):
+            pipeline.synthesize(READING, options=options())
+        monkeypatch.setattr(pipeline.model.config, "max_position_embeddings", length + 119)
+        with pytest.raises(ValueError, match=r"give max_new_tokens=119 or less, not 120, or shorten[^\n]*$"):
+            list(pipeline.stream(prompts.synthesis(READING), options()))
+        assert passes == []
+        monkeypatch.setattr(pipeline.model.config, "max_position_embeddings", length + 120)
+        assert pipeline.synthesize(READING, options=options()).text == READING
+
+
+def test_rotary_scaling_adds_positions():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+    assert num_positions(Qwen2MTPConfig(max_position_embeddings=32768)) == 32768
+    assert num_positions(Qwen2MTPConfig(max_position_embeddings=32768, rope_parameters=yarn)) == 131_072
+
+
 @pytest.mark.parametrize("stop", ["<|im_end|>", "<|endoftext|>"])
-def test_either_stop_token_ends_the_reply_and_generation(pipeline, stop):
-    passes, token = 0, pipeline.tokenizer.convert_tokens_to_ids(stop)
+def test_either_stop_token_ends_the_reply_and_generation(reference, stop):
+    passes, token = 0, reference.tokenizer.convert_tokens_to_ids(stop)
 
     def say_it(_module, _inputs, logits):
         nonlocal passes
         passes += 1
         return logits.index_fill(-1, torch.tensor(token), 1e4)
 
-    with pipeline.model.lm_head.register_forward_hook(say_it):
-        reply = pipeline.synthesize(READING, options=options("vanilla"))
+    with reference.model.lm_head.register_forward_hook(say_it):
+        reply = reference.synthesize(READING, options=options("vanilla"))
     assert (reply.token_ids, reply.timings.new_tokens, passes) == ([], 1, 1)
 
 
-def test_the_decoder_that_is_given_is_opened(tiny_world):
+def test_the_given_decoder_is_opened(tiny_world):
     with pytest.raises(ValueError, match=r"^decoder_folder: no such folder"):
         SpeechPipeline.from_pretrained(tiny_world.model_dir, "glm4voice", flow_path="decoder_folder")
 
@@ -190,24 +226,24 @@ def test_seeded_replies_are_the_same_alone_in_a_batch_in_threads_and_read_in_tur
     assert [reply.token_ids for reply in ends] == alone
 
 
-def test_rows_of_a_batch_with_other_seeds_draw_other_tokens(pipeline):
+def test_rows_of_a_batch_with_different_seeds_draw_different_tokens(pipeline):
     prompt = pipeline.prompt(prompts.synthesis(READING))
     seeded = [Request(prompt, options(do_sample=True, temperature=5.0, seed=seed)) for seed in (1, 2, 1)]
     first, second, third = collect(pipeline.backend.stream_many(seeded), 3)
     assert first.token_ids == third.token_ids != second.token_ids
 
 
-def test_requests_with_other_options_do_not_share_a_batch(pipeline):
-    prompt = pipeline.prompt(prompts.synthesis(READING))
+def test_requests_with_different_options_do_not_share_a_batch(reference):
+    prompt = reference.prompt(prompts.synthesis(READING))
     with pytest.raises(ValueError, match="share their options"):
         list(
-            pipeline.backend.stream_many(
+            reference.backend.stream_many(
                 [Request(prompt, options("boost")), Request(prompt, options("turbo"))]
             )
         )
 
 
-def test_what_a_call_leaves_open_the_checkpoint_decides_and_the_reply_says_what_was_used(pipeline):
+def test_the_checkpoint_sets_what_a_call_leaves_open_and_the_reply_states_what_was_used(pipeline):
     stored = pipeline.model.generation_config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stored, "mtp_inference_mode", [1, 4, 3, 8, 4, 10], raising=False)
@@ -228,12 +264,12 @@ def test_a_repetition_penalty_reaches_the_model(pipeline):
     )
 
 
-def test_the_reply_says_which_system_message_was_used(pipeline):
+def test_the_reply_states_which_system_message_was_used(pipeline):
     assert pipeline.chat("hi", "Speak.", options()).system == "Speak."
     assert pipeline.chat("hi", options=options()).system is None
 
 
-def test_an_error_inside_generation_reaches_the_listener(pipeline):
+def test_an_error_inside_generation_reaches_the_caller(pipeline):
     bad = GenerationOptions(do_sample=True, temperature=-1.0)
     with pytest.raises(ValueError, match="temperature"):
         list(pipeline.stream(prompts.synthesis(READING), bad))

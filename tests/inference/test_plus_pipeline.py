@@ -23,7 +23,7 @@ def pipeline(plus_model_dir, frontend_dir, tiny_world) -> SpeechPipeline:
 OPTIONS = GenerationOptions(mode="1 2", max_new_tokens=24)
 
 
-def test_the_reply_depends_on_what_is_heard(pipeline, tiny_world):
+def test_the_reply_depends_on_the_audio(pipeline, tiny_world):
     replies = [
         pipeline.speech_to_speech(tiny_world.audio(name), options=OPTIONS).token_ids
         for name in ("question.wav", "answer.wav")
@@ -31,7 +31,7 @@ def test_the_reply_depends_on_what_is_heard(pipeline, tiny_world):
     assert replies[0] != replies[1]
 
 
-def test_batches_with_and_without_audio_answer_as_alone(pipeline, tiny_world):
+def test_batches_with_and_without_audio_give_the_replies_of_single_requests(pipeline, tiny_world):
     conversations = [
         prompts.speech_to_speech(tiny_world.audio("question.wav"), voice=tiny_world.audio("reading.wav")),
         prompts.chat("hello"),

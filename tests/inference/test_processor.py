@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +149,7 @@ def test_prompts_equal_the_pipelines_for_every_task_alone_and_in_a_batch(world, 
     assert batch["attention_mask"][0, 0] == 0, "short rows are padded on the left"
 
 
-def test_the_reply_is_opened_only_where_that_is_asked_for(world):
+def test_the_reply_is_opened_only_on_request(world):
     messages = [{"role": "user", "content": "hello"}]
     opened = world.processor.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)[0]
     closed = world.processor.apply_chat_template(messages, tokenize=True)[0]
@@ -220,6 +221,19 @@ def test_inputs_feed_generate_and_replies_come_back_as_text_and_sound(world, tin
         assert rate == reply.sample_rate
     assert any(reply.codes for reply in replies)
     assert world.processor.decode(new[0]) == tokenizer.decode(new[0])
+    one = int(new[0, 0])
+    for ids in (one, np.int64(one), new[0, 0], [one], new[:1, :1]):
+        assert world.processor.decode(ids) in (tokenizer.decode([one]), [tokenizer.decode([one])])
+    labels = new[0].clone()
+    labels[3] = -100
+    for read in (
+        world.processor.decode,
+        partial(world.processor.decode, skip_special_tokens=True),
+        world.processor.split,
+        lambda ids: world.processor.batch_decode([ids]),
+    ):
+        with pytest.raises(ValueError, match=r"^token id -100 is not valid; [^\n]+$"):
+            read(labels)
     with pytest.raises(ValueError, match="begin with the prompt"):
         world.processor.decode_speech(generated[0])
     with pytest.raises(ValueError, match="one row at a time"):
@@ -302,7 +316,7 @@ def test_messages_that_cannot_be_used_are_refused_in_one_line(world, message):
     assert "\n" not in str(refusal.value)
 
 
-def test_calls_that_mean_something_else_are_refused(world, tiny_world):
+def test_calls_with_unsupported_meanings_are_refused(world, tiny_world):
     clip = tiny_world.audio("question.wav")
     for arguments, message in (
         ({"text": AUDIO_TAG, "audio": [clip, clip]}, "1 <|audio|> tags but 2 audios"),
@@ -323,7 +337,7 @@ def test_calls_that_mean_something_else_are_refused(world, tiny_world):
         world.processor.apply_chat_template([{"role": "user", "content": AUDIO_TAG}])
 
 
-def test_folders_without_a_kind_are_those_of_glm_4_voice_in_the_models_family(world):
+def test_folders_without_a_kind_are_of_glm_4_voice_in_the_family_of_the_model(world):
     decoder = (
         REPOSITORY / "tests" / "goldens" / "glm4voice" / "decoder"
     )  # of other codes, so that it is refused

@@ -11,6 +11,7 @@ import torch
 
 from vita_audio.audio.resampling import resample
 from vita_audio.constants import OMNI_SYSTEM_PROMPT
+from vita_audio.inference import SpeechPipeline
 from vita_audio.inference.options import default_system
 from vita_audio.inference.s2s import S2SInference
 from vita_audio.models import Qwen2MTPConfig, Qwen2MTPSenseVoiceConfig
@@ -37,7 +38,9 @@ def test_the_signature_is_the_originals(method):
     assert given == ["model_name_or_path", "audio_tokenizer_path", "audio_tokenizer_type", "flow_path"]
 
 
-def test_the_whole_sequence_comes_back_with_its_prompt_and_the_replys_speech_at_22050_hz(model, tiny_world):
+def test_the_whole_sequence_is_returned_with_its_prompt_and_the_speech_of_the_reply_at_22050_hz(
+    model, tiny_world
+):
     output, speech = model.run_infer(audio_path=tiny_world.audio("question.wav"), mode=None)
     codes = tiny_world.codec.encode(tiny_world.audio("question.wav"))
     heard = "".join(f"<|audio_{code}|>" for code in codes)
@@ -51,7 +54,7 @@ def test_the_whole_sequence_comes_back_with_its_prompt_and_the_replys_speech_at_
     torch.testing.assert_close(speech, expected)
 
 
-def test_a_reply_without_speech_has_none(model, tiny_world):
+def test_a_reply_without_speech_has_no_waveform(model, tiny_world):
     question = {"audio_path": tiny_world.audio("question.wav"), "message": "Convert the speech to text."}
     output, speech = model.run_infer(**question, mode=None)
     assert speech is None
@@ -120,13 +123,21 @@ def test_the_default_message_is_none_or_omni_by_family_unless_the_config_names_o
         ({"message": "x", "mtp_inference_mode": [1]}, "mtp_inference_mode"),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_one_line(model, arguments, message):
+def test_unsupported_arguments_are_refused_in_one_line(model, arguments, message):
     with pytest.raises(ValueError, match=message) as refused:
         model.run_infer(**arguments)
     assert "\n" not in str(refused.value)
 
 
-def test_the_decoder_that_is_given_is_opened(tiny_world):
+def test_the_given_decoder_is_opened(tiny_world):
     folder = Path(__file__).parents[1] / "goldens" / "glm4voice" / "tokenizer_block20"
     with pytest.raises(ValueError, match=r"^decoder_folder: no such folder"):
         S2SInference(tiny_world.model_dir, folder, "glm4voice", "decoder_folder")
+
+
+@pytest.mark.parametrize("kind", [None, "cosyvoice"])
+def test_a_codec_without_a_known_kind_is_refused_in_one_line(tiny_world, kind):
+    for opened in (S2SInference, SpeechPipeline.from_pretrained):
+        arguments = {"audio_tokenizer_type": kind, "audio_tokenizer_path": tiny_world.codec_dir}
+        with pytest.raises(ValueError, match=rf"^unknown audio tokenizer type {kind!r}; known: [^\n]+$"):
+            opened(tiny_world.model_dir, **arguments)

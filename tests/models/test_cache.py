@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from vita_audio.models import MCTPCache, Qwen2MTPConfig, Qwen2MTPForCausalLM
+from vita_audio.models import MCTPCache
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "mctp"
 PROMPT = torch.tensor([[5, 91, 17, 402, 33, 250, 8, 77, 120, 64]])
@@ -32,7 +32,7 @@ def forward(model, ids, cache):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_generation_goes_on_from_what_plain_forwards_have_filled(model, mode):
+def test_generation_continues_a_cache_that_plain_forwards_have_filled(model, mode):
     cache = MCTPCache(model.config)
     forward(model, PROMPT[:, :4], cache)
     forward(model, PROMPT[:, 4:7], cache)
@@ -58,7 +58,7 @@ def test_a_cache_that_the_backbone_alone_has_filled_is_refused_in_one_line(model
 
 @pytest.mark.parametrize("removed", [0, 1, 2, 5, 12, 17])
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_an_answer_can_be_given_again_after_a_crop(model, mode, removed):
+def test_an_answer_can_be_generated_again_after_a_crop(model, mode, removed):
     cache = MCTPCache(model.config)
     first = generate(model, PROMPT, mode, past_key_values=cache)
     length = cache.get_seq_length() - removed
@@ -73,7 +73,7 @@ def test_an_answer_can_be_given_again_after_a_crop(model, mode, removed):
     assert generate(model, third, mode, past_key_values=cache).equal(generate(model, third, mode))
 
 
-def test_a_prompt_that_the_cache_holds_already_is_refused_in_one_line(model):
+def test_a_prompt_that_the_cache_already_holds_is_refused_in_one_line(model):
     cache = MCTPCache(model.config)
     generate(model, PROMPT, MODES[0], past_key_values=cache)
     with pytest.raises(ValueError, match=r"^[^\n]*crop[^\n]*$"):
@@ -82,7 +82,20 @@ def test_a_prompt_that_the_cache_holds_already_is_refused_in_one_line(model):
     assert generate(model, PROMPT, MODES[0], past_key_values=cache).equal(generate(model, PROMPT, MODES[0]))
 
 
-def test_a_crop_gives_the_same_positions_to_a_plain_forward(model):
+@pytest.mark.parametrize("kind", [MCTPCache, DynamicCache])
+@pytest.mark.parametrize("length", [10, 3])
+def test_a_prompt_shorter_than_its_cache_is_refused_by_every_loop(model, kind, length):
+    cache = kind(config=model.config)
+    generate(model, PROMPT, "vanilla", past_key_values=cache)
+    held = cache.get_seq_length()
+    with pytest.raises(
+        ValueError, match=rf"already holds {held} positions and the prompt has {length};[^\n]+$"
+    ):
+        generate(model, PROMPT[:, :length], "vanilla", past_key_values=cache)
+    assert cache.get_seq_length() == held
+
+
+def test_a_plain_forward_after_a_crop_has_the_same_positions(model):
     cache = MCTPCache(model.config)
     ids = generate(model, PROMPT, MODES[0], past_key_values=cache)
     cache.crop(-4)
@@ -122,7 +135,7 @@ def test_rows_move_with_their_heads(model, operation, rows, cropped):
     assert generate(model, ids, MODES[0], past_key_values=cache).equal(generate(model, ids, MODES[0]))
 
 
-def test_a_cache_initialized_early_or_moved_by_layers_serves_as_any_other(model):
+def test_a_cache_initialized_early_or_moved_by_layers_works_like_any_other(model):
     config = model.config
     cache = MCTPCache(config)
     head_size = config.hidden_size // config.num_attention_heads
@@ -137,13 +150,13 @@ def test_a_cache_initialized_early_or_moved_by_layers_serves_as_any_other(model)
 
 
 @pytest.mark.parametrize("operation", ["update_conv_state", "update_recurrent_state", "update_indexer"])
-def test_states_that_the_model_does_not_have_are_refused(model, operation):
+def test_states_that_the_model_does_not_support_are_refused(model, operation):
     cache = MCTPCache(model.config)
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         getattr(cache, operation)(torch.zeros(1), 0)
 
 
-def test_beam_search_with_such_a_cache_leaves_its_rows_in_step(model):
+def test_beam_search_with_such_a_cache_keeps_its_rows_in_step(model):
     cache, beams = MCTPCache(model.config), {"num_beams": 3, "num_return_sequences": 3}
     found = generate(model, PROMPT, [8192, 0], past_key_values=cache, **beams)
     assert found.equal(generate(model, PROMPT, [8192, 0], **beams))
@@ -151,30 +164,16 @@ def test_beam_search_with_such_a_cache_leaves_its_rows_in_step(model):
     assert cache.heads[0].length == cache.get_seq_length()
 
 
-def test_a_window_that_has_dropped_positions_refuses_the_crop_and_the_cache_after_it():
-    torch.manual_seed(0)
-    config = Qwen2MTPConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_nextn_predict_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_sliding_window=True,
-        sliding_window=4,
-        max_window_layers=1,
-    )
-    model = Qwen2MTPForCausalLM(config).eval()
-    cache = MCTPCache(config)
-    first = generate(model, PROMPT, [1, 1], past_key_values=cache)
+def test_a_window_that_has_dropped_positions_refuses_a_crop_and_further_use(windowed):
+    cache = MCTPCache(windowed.config)
+    first = generate(windowed, PROMPT, [1, 1], past_key_values=cache)
     with pytest.raises((RuntimeError, ValueError), match="activate_past_recording"):
         cache.crop(-2)
     with pytest.raises(ValueError, match="its heads have seen"):
-        generate(model, torch.cat([first, TURN], dim=1), [1, 1], past_key_values=cache)
+        generate(windowed, torch.cat([first, TURN], dim=1), [1, 1], past_key_values=cache)
 
 
-def test_a_cache_of_another_number_of_rows_is_refused_in_one_line(model):
+def test_a_cache_with_another_number_of_rows_is_refused_in_one_line(model):
     cache = MCTPCache(model.config)
     first = generate(model, PROMPT, MODES[0], past_key_values=cache)
     both = torch.cat([first, TURN], dim=1)

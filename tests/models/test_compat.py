@@ -1,4 +1,4 @@
-"""Contracts with transformers and DeepSpeed: what an upgrade broke, said by the test that fails.
+"""Contracts with transformers and DeepSpeed: a failing test names what an upgrade broke.
 
 Each test names the private behaviour that vita_audio/models/compat.py (or a hook of ours that transformers calls)
 relies on. Run against another version: ``PYTHONPATH=folder-of-that-version pytest tests/models/test_compat.py``.
@@ -126,7 +126,7 @@ def test_a_cache_made_by_transformers_has_no_room_for_the_heads_layers(model):
         )
 
 
-def test_every_operation_of_a_cache_is_one_that_our_cache_answers_for():
+def test_our_cache_covers_every_operation_of_a_cache():
     answered = {
         # with the heads
         *("update", "crop", "reset", "reorder_cache", "batch_repeat_interleave", "batch_select_indices"),
@@ -161,7 +161,7 @@ def test_every_operation_of_a_cache_is_one_that_our_cache_answers_for():
     assert changed <= set(vars(MCTPCache))
 
 
-def test_generate_asks_the_hooks_we_answer():
+def test_generate_calls_the_hooks_that_we_override():
     asked = []
 
     class Watching(Qwen2MTPForCausalLM):
@@ -195,7 +195,7 @@ def test_the_hooks_override_methods_that_exist(name):
     assert hasattr(GenerationMixin, name), f"GenerationMixin has no {name} any more"
 
 
-def test_generate_leaves_the_padding_id_on_its_config_and_asks_whether_all_are_done(model):
+def test_generate_leaves_the_padding_id_on_its_config_and_checks_whether_all_rows_are_done(model):
     seen = []
 
     class Watching(Qwen2MTPForCausalLM):
@@ -251,7 +251,7 @@ PRIVATE = re.compile(
 ELSEWHERE = {"vita_audio/audio/glm4voice/vq_encoder.py", "vita_audio/audio/sensevoice/encoder.py"}
 
 
-def test_private_names_stand_in_one_file():
+def test_private_names_are_used_in_one_file():
     found = {
         str(file.relative_to(ROOT)): sorted({match[0] for match in PRIVATE.finditer(file.read_text("utf-8"))})
         for folder in ("vita_audio", "tools")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 import vita_audio  # noqa: F401
@@ -37,20 +37,10 @@ def meta_model(config):
 
 
 @pytest.fixture(params=["whole", "sharded"])
-def plain(request, tmp_path):
+def plain(request, tmp_path, save_qwen2):
     """A plain Qwen2 of three layers, in one file or several."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
     size = "40KB" if request.param == "sharded" else "1GB"
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "plain", max_shard_size=size)
-    return tmp_path / "plain"
+    return save_qwen2(tmp_path / "plain", max_shard_size=size, num_hidden_layers=3)
 
 
 def assert_same(first, second):
@@ -86,7 +76,7 @@ def test_every_size_in_configs_is_a_qwen2_5_with_heads_added(path):
 
 
 @pytest.mark.parametrize("path", SIZES, ids=lambda path: path.stem)
-def test_every_size_in_configs_turns_its_positions_as_qwen2_5_does(path):
+def test_every_size_in_configs_has_the_rotary_embedding_of_qwen2_5(path):
     config = AutoConfig.from_pretrained(path)
     assert config.rope_parameters == {"rope_theta": 1e6, "rope_type": "default"}
     head_size = config.hidden_size // config.num_attention_heads
@@ -156,7 +146,7 @@ def test_ten_heads_grow_from_one_by_copying_the_head_before(plain, tmp_path, cap
     assert torch.equal(ten(IDS).logits, one(IDS).logits)
 
 
-def test_nothing_grows_when_nothing_lacks(caplog):
+def test_nothing_grows_when_nothing_is_missing(caplog):
     model = load_with_heads(GOLDENS / "checkpoint", 3)
     assert "grown" not in caplog.text
     assert_same(model, AutoModelForCausalLM.from_pretrained(GOLDENS / "checkpoint"))
@@ -172,17 +162,8 @@ def test_the_schedule_of_a_trained_model_is_its_default_after_loading(plain, tmp
         model.set_default_mode([1, 3, 2])
 
 
-def test_tied_embeddings_stay_tied(tmp_path):
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "plain")
+def test_tied_embeddings_stay_tied(tmp_path, save_qwen2):
+    save_qwen2(tmp_path / "plain", vocab_size=64, tie_word_embeddings=True)
     model = load_with_heads(tmp_path / "plain", 2)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert resize_vocabulary(model, 70) == 72
@@ -277,7 +258,7 @@ def other_width(folder):
         (other_width, "has shape"),
     ],
 )
-def test_a_folder_that_cannot_serve_is_refused_in_one_line(plain, damage, message):
+def test_an_unusable_folder_is_refused_in_one_line(plain, damage, message):
     damage(plain)
     with pytest.raises(CheckpointError, match=message) as error:
         load_with_heads(plain, 1)

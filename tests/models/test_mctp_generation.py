@@ -1,11 +1,13 @@
 """Generation in rounds against the golden tokens, alone and in batches, with and without caches."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import vita_audio  # noqa: F401
@@ -76,7 +78,7 @@ def test_raw_logits_equal_the_golden_ones(model, use_cache):
         torch.testing.assert_close(logits, torch.from_numpy(golden[case["key"]]).float(), atol=2e-3, rtol=0)
 
 
-def test_tokens_equal_the_definition_free_of_caches(model):
+def test_tokens_equal_the_definition_without_caches(model):
     """SPEC "Generation": every step over the whole sequence so far, ids only."""
     sequence = PROMPT.clone()
     since_backbone = 0
@@ -138,7 +140,7 @@ def test_a_streamer_gets_each_token_before_the_next_is_made(model):
     assert streamer.ended
 
 
-def test_processors_and_criteria_see_every_token_whoever_made_it(model):
+def test_processors_and_criteria_see_every_token_of_backbone_and_heads(model):
     seen = []
 
     class Watch(StoppingCriteria):
@@ -184,7 +186,7 @@ def test_the_dict_output_holds_an_entry_per_token(model):
     assert output.scores[0].shape == (1, 640)
 
 
-def test_a_conversation_goes_on_from_its_cache(model):
+def test_a_conversation_continues_from_its_cache(model):
     cache = MCTPCache(model.config)
     turn = torch.tensor([[9, 8, 7]])
     first = model.generate(
@@ -220,12 +222,25 @@ def test_a_forward_continues_a_cache_under_either_name(model, name):
     assert rest.past_key_values is cache
 
 
-def test_a_cache_that_knows_no_heads_is_refused(model):
+def test_a_cache_without_the_state_of_heads_is_refused(model):
     output = model.generate(
         PROMPT, mtp_inference_mode="vanilla", max_new_tokens=2, return_dict_in_generate=True
     )
     with pytest.raises(ValueError, match="lacks the state of the heads"):
         new_tokens(model, output.sequences, past_key_values=output.past_key_values)
+
+
+@pytest.mark.parametrize("mode", ["vanilla", [1, 3]], ids=str)
+def test_generation_beyond_the_positions_of_the_model_warns_once(model, mode, monkeypatch):
+    monkeypatch.setattr(model.config, "max_position_embeddings", PROMPT.shape[1] + 2)
+    said = []
+    logger = logging.getLogger("transformers.generation.stopping_criteria")
+    monkeypatch.setattr(logger, "handle", lambda record: said.append(record.getMessage()))
+    transformers.utils.logging.warning_once.cache_clear()
+    for _ in range(2):
+        new_tokens(model, PROMPT, mtp_inference_mode=mode, max_new_tokens=8)
+    assert len(said) == 1
+    assert "exceeded the model's predefined maximum length" in said[0]
 
 
 def test_a_static_cache_gives_the_same_tokens(model):
@@ -240,7 +255,7 @@ def test_the_module_keeps_nothing_between_calls(model):
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
 
 
-def test_the_schedule_comes_from_the_argument_else_the_generation_config_else_the_backbone(model):
+def test_the_schedule_is_the_argument_else_the_generation_config_else_the_backbone_alone(model):
     assert model.generation_config.mtp_inference_mode == [1, 3]
     by_config = new_tokens(model, PROMPT, mtp_inference_mode=None)
     assert torch.equal(by_config, new_tokens(model, PROMPT, mtp_inference_mode=[1, 3]))
@@ -252,7 +267,7 @@ def test_the_schedule_comes_from_the_argument_else_the_generation_config_else_th
 
 
 @pytest.mark.parametrize("mode", [[], [1], [1, 2, 3], [0, 4], [1, -1], [-1, 2], [1, 2.5], "fast", [True, 1]])
-def test_malformed_schedules_are_refused_with_what_is_allowed(model, mode):
+def test_malformed_schedules_are_refused_with_the_allowed_form(model, mode):
     with pytest.raises(ValueError, match=r"mtp_inference_mode=.*(give pairs|use one of vanilla, balance)"):
         model.generate(PROMPT, mtp_inference_mode=mode, max_new_tokens=2)
 
@@ -270,7 +285,7 @@ def test_a_prefill_in_chunks_is_refused_with_heads_and_works_without(model):
     assert torch.equal(chunked, new_tokens(model, PROMPT, mtp_inference_mode="vanilla"))
 
 
-def test_arguments_may_be_given_by_place_as_in_transformers(model):
+def test_arguments_may_be_positional_as_in_transformers(model):
     criteria = StoppingCriteriaList(
         [lambda input_ids, scores, **_: torch.ones(len(input_ids), dtype=torch.bool)]
     )

@@ -1,4 +1,4 @@
-"""What forward gives back, in which order, and what it leaves undone."""
+"""What forward returns, in which order, and what it does not compute."""
 
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def test_generation_computes_one_row_of_logits_a_token(model, mode):
     assert seen == [1] * 5
 
 
-def test_a_resized_head_keeps_its_weights_when_the_model_is_finished_again():
+def test_a_resized_head_keeps_its_weights_when_post_init_runs_again():
     model = tiny()
     resize_vocabulary(model, 70)
     before = model.lm_head.weight.clone()
@@ -76,7 +76,7 @@ def test_a_resized_head_keeps_its_weights_when_the_model_is_finished_again():
     assert torch.equal(model.lm_head.weight, before)
 
 
-def test_a_negative_index_of_hidden_states_means_the_backbones_last(model):
+def test_a_negative_index_of_hidden_states_is_that_of_the_backbone(model):
     everything = model(IDS, output_hidden_states=True).hidden_states
     assert len(everything) == model.config.num_backbone_layers + 1
     if "num_hidden_layers_key" not in vars(model.model._can_record_outputs["hidden_states"]):

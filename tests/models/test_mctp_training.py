@@ -1,4 +1,4 @@
-"""The training forward against the golden numbers, and what must hold beyond them."""
+"""The training forward against the golden numbers, and properties beyond them."""
 
 import json
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_one_document_without_position_ids_equals_the_golden_loss(model, golden)
     assert output.mtp_losses.tolist() == pytest.approx(expected["head_losses"], rel=1e-5)
 
 
-def test_a_packed_row_costs_what_its_documents_cost_alone():
+def test_the_loss_of_a_packed_row_is_that_of_its_documents():
     model = tiny(mtp_loss_weight=0.7)
     batch = random_row()
     together = model(**batch, num_items_in_batch=10).loss
@@ -136,7 +136,7 @@ def test_losses_equal_full_logits_computed_token_by_token_of_each_document():
     torch.testing.assert_close(torch.cat([output.main_loss[None], output.mtp_losses]), sums / counts)
 
 
-def test_detached_heads_train_only_what_is_theirs_or_shared():
+def test_detached_heads_train_only_their_own_and_shared_parameters():
     models = [tiny(mtp_detach_backbone=detach) for detach in (False, True)]
     batch = random_row()
     for each in models:
@@ -163,7 +163,7 @@ def test_the_frozen_backbone_receives_no_gradient_and_every_head_parameter_does(
 
 @pytest.mark.parametrize("items", [None, 0])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_row_without_supervision_gives_a_zero_loss_that_can_be_trained_on(frozen, items):
+def test_a_row_without_supervision_gives_a_zero_loss_with_a_backward_pass(frozen, items):
     model = tiny()
     if frozen:
         freeze_backbone(model)
@@ -186,7 +186,7 @@ def test_without_heads_the_loss_is_that_of_the_language_model():
     assert output.mtp_losses.shape == (0,)
 
 
-def test_padded_rows_cost_what_they_cost_alone():
+def test_the_loss_of_padded_rows_is_that_of_each_alone():
     model = tiny()
     rows = [random_row(lengths=(length,), seed=length) for length in (7, 12)]
     alone = sum(model(**each, num_items_in_batch=4).loss for each in rows)

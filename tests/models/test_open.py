@@ -1,4 +1,4 @@
-"""The door from a path to a model: what is found, what is refused, and that nothing asks the network."""
+"""Opening a model by path or name: what is found, what is refused, and that nothing uses the network."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from vita_audio.models import (
     CheckpointError,
@@ -25,20 +25,8 @@ BOTH = [open_model, lambda path: load_with_heads(path, 1)]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A plain Qwen2 of two layers."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("made")
-    config = Qwen2Config(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    return folder
+def made(tmp_path_factory, save_qwen2):
+    return save_qwen2(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture
@@ -118,7 +106,9 @@ def test_a_trained_model_opens_as_transformers_opens_it(plain, tmp_path):
         assert torch.equal(mine, theirs), name
 
 
-def test_a_plus_model_opens_with_its_ear_and_says_so_in_its_configuration(sensevoice_checkpoint, plain):
+def test_a_plus_model_opens_with_its_audio_encoder_and_its_configuration_says_so(
+    sensevoice_checkpoint, plain
+):
     model = open_model(sensevoice_checkpoint)
     assert type(model) is Qwen2MTPSenseVoiceForCausalLM
     assert model.config.continuous_input
@@ -141,7 +131,7 @@ def test_a_folder_saved_with_the_cache_switched_off_opens_with_it_on(plain, tmp_
 @pytest.mark.parametrize(
     "path", ["ouput/stage4", "stage4", "./ouput/stage4", "a/b/c", "../stage4", "/no/stage4"]
 )
-def test_a_path_that_is_no_folder_is_refused_naming_it(open_folder, path, tmp_path, monkeypatch, hub_cache):
+def test_a_path_that_is_not_a_folder_is_refused_by_name(open_folder, path, tmp_path, monkeypatch, hub_cache):
     monkeypatch.chdir(tmp_path)
     message = refusal(open_folder, path)
     assert message.startswith(f"{path}: no such folder")
@@ -171,7 +161,7 @@ def test_a_name_opens_from_the_local_cache_alone(hub_cache, plain, tmp_path, mon
     assert "hf://acme/other" in message
 
 
-def test_a_download_that_was_broken_off_is_refused_like_any_torn_folder(
+def test_an_interrupted_download_is_refused_like_any_incomplete_folder(
     hub_cache, plain, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -217,14 +207,14 @@ def shard(folder):
 
 
 @pytest.mark.parametrize("open_folder", BOTH)
-def test_a_tied_head_with_another_in_the_file_is_refused(open_folder, plain):
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(open_folder, plain):
     edit(plain / "config.json", tie_word_embeddings=True)
     message = refusal(open_folder, plain)
     assert "tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight" in message
 
 
 @pytest.mark.parametrize("open_folder", BOTH)
-def test_a_tied_head_stored_twice_is_no_fault(open_folder, plain):
+def test_a_tied_head_stored_twice_is_accepted(open_folder, plain):
     edit(plain / "config.json", tie_word_embeddings=True)
     rewrite(
         plain,
@@ -254,7 +244,7 @@ def test_complete_weights_next_to_an_index_are_refused(open_folder, plain):
     assert "holds two sets of weights" in refusal(open_folder, plain)
 
 
-def test_an_index_of_the_whole_file_alone_is_no_second_set(plain):
+def test_an_index_of_the_single_file_is_not_a_second_set(plain):
     names = dict.fromkeys(load_file(plain / "model.safetensors"), "model.safetensors")
     (plain / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     open_model(plain)
@@ -295,7 +285,7 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(open_folder, p
         ("README.md", "1 of 1 weight files are missing"),
     ],
 )
-def test_a_folder_without_weights_is_refused_by_what_it_holds_instead(open_folder, plain, name, message):
+def test_a_folder_without_weights_is_refused_with_what_it_holds_instead(open_folder, plain, name, message):
     (plain / "model.safetensors").rename(plain / name)
     assert message in refusal(open_folder, plain)
 
@@ -311,7 +301,7 @@ def test_a_lora_adapter_is_refused_naming_its_base(open_folder, plain, whole):
 
 
 @pytest.mark.parametrize("open_folder", BOTH)
-def test_tensors_that_the_configuration_has_no_place_for_are_refused(open_folder, plain, tmp_path):
+def test_tensors_that_do_not_belong_to_the_configuration_are_refused(open_folder, plain, tmp_path):
     load_with_heads(plain, 1).save_pretrained(tmp_path / "one")
     edit(plain / "config.json", model_type="qwen2_mtp")
     shutil.copy(plain / "config.json", tmp_path / "one")
@@ -349,7 +339,7 @@ def test_a_configuration_that_contradicts_itself_is_refused(open_folder, plain, 
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "3"])
-def test_a_configuration_that_is_no_object_is_refused(plain, content):
+def test_a_configuration_that_is_not_an_object_is_refused(plain, content):
     (plain / "config.json").write_text(content)
     assert "config.json: not " in refusal(open_config, plain)
 
@@ -394,7 +384,7 @@ def test_a_generation_configuration_that_cannot_be_saved_is_refused(open_folder,
     assert refusal(open_folder, plain).startswith(str(plain / "generation_config.json"))
 
 
-def test_a_folder_without_tokenizer_is_refused_as_one(plain):
+def test_a_folder_without_a_tokenizer_is_refused(plain):
     assert "no tokenizer.json" in refusal(open_tokenizer, plain)
     (plain / "tokenizer.json").write_text("{}")
     assert "the tokenizer cannot be read" in refusal(open_tokenizer, plain)
@@ -404,13 +394,13 @@ def test_a_folder_without_tokenizer_is_refused_as_one(plain):
 @pytest.mark.parametrize(
     "open_folder", [open_model, lambda path, **kwargs: load_with_heads(path, 1, **kwargs)]
 )
-def test_an_attention_back_end_that_is_not_there_is_refused_in_one_line(open_folder, plain, attention):
+def test_a_missing_attention_back_end_is_refused_in_one_line(open_folder, plain, attention):
     with pytest.raises(CheckpointError, match=rf"^attn_implementation='{attention}': [^\n]+$"):
         open_folder(plain, attn_implementation=attention)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:77", "cpu:0:1", "meta", "hpu"])
-def test_a_device_that_is_not_there_is_refused_in_one_line_before_the_model_loads(plain, device, monkeypatch):
+def test_a_missing_device_is_refused_in_one_line_before_the_model_loads(plain, device, monkeypatch):
     monkeypatch.setattr("vita_audio.models.open._open", lambda *args, **kwargs: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=rf"^device '{device}': [^\n]+$"):
         open_model(plain, device=device)

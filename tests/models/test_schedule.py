@@ -33,7 +33,7 @@ def test_a_schedule_comes_by_name_text_or_numbers(value, numbers):
     "value",
     ["fast", "1", "0 10", [1, 2, 3], "", "1 -10", "1 - 10", "1 10.5", "1--10", "-1 10", "1 10 and 4 10"],
 )
-def test_what_is_no_schedule_is_refused(value):
+def test_an_invalid_schedule_is_refused(value):
     with pytest.raises(ValueError, match="mtp_inference_mode="):
         Schedule.parse(value)
 
@@ -45,13 +45,13 @@ def test_a_schedule_survives_its_text_and_its_numbers(pairs):
     assert Schedule.parse(schedule.numbers) == schedule
 
 
-def test_the_paper_s_schedules_have_their_names():
+def test_the_schedules_of_the_paper_have_names():
     assert [Schedule.parse(numbers).name for numbers in SCHEDULES.values()] == list(SCHEDULES)
     assert Schedule.parse([2, 3]).name == "2 3"
 
 
 @given(pairs=all_pairs, num_heads=st.integers(1, 4))
-def test_a_schedule_emits_what_it_says(pairs, num_heads):
+def test_a_schedule_yields_its_steps(pairs, num_heads):
     schedule = Schedule(tuple(pairs))
     length = sum(schedule.numbers) + 3 * sum(pairs[-1])
     steps = list(islice(schedule.steps(num_heads), length))
@@ -72,7 +72,7 @@ def test_a_schedule_emits_what_it_says(pairs, num_heads):
         (10, ["vanilla", "balance", "boost", "turbo"]),
     ],
 )
-def test_a_model_is_shown_in_the_schedules_its_heads_suffice_for(heads, expected):
+def test_a_model_is_scored_in_the_schedules_that_its_heads_suffice_for(heads, expected):
     assert schedules_for(heads, list(SCHEDULES)) == expected
 
 
@@ -81,6 +81,6 @@ def test_names_may_have_space_around_them():
 
 
 @pytest.mark.parametrize("value", [None, 5, b"boost", {"boost": 1}, ["1", "10"]], ids=repr)
-def test_what_is_no_schedule_is_refused_in_one_line(value):
+def test_an_invalid_schedule_is_refused_in_one_line(value):
     with pytest.raises(ValueError, match=r"^mtp_inference_mode=[^\n]+$"):
         Schedule.parse(value)

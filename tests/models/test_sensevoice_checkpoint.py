@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from vita_audio.audio.sensevoice import SenseVoiceEncoder
 from vita_audio.models import (
@@ -22,19 +22,8 @@ GOLDENS = Path(__file__).parents[1] / "goldens" / "sensevoice"
 
 
 @pytest.fixture(scope="module")
-def plain_qwen2(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen2")
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=96,
-        hidden_size=128,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    return folder
+def plain_qwen2(tmp_path_factory, save_qwen2):
+    return save_qwen2(tmp_path_factory.mktemp("qwen2"), hidden_size=128)
 
 
 def test_saving_gives_the_released_names_and_bits(sensevoice_checkpoint, tmp_path):
@@ -115,7 +104,7 @@ def test_the_next_stage_keeps_the_encoder_of_the_checkpoint(plain_qwen2, tmp_pat
     assert torch.equal(copied, first.model.layers[1].mlp.up_proj.weight)
 
 
-def test_each_family_grows_with_its_own_way_of_detaching(plain_qwen2, tmp_path):
+def test_each_family_grows_with_its_own_detaching(plain_qwen2, tmp_path):
     discrete = load_with_heads(plain_qwen2, 1)
     assert not discrete.config.mtp_detach_backbone
     discrete.save_pretrained(tmp_path / "discrete")

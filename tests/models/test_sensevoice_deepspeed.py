@@ -89,7 +89,7 @@ def single_process(checkpoint, frozen):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_ranks_with_and_without_audio_step_together(stage, sensevoice_checkpoint, tmp_path):
+def test_ranks_with_and_without_audio_take_equal_steps(stage, sensevoice_checkpoint, tmp_path):
     torch.save(batches(), tmp_path / "batches.pt")
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -219,7 +219,7 @@ def test_a_left_padded_batch_generates_what_each_prompt_does_alone(model, mode, 
 
 
 @pytest.mark.parametrize("mode", [[1, 2], [8192, 0]], ids=str)
-def test_several_sequences_per_prompt_hear_the_audio_of_their_prompt(model, mode):
+def test_several_sequences_per_prompt_use_the_audio_of_their_prompt(model, mode):
     prompts = batched_prompts()
     options = {"mtp_inference_mode": mode, "max_new_tokens": 8, "eos_token_id": None}
     once = model.generate(**left_padded(prompts), do_sample=False, **options)[:, -8:]
@@ -229,7 +229,7 @@ def test_several_sequences_per_prompt_hear_the_audio_of_their_prompt(model, mode
     assert twice.tolist() == once.repeat_interleave(2, dim=0).tolist()
 
 
-def test_beam_search_hears_audio_as_if_given_its_embeddings(model):
+def test_beam_search_with_audio_equals_beam_search_on_its_embeddings(model):
     inputs, _ = evaluation_case("a")
     options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6, "eos_token_id": None}
     beams = model.generate(**inputs, **options)
@@ -271,7 +271,7 @@ def test_rows_without_audio_train_together_with_rows_with_audio(model):
     torch.testing.assert_close(together, with_audio + without)
 
 
-def test_a_step_without_audio_keeps_every_parameter_in_the_graph_once(model):
+def test_a_step_without_audio_keeps_every_parameter_in_the_graph_exactly_once(model):
     calls = []
     model.model.audio_model.register_forward_hook(lambda module, args, output: calls.append(args))
     run_case(model, "no_audio_fake_branch")
@@ -360,7 +360,7 @@ def test_bfloat16_logits_are_near_those_of_float32(sensevoice_checkpoint, model)
         ({"inputs_embeds": torch.zeros(1, 49, 64)}, "inputs_embeds"),
     ],
 )
-def test_audio_that_does_not_fit_its_places_is_refused(model, change, message):
+def test_audio_that_does_not_fit_its_positions_is_refused(model, change, message):
     inputs, _ = evaluation_case("a")
     if change.get("audio_indices") == "first":
         change = {"audio_indices": inputs["audio_indices"][:1]}

@@ -62,7 +62,7 @@ def test_several_nodes_without_an_address_are_refused():
 
 
 @pytest.mark.parametrize("nodes", ["0", "two", "-1"])
-def test_a_number_of_nodes_that_is_none_is_refused_in_one_line(nodes):
+def test_an_invalid_number_of_nodes_is_refused_in_one_line(nodes):
     run = rendezvous({"NNODES": nodes, "MASTER_ADDR": "node0"})
     assert run.returncode == 1
     assert run.stderr == f"error: NNODES={nodes}: give the number of nodes, 1 or more\n"

@@ -31,7 +31,7 @@ def fit(maker):
     return run
 
 
-def test_every_clip_is_heard_or_as_many_as_asked_for(fit, corpus, capsys):
+def test_every_clip_is_used_or_as_many_as_requested(fit, corpus, capsys):
     fit(corpus, corpus / "whole")
     assert "16 codes from 6 clips" in capsys.readouterr().out
     for name in ("a", "b"):
@@ -41,7 +41,7 @@ def test_every_clip_is_heard_or_as_many_as_asked_for(fit, corpus, capsys):
     assert prints[1] == prints[2] != prints[0]
 
 
-def test_what_cannot_be_fitted_is_said_in_one_line(fit, corpus, tmp_path_factory, capsys):
+def test_unusable_input_is_refused_in_one_line(fit, corpus, tmp_path_factory, capsys):
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(ValueError, match=r"^[^\n]*: no \*_train\.jsonl there[^\n]*$"):
         fit(empty, empty / "codec")

@@ -11,7 +11,7 @@ QUICKSTART = REPOSITORY / "scripts/quickstart.sh"
 
 
 def refusal(*arguments: str, **environment: str) -> str:
-    """The one line that the quickstart says when it refuses."""
+    """The line that the quickstart prints when it refuses."""
     run = subprocess.run(
         ["bash", str(QUICKSTART), *arguments],
         env={**os.environ, **environment},
@@ -35,7 +35,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("minutes", ["0", "ten", "-5", "2.5"])
-def test_minutes_that_are_no_whole_number(tmp_path, minutes):
+def test_minutes_that_are_not_a_whole_number(tmp_path, minutes):
     assert "--minutes" in refusal("--out", str(tmp_path), "--minutes", minutes)
 
 
@@ -67,7 +67,7 @@ def test_too_little_disk(tmp_path):
     assert "10 MB free" in refusal("--out", str(out), PATH=f"{fake}:{os.environ['PATH']}")
 
 
-def test_no_python_that_is_new_enough(tmp_path):
+def test_no_python_that_is_recent_enough(tmp_path):
     old = "#!/bin/sh\nexit 1\n"
     fake = tmp_path / "bin"
     fake.mkdir()
@@ -78,7 +78,7 @@ def test_no_python_that_is_new_enough(tmp_path):
     assert "Python 3.11 to 3.13 is needed" in message
 
 
-def test_a_folder_where_another_quickstart_is_at_work(tmp_path):
+def test_a_folder_in_which_another_quickstart_is_running(tmp_path):
     lock = tmp_path / ".lock"
     lock.touch()
     holder = subprocess.Popen(["flock", str(lock), "sleep", "30"])

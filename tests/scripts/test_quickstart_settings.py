@@ -95,7 +95,7 @@ def run(request, tmp_path_factory, held) -> Run:
     return run_quickstart(folder, "--smoke", "--variant", request.param, **held, SOMETHING="from-the-shell")
 
 
-def test_no_variable_of_the_shell_reaches_a_stage_or_the_evaluation(run, held):
+def test_variables_of_the_shell_do_not_reach_a_stage_or_the_evaluation(run, held):
     assert len(held) > 40
     for word in (
         "make_spoken_arithmetic",
@@ -111,7 +111,7 @@ def test_no_variable_of_the_shell_reaches_a_stage_or_the_evaluation(run, held):
         assert "from-the-shell" not in " ".join(call.values()), call["ARGUMENTS"]
 
 
-def test_what_the_machine_needs_reaches_every_step(tmp_path):
+def test_variables_that_the_machine_needs_reach_every_step(tmp_path):
     machine = {"HF_HOME": "/caches/hf", "https_proxy": "http://proxy:1", "TMPDIR": str(tmp_path)}
     run = run_quickstart(tmp_path, "--smoke", **machine)
     for call in run.calls:
@@ -138,8 +138,9 @@ def test_it_ends_with_commands_to_paste_that_talk_to_the_model(run):
     program = re.search(r"<<'PY'\n(.*?)\nPY\n", talk, re.DOTALL)[1]
     compile(program, "pasted", "exec")
     assert all((REPOSITORY / page).is_file() for page in re.findall(r"docs/\w+\.md", talk))
+    assert args.system_prompt == "auto", "the checkpoint states that it was trained without a system message"
+    assert "system=" not in program
     assert f'from_pretrained("{result}"' in program
     if args.audio_tokenizer_type.startswith("sensevoice"):
         assert args.frontend_path == str(run.out / "sensevoice")
-        assert args.system_prompt == "none", "the model was trained without one"
         assert 'frontend_path="' in program

@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -279,3 +280,30 @@ class StandIns:
 @pytest.fixture
 def stand_ins(tmp_path) -> StandIns:
     return StandIns(tmp_path)
+
+
+OWNER = """
+import sys, time
+from vita_audio.training.run_folder import RunFolder
+with RunFolder(sys.argv[1]) as folder:
+    folder.lock()
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def _owned_by_another_process(folder: Path) -> Iterator[subprocess.Popen]:
+    command = [sys.executable, "-c", OWNER, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+        try:
+            assert owner.stdout.readline() == "locked\n"
+            yield owner
+        finally:
+            owner.kill()
+
+
+@pytest.fixture
+def owned_by_another_process():
+    """A context in which another process has locked a run's folder; killed at its end."""
+    return _owned_by_another_process

@@ -55,10 +55,12 @@ def test_data_options_out_of_range_are_refused(mix, field, value, message):
         ({"zero_optimization": 2}, "zero_optimization must be a JSON object"),
         ({"optimizer": None}, "optimizer must be a JSON object"),
         ({"optimizer": {"type": "Foo", "params": {}}}, "there is no optimizer Foo"),
-        ({"optimizer": {"type": "SGD", "params": {}}}, "SGD is not tried with ZeRO"),
+        ({"optimizer": {"type": "SGD", "params": {}}}, "SGD is not tested with ZeRO"),
     ],
 )
-def test_what_deepspeed_would_refuse_after_the_model_is_loaded_is_refused_before(tmp_path, change, message):
+def test_a_config_that_deepspeed_would_refuse_late_is_refused_before_the_model_is_loaded(
+    tmp_path, change, message
+):
     good = {
         "train_micro_batch_size_per_gpu": "auto",
         "train_batch_size": "auto",
@@ -126,7 +128,7 @@ def test_scheduler_arguments_that_do_not_fit_are_refused_in_one_line(tmp_path, a
 
 
 @pytest.mark.parametrize("arguments", ['{"min_lr_rate": 0.2}', {"min_lr_rate": 0.2}])
-def test_scheduler_arguments_that_fit_are_taken(tmp_path, arguments):
+def test_valid_scheduler_arguments_are_accepted(tmp_path, arguments):
     options = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": arguments}
     taken = StageArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, **options)
     assert taken.lr_scheduler_kwargs == {"min_lr_rate": 0.2}

@@ -53,12 +53,12 @@ def refusal(words: list[str]) -> str:
 # -- transformers' options -----------------------------------------------------------------------------------
 
 
-def test_every_option_of_the_installed_transformers_is_served_or_refused():
+def test_every_option_of_the_installed_transformers_is_supported_or_refused():
     assert {field.name for field in fields(TrainingArguments)} - set(OPTIONS) == set()
     assert all(option.allowed is None or option.reason for option in OPTIONS.values())
 
 
-def test_an_option_that_an_upgrade_brings_is_refused_until_somebody_looks_at_it(needed, monkeypatch):
+def test_an_option_added_by_an_upgrade_is_refused_until_it_is_listed(needed, monkeypatch):
     monkeypatch.delitem(OPTIONS, "seed")
     assert refusal(needed).startswith("--seed 42: an option of this transformers version")
 
@@ -102,7 +102,7 @@ def test_an_option_that_an_upgrade_brings_is_refused_until_somebody_looks_at_it(
         "--loss_average node",
     ],
 )
-def test_what_would_be_ignored_or_would_fail_is_refused_by_name(needed, words):
+def test_options_that_would_be_ignored_or_fail_are_refused_by_name(needed, words):
     flag, *value = words.split()
     assert refusal([*needed, flag, *value]).startswith(f"{flag} {value[0] if value else 'True'}: ")
 
@@ -118,7 +118,7 @@ def test_what_would_be_ignored_or_would_fail_is_refused_by_name(needed, words):
         (["--bf16", "perhaps"], "--bf16"),
     ],
 )
-def test_what_cannot_be_read_is_refused_in_one_line(needed, words, message):
+def test_unreadable_input_is_refused_in_one_line(needed, words, message):
     assert message in refusal([*needed, *words])
 
 
@@ -142,11 +142,11 @@ def test_what_cannot_be_read_is_refused_in_one_line(needed, words, message):
         *("--report_to a_tracker_that_nobody_has",),
     ],
 )
-def test_a_value_that_makes_no_sense_is_refused_before_anything_is_loaded(needed, words):
+def test_a_value_out_of_range_is_refused_before_anything_is_loaded(needed, words):
     assert refusal([*needed, *words.split()]).startswith(f"{words}: ")
 
 
-def test_the_ends_of_the_ranges_are_served(needed):
+def test_the_ends_of_the_ranges_are_accepted(needed):
     words = "--seed 4294967295 --learning_rate 0 --adam_beta1 0 --max_grad_norm 0 --save_total_limit 0"
     parse_arguments([*needed, *words.split(), "--save_strategy", "no", "--save_steps", "0"])
 
@@ -292,7 +292,7 @@ def test_flags_that_change_nothing_here_are_accepted(needed, words):
     parse_arguments([*needed, *words.split()])
 
 
-def test_a_warm_up_ratio_is_a_share_of_the_steps_and_the_last_word_counts(needed):
+def test_a_warm_up_ratio_is_a_share_of_the_steps_and_the_last_flag_counts(needed):
     _, _, stage = parse_arguments([*needed, "--warmup_steps", "50", "--warmup_ratio", "0.1"])
     assert stage.get_warmup_steps(100) == 10
     assert refusal([*needed, "--warmup_ratio", "3"]).startswith("--warmup_ratio 3: give a share")
@@ -302,7 +302,7 @@ def test_a_warm_up_ratio_is_a_share_of_the_steps_and_the_last_word_counts(needed
 # -- model configs -------------------------------------------------------------------------------------------
 
 
-def test_the_heads_are_those_of_the_model_unless_something_else_is_said(needed):
+def test_the_heads_are_those_of_the_model_unless_a_flag_says_otherwise(needed):
     assert parse_arguments(needed)[0].num_nextn_predict_layers == 1
     assert parse_arguments([*needed, "--num_nextn_predict_layers", "3"])[0].num_nextn_predict_layers == 3
 
@@ -314,7 +314,7 @@ def test_the_published_config_files_say_how_many_heads(needed, heads):
         assert model.num_nextn_predict_layers == heads
 
 
-def test_a_folder_is_a_config_too(needed):
+def test_a_folder_may_be_the_config(needed):
     model, _, _ = parse_arguments([*needed, "--config_name", needed[1], "--tokenizer_name", needed[1]])
     assert model.num_nextn_predict_layers == 1
     assert model.tokenizer_name_or_path == needed[1]
@@ -332,7 +332,7 @@ def test_a_config_of_another_model_is_refused(needed, tmp_path):
     assert "has 10; give one of the two" in refusal([*needed, *both])
 
 
-def test_sensevoice_is_looked_for_where_the_published_models_lie(needed, tmp_path, monkeypatch):
+def test_sensevoice_is_looked_for_next_to_the_published_models(needed, tmp_path, monkeypatch):
     words = [*needed, "--audio_tokenizer_type", "sensevoice_glm4voice"]
     monkeypatch.setenv("ROOT_PATH", str(tmp_path))
     folder = tmp_path / "models/FunAudioLLM/SenseVoiceSmall"
@@ -398,7 +398,7 @@ def test_a_deepspeed_config_that_ignores_a_flag_is_refused(needed, tmp_path, nam
     assert message in refusal(with_config(needed, tmp_path, change, name))
 
 
-def test_the_scheduler_section_gives_deepspeeds_own_defaults_where_it_is_silent(needed, tmp_path):
+def test_the_scheduler_section_defaults_to_the_values_of_deepspeed(needed, tmp_path):
     words = with_config(needed, tmp_path, lambda config: config["scheduler"]["params"].pop("cos_min_ratio"))
     assert parse_arguments(words)[2].lr_scheduler_kwargs["cos_min_ratio"] == 0.0001
 
@@ -410,20 +410,20 @@ def test_the_scheduler_section_gives_deepspeeds_own_defaults_where_it_is_silent(
         (["--lr_scheduler_kwargs", '{"num_cycles": 0.5}'], "cosine"),
     ],
 )
-def test_a_schedule_that_is_asked_for_wins_over_the_section(needed, tmp_path, flags, kind):
+def test_a_requested_schedule_takes_precedence_over_the_section(needed, tmp_path, flags, kind):
     words = with_config(needed, tmp_path, lambda config: None)
     _, _, stage = parse_arguments([*words, *flags])
     assert stage.lr_scheduler_type == kind
     assert "scheduler" not in stage.deepspeed
 
 
-def test_weight_decay_that_would_reach_the_norms_must_be_wanted(needed, tmp_path):
+def test_weight_decay_of_the_norms_must_be_requested(needed, tmp_path):
     words = [*with_config(needed, tmp_path, lambda config: None), "--weight_decay", "0.1"]
     assert "decays every parameter" in refusal(words)
     assert parse_arguments([*words, "--decay_norms", "True"])[2].decay_norms
 
 
-def test_where_cpus_are_chosen_what_works_there_is_taken_and_said(needed, caplog):
+def test_on_cpus_the_supported_options_are_chosen_and_reported(needed, caplog):
     flags = "--mtp_model_lr_mult 1 --weight_decay 0".split()
     config = str(DEEPSPEED / "ds_config_zero2.json")
     model, _, stage = parse_arguments([*published(needed), *flags, "--deepspeed", config])
@@ -442,6 +442,6 @@ def test_where_cpus_are_chosen_what_works_there_is_taken_and_said(needed, caplog
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without GPU")
 def test_missing_gpus_are_not_silently_replaced_by_cpus(needed, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU")
-    assert "--ddp_backend nccl: this machine shows no NVIDIA GPU" in refusal(
+    assert "--ddp_backend nccl: this machine has no visible NVIDIA GPU" in refusal(
         [*needed, "--ddp_backend", "nccl"]
     )

@@ -47,7 +47,7 @@ def finetune(tiny_world, tmp_path):
 
 @pytest.fixture
 def refusal(finetune, capsys):
-    """What a run that is refused says."""
+    """The message of a refused run."""
 
     def run(*args, **options):
         with pytest.raises(SystemExit) as exit_:
@@ -68,7 +68,7 @@ def steps(folder):
     return [line for line in read(folder, "trainer_state.json")["log_history"] if "loss" in line]
 
 
-def test_a_run_leaves_a_model_folder_that_says_where_it_comes_from(finetune):
+def test_a_run_writes_a_model_folder_that_states_its_origin(finetune):
     folder = finetune(num_nextn_predict_layers=1, text_audio_interval_ratio=[1, 6, 2, 6], max_steps=2)
     run, config = read(folder), read(folder, "config.json")
     assert (folder / "stage.complete").is_file()
@@ -86,7 +86,7 @@ def test_a_run_leaves_a_model_folder_that_says_where_it_comes_from(finetune):
     assert 'AutoModelForCausalLM.from_pretrained("PATH")' in card
 
 
-def test_the_vocabulary_grows_to_the_tokenizers_and_the_schedule_is_saved_with_the_model(
+def test_the_vocabulary_grows_to_that_of_the_tokenizer_and_the_schedule_is_saved_with_the_model(
     finetune, tiny_world
 ):
     folder = finetune(
@@ -104,7 +104,7 @@ def test_the_vocabulary_grows_to_the_tokenizers_and_the_schedule_is_saved_with_t
     assert model.config.mtp_loss_weight == 0.25
 
 
-def test_a_folder_that_says_no_cache_is_healed(finetune, tiny_world, tmp_path):
+def test_a_folder_saved_without_cache_is_corrected(finetune, tiny_world, tmp_path):
     model = load_with_heads(tiny_world.root / "base", num_heads=0)
     model.config.use_cache = False
     model.save_pretrained(tmp_path / "old")
@@ -122,7 +122,7 @@ def test_a_folder_that_says_no_cache_is_healed(finetune, tiny_world, tmp_path):
         ({"bf16": True, "dtype": "float32"}, torch.float32),
     ],
 )
-def test_weights_are_trained_and_saved_in_the_type_that_was_asked_for(finetune, options, dtype):
+def test_weights_are_trained_and_saved_in_the_requested_type(finetune, options, dtype):
     folder = finetune(max_steps=1, **options)
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {dtype}
 
@@ -155,13 +155,13 @@ def test_strict_data_refuses_a_mix_of_which_a_file_is_missing(finetune, refusal,
     assert "lost.jsonl" in refusal("strict", dataset_name=mix, strict_data=True)
 
 
-def test_old_checkpoints_are_deleted_once_the_new_one_is_whole(finetune):
+def test_old_checkpoints_are_deleted_once_the_new_one_is_complete(finetune):
     folder = finetune(max_steps=6, save_steps=2, save_total_limit=2)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
 
 
 @pytest.mark.parametrize("freeze", [None, True, False])
-def test_the_sensevoice_encoder_is_frozen_unless_asked_for(finetune, plus_model, caplog, freeze):
+def test_the_sensevoice_encoder_is_frozen_unless_requested_otherwise(finetune, plus_model, caplog, freeze):
     caplog.set_level(logging.INFO)
     finetune(
         model_name_or_path=plus_model,
@@ -198,7 +198,7 @@ def plus_model(tiny_world):
 # -- going on ------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_stage_returns_at_once_and_goes_on_when_max_steps_is_raised(finetune, caplog):
+def test_a_finished_stage_returns_at_once_and_continues_when_max_steps_is_raised(finetune, caplog):
     folder = finetune(max_steps=2)
     written = (folder / "model.safetensors").stat().st_mtime_ns
     finetune(max_steps=2)
@@ -209,7 +209,7 @@ def test_a_finished_stage_returns_at_once_and_goes_on_when_max_steps_is_raised(f
     assert read(folder)["resumed_from"] == "checkpoint-2"
 
 
-def test_what_the_user_changed_holds_after_a_resume_and_each_change_is_said(finetune, caplog):
+def test_changed_options_apply_after_a_resume_and_each_change_is_logged(finetune, caplog):
     folder = finetune(max_steps=4, lr_scheduler_type="constant")
     caplog.clear()
     finetune(
@@ -256,7 +256,7 @@ def test_a_lower_rate_follows_the_schedule_at_the_step_it_resumes_from(finetune)
     )
 
 
-def test_a_resume_without_changes_says_nothing_and_gives_the_losses_of_an_uninterrupted_run(finetune, caplog):
+def test_a_resume_without_changes_logs_nothing_and_gives_the_losses_of_an_uninterrupted_run(finetune, caplog):
     whole = finetune("whole", max_steps=4)
     resumed = finetune("resumed", max_steps=4)
     (resumed / "stage.complete").unlink()
@@ -274,7 +274,7 @@ def test_a_resume_without_changes_says_nothing_and_gives_the_losses_of_an_uninte
     "changed",
     [{"num_nextn_predict_layers": 1}, {"bf16": True}, {"audio_tokenizer_type": "mel_vq"}],
 )
-def test_a_change_that_a_checkpoint_cannot_follow_is_refused_by_name(finetune, refusal, changed, tmp_path):
+def test_a_change_that_a_checkpoint_does_not_allow_is_refused_by_name(finetune, refusal, changed, tmp_path):
     finetune(max_steps=2)
     if "audio_tokenizer_type" in changed:
         config = MelVQConfig(codebook_size=CODES)
@@ -329,7 +329,7 @@ def test_the_progress_bar_starts_where_the_run_resumes(finetune, monkeypatch):
     assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 2, 2), (2, 5, 5)]
 
 
-def test_overwriting_starts_over(finetune):
+def test_overwriting_the_output_folder_starts_over(finetune):
     folder = finetune(max_steps=4)
     finetune(max_steps=2, overwrite_output_dir=True)
     assert [line["step"] for line in steps(folder)] == [1, 2]
@@ -347,7 +347,7 @@ def test_an_unfinished_stage_is_not_taken_as_input(finetune, refusal):
     finetune("third", model_name_or_path=folder / "checkpoint-2", max_steps=1)
 
 
-def test_deepspeed_without_a_launcher_is_refused_with_the_way_to_start(refusal, tiny_world):
+def test_deepspeed_without_a_launcher_is_refused_with_the_command_to_use(refusal, tiny_world):
     config = tiny_world.environment()["DEEPSPEED_CONFIG"]
     assert "--deepspeed needs a launcher: python vita_audio/cli/launch.py" in refusal(deepspeed=config)
 
@@ -360,7 +360,7 @@ def test_wrong_options_are_reported_without_the_list_of_all_options(refusal):
 def test_missing_hardware_is_reported_before_the_model_is_loaded(refusal, monkeypatch):
     monkeypatch.setattr("vita_audio.cli.finetune.load_with_heads", None)
     if not torch.cuda.is_available():
-        assert "--ddp_backend nccl: this machine shows no NVIDIA GPU" in refusal(
+        assert "--ddp_backend nccl: this machine has no visible NVIDIA GPU" in refusal(
             ddp_backend="nccl", use_cpu=None
         )
     assert "flash_attention_2 needs" in refusal(attn_implementation="flash_attention_2", use_cpu=None)
@@ -431,10 +431,10 @@ def finished(tiny_world):
     ("name", "damage", "said"),
     [
         ("optimizer.pt", Path.unlink, "optimizer.pt: not found"),
-        ("optimizer.pt", _torn, "optimizer.pt: damaged or cut short"),
-        ("optimizer.pt", _flipped, "optimizer.pt: damaged or cut short"),
-        ("scheduler.pt", _torn, "scheduler.pt: damaged or cut short"),
-        ("rng_state.pth", _flipped, "rng_state.pth: damaged or cut short"),
+        ("optimizer.pt", _torn, "optimizer.pt: damaged or truncated"),
+        ("optimizer.pt", _flipped, "optimizer.pt: damaged or truncated"),
+        ("scheduler.pt", _torn, "scheduler.pt: damaged or truncated"),
+        ("rng_state.pth", _flipped, "rng_state.pth: damaged or truncated"),
         ("model.safetensors", Path.unlink, "weight files are missing"),
         ("model.safetensors", _torn, "truncated"),
         ("config.json", Path.unlink, "config.json: not found"),
@@ -472,7 +472,7 @@ def test_a_checkpoint_that_the_reader_refuses_is_named(finished, refusal, tmp_pa
 
 
 @pytest.mark.parametrize("free", [1_000_000, 5_000_000])
-def test_a_disk_that_fills_up_while_saving_is_told_in_one_line_and_leaves_no_whole_checkpoint(
+def test_a_disk_that_fills_up_while_saving_is_reported_in_one_line_and_leaves_no_complete_checkpoint(
     refusal, tmp_path, free
 ):
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -489,7 +489,7 @@ def test_a_disk_that_fills_up_while_saving_is_told_in_one_line_and_leaves_no_who
 
 
 @pytest.mark.parametrize("name", ["run.json", "stage.complete", "model.safetensors"])
-def test_a_folder_where_a_file_must_go_is_told_in_one_line(refusal, tmp_path, name):
+def test_a_folder_in_the_place_of_a_file_is_reported_in_one_line(refusal, tmp_path, name):
     (tmp_path / "out" / name).mkdir(parents=True)
     assert "irectory" in refusal(max_steps=1, save_strategy="no")
 

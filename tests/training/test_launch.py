@@ -1,4 +1,4 @@
-"""The launcher says a refusal once, and leaves nobody behind when it is killed."""
+"""The launcher prints a refusal once, and leaves no process behind when it is killed."""
 
 import os
 import signal
@@ -47,13 +47,13 @@ def run(*command, **options):
     )
 
 
-def test_what_all_processes_refuse_is_said_once_and_nothing_else(script):
+def test_a_refusal_of_all_processes_is_printed_once_and_nothing_else(script):
     ended = run(script("launch.refuse('finetune_sts: --max_steps 0: give a number')"), processes=3)
     assert ended.stderr == "finetune_sts: --max_steps 0: give a number\n"
     assert ended.returncode == 78
 
 
-def test_what_one_process_refuses_ends_the_others(script):
+def test_a_refusal_of_one_process_ends_the_others(script):
     ended = run(
         script("if os.environ['RANK'] == '1':\n    launch.refuse('no codec here')\ntime.sleep(600)"),
         processes=3,
@@ -62,7 +62,7 @@ def test_what_one_process_refuses_ends_the_others(script):
     assert ended.returncode == 78
 
 
-def test_without_the_launcher_a_refusal_goes_to_standard_error(script):
+def test_without_the_launcher_a_refusal_is_printed_to_standard_error(script):
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("TORCHELASTIC", "VITA_"))
     }
@@ -95,7 +95,7 @@ def test_an_unexpected_error_keeps_its_traceback_and_the_launcher_adds_one_line(
     assert ended.returncode == 1
 
 
-def test_arguments_and_modules_reach_the_command_as_they_are(script, tmp_path):
+def test_arguments_and_modules_reach_the_command_unchanged(script, tmp_path):
     path = script("print(sys.argv[1:], os.environ['RANK'], flush=True)")
     assert run(path, "--a", "b c", "-m", processes=1).stdout == "['--a', 'b c', '-m'] 0\n"
     ended = subprocess.run(
@@ -144,7 +144,7 @@ def test_no_process_outlives_a_launcher_that_is_killed(script, tmp_path, moment,
     processes.wait_for(lambda: not processes.of(tmp_path))
 
 
-def test_a_process_whose_launcher_is_gone_before_it_could_ask_leaves_at_once(script):
+def test_a_process_whose_launcher_died_early_exits_at_once(script):
     path = script("launch.end_with_launcher(); print('still here')")
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x", launcher_variable(): "1"}
     ended = subprocess.run(

@@ -1,6 +1,7 @@
 """The eight stage scripts of the published code, rebuilt from what is known of them, run against our tools.
 
-Only paths, the sizes of the small world and the number of steps differ from the published ones. The scripts source our
+Only paths, sizes (of the small world, of a step, of the loader) and the number of steps differ from the published ones,
+which ``test_published_values.py`` covers. The scripts source our
 ``set_env_ds_gpu.sh`` and call ``torchrun`` with ``tools/finetune_sts_v4_48_3.py`` and all of the published flags. Here
 ``torchrun`` notes how it was called, and each call then runs as the one process of its launch, forked from a process
 that has imported everything already: eight stages in the time of a few.
@@ -99,7 +100,7 @@ torchrun --nproc_per_node ${{NPROC_PER_NODE}} --nnodes ${{NNODES}} --node_rank $
   --bf16 True --tf32 True --torch_dtype bfloat16 \
   --output_dir ${{OUTPUT_DIR}} \
   --num_train_epochs 1 --max_steps 2 \
-  --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --gradient_accumulation_steps 16 \
+  --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --gradient_accumulation_steps 2 \
   --save_strategy "steps" --save_steps 0.1 --save_total_limit 2 \
   --learning_rate {rate} --max_grad_norm 1.0 --weight_decay {decay} \
   --adam_beta1 0.9 --adam_beta2 0.95 --adam_epsilon 1e-8 \
@@ -113,7 +114,7 @@ torchrun --nproc_per_node ${{NPROC_PER_NODE}} --nnodes ${{NNODES}} --node_rank $
   --attn_implementation flash_attention_2 \
   --seed 42 --data_seed 42 \
   --reset_attention_mask --reset_position_ids --create_attention_mask false --create_attention_mask_2d false \
-  --dataloader_num_workers {workers} \
+  --dataloader_num_workers 1 \
   {flags} --text-audio-interval-ratio 1 10 4 10
 """
 
@@ -180,14 +181,12 @@ class World:
         """Run a script, then what it called; everything that was printed, or an error."""
         script = f"scripts/deepspeed/sts_qwen25/finetune_{family}_{stage.name}.sh"
         start = self.folder(family, stage.before) if stage.before else self.root / "models/Qwen" / family
-        workers = 2 if family.startswith("sensevoice") and stage.name == "mtp10_stage2" else 8
         text = SCRIPT.format(
             root=self.root,
             repository=REPOSITORY,
             script=script,
             family=family,
             start=start,
-            workers=workers,
             **vars(stage),
         )
         file = self.root / Path(script).name

@@ -201,7 +201,7 @@ def test_the_installed_deepspeed_takes_every_config(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ds_config_zero2.json", "ds_config_zero2_no_optimizer.json"])
-def test_the_quickstarts_configs_differ_from_the_published_ones_in_no_number_that_is_learnt_from(name):
+def test_the_configs_of_the_quickstart_differ_from_the_published_ones_in_no_value_that_affects_learning(name):
     """Bucket sizes and overlap may differ; they change no update but by rounding."""
     quickstart = read_deepspeed_config(str(REPOSITORY / "configs/quickstart" / name))
     assert quickstart["zero_optimization"]["stage"] == 2

@@ -1,4 +1,4 @@
-"""The published schedule and the switches of the recipe, in two processes, by the scripts' own defaults."""
+"""The published schedule and the switches of the recipe, by the scripts' own defaults."""
 
 import pytest
 
@@ -20,16 +20,16 @@ def planned_rates(peak: float, first: int) -> list[float]:
     return [peak * share(update) for update in range(first, first + STEPS)]
 
 
-def test_deepspeeds_optimizer_follows_the_published_schedule(tiny_world):
+def test_the_optimizer_of_deepspeed_follows_the_published_schedule(tiny_world):
     base = str(tiny_world.root / "base")
-    run = tiny_world.run_stage("stage1", MODEL_NAME_OR_PATH=base, **PUBLISHED)
+    run = tiny_world.run_stage("stage1", MODEL_NAME_OR_PATH=base, NPROC_PER_NODE="1", **PUBLISHED)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "training on CPUs: PyTorch's Adam instead of DeepSpeed's" in run.stderr
     # DeepSpeed steps the schedule with the optimizer, so that the rate in a log line is that of the next update.
     assert logged_rates(tiny_world.losses("stage1")) == pytest.approx(planned_rates(1e-3, first=1), rel=1e-6)
 
 
-def test_our_optimizer_follows_it_too_and_losses_of_ranks_add_up(tiny_world):
+def test_our_optimizer_follows_the_published_schedule_and_losses_of_ranks_add_up(tiny_world):
     base = str(tiny_world.root / "base")
     run = tiny_world.run_stage(
         "mtp10_stage2",

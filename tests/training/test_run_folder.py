@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -15,15 +12,6 @@ from vita_audio.training.checkpoints import (
     mark_complete,
 )
 from vita_audio.training.run_folder import RunFolder, RunFolderError, check_input_folder
-
-HOLD = """
-import sys, time
-from vita_audio.training.run_folder import RunFolder
-with RunFolder(sys.argv[1]) as folder:
-    folder.lock()
-    print("locked", flush=True)
-    time.sleep(600)
-"""
 
 
 def make_checkpoint(run, step, complete=True):
@@ -45,18 +33,15 @@ def names(run):
     return sorted(path.name for path in run.iterdir())
 
 
-def test_a_second_run_is_refused_with_the_name_of_the_owner_until_the_owner_dies(tmp_path):
-    owner = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
-    try:
-        assert owner.stdout.readline() == "locked\n"
-        with (
-            pytest.raises(RunFolderError, match=rf"process {owner.pid} on \S+ is training into this folder"),
-            RunFolder(tmp_path) as folder,
-        ):
-            folder.lock()
-    finally:
-        owner.send_signal(signal.SIGKILL)
-        owner.wait()
+def test_a_second_run_is_refused_with_the_name_of_the_owner_until_the_owner_dies(
+    tmp_path, owned_by_another_process
+):
+    with (
+        owned_by_another_process(tmp_path) as owner,
+        pytest.raises(RunFolderError, match=rf"process {owner.pid} on \S+ is training into this folder"),
+        RunFolder(tmp_path) as folder,
+    ):
+        folder.lock()
     with RunFolder(tmp_path) as folder:
         folder.lock()  # a lock file that a dead run left blocks nobody
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
@@ -76,7 +61,7 @@ def test_rotation_keeps_the_newest_complete_checkpoints_regardless_of_incomplete
 
 
 @pytest.mark.parametrize("keep", [None, 0])
-def test_without_a_limit_every_whole_checkpoint_stays(tmp_path, keep):
+def test_without_a_limit_every_complete_checkpoint_is_kept(tmp_path, keep):
     for step in (10, 20, 30):
         make_checkpoint(tmp_path, step)
     delete_old_checkpoints(tmp_path, keep)
@@ -84,7 +69,7 @@ def test_without_a_limit_every_whole_checkpoint_stays(tmp_path, keep):
     assert len(names(tmp_path)) == 3
 
 
-def test_folders_that_only_look_like_checkpoints_are_left_alone(tmp_path):
+def test_folders_that_only_look_like_checkpoints_are_kept(tmp_path):
     for name in ("checkpoint-best", "my-checkpoint-3", "checkpoint-7-copy"):
         (tmp_path / name).mkdir()
     make_checkpoint(tmp_path, 10)
@@ -113,7 +98,7 @@ def test_starting_over_deletes_checkpoints_and_results_and_keeps_the_users_files
     assert names(tmp_path) == [".lock", "finetune.sh", "log_node0.txt", "mix.yaml", "notes.md"]
 
 
-def test_a_finished_stage_goes_on_when_more_steps_are_wanted(tmp_path):
+def test_a_finished_stage_continues_when_more_steps_are_requested(tmp_path):
     checkpoint = make_checkpoint(tmp_path, 20)
     finish(tmp_path, 20)
     folder = RunFolder(tmp_path)
@@ -123,7 +108,7 @@ def test_a_finished_stage_goes_on_when_more_steps_are_wanted(tmp_path):
     assert folder.finished_steps() is None
 
 
-def test_a_finished_stage_without_its_checkpoint_says_what_to_do_about_more_steps(tmp_path):
+def test_a_finished_stage_without_its_checkpoint_says_how_to_train_more_steps(tmp_path):
     finish(tmp_path, 20)
     with pytest.raises(
         RunFolderError, match=r"finished after 20 steps, and no checkpoint .* --model_name_or_path"
@@ -140,7 +125,7 @@ def test_a_damaged_trainer_state_is_named(tmp_path):
         RunFolder(tmp_path).finished_steps()
 
 
-def test_an_unfinished_stage_is_no_input_but_its_whole_checkpoint_is(tmp_path):
+def test_an_unfinished_stage_is_refused_as_input_but_its_complete_checkpoint_is_accepted(tmp_path):
     whole = make_checkpoint(tmp_path, 10)
     with pytest.raises(RunFolderError, match=f"this stage is not finished; .* or give {whole}"):
         check_input_folder(tmp_path, "elsewhere")
@@ -149,13 +134,13 @@ def test_an_unfinished_stage_is_no_input_but_its_whole_checkpoint_is(tmp_path):
     check_input_folder(tmp_path, "elsewhere")
 
 
-def test_a_torn_checkpoint_is_no_input(tmp_path):
+def test_an_incomplete_checkpoint_is_refused_as_input(tmp_path):
     torn = make_checkpoint(tmp_path, 10, complete=False)
     (torn / "loader_state").mkdir()
     with pytest.raises(RunFolderError, match="not written completely"):
         check_input_folder(torn, "elsewhere")
 
 
-def test_a_plain_model_folder_is_input(tmp_path):
+def test_a_plain_model_folder_is_accepted_as_input(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     check_input_folder(tmp_path, "elsewhere")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,14 +18,6 @@ TOOL = REPOSITORY / "tools" / "finetune_sts.py"
 ZERO2 = REPOSITORY / "configs" / "quickstart" / "ds_config_zero2.json"
 ZERO2_OURS = REPOSITORY / "scripts" / "deepspeed" / "ds_config_zero2_no_optimizer.json"
 
-HOLD = """
-import sys, time
-from vita_audio.training.run_folder import RunFolder
-with RunFolder(sys.argv[1]) as folder:
-    folder.lock()
-    print("locked", flush=True)
-    time.sleep(600)
-"""
 BAD_GRADIENTS = """
 import sys
 from vita_audio.cli import finetune
@@ -53,21 +46,21 @@ def succeed(*args, **options):
 
 
 def said(run):
-    """What the run said about why it ended."""
+    """The lines in which the run states why it ended."""
     return [line for line in run.stderr.splitlines() if line.startswith(("finetune_sts: ", "launch: "))]
 
 
 @pytest.mark.parametrize("deepspeed", [ZERO2, ZERO2_OURS], ids=["deepspeeds_optimizer", "our_optimizer"])
-def test_a_lower_rate_has_effect_when_a_deepspeed_run_is_started_again(tiny_world, tmp_path, deepspeed):
+def test_a_lower_rate_takes_effect_when_a_deepspeed_run_is_restarted(tiny_world, tmp_path, deepspeed):
     common = {
         "deepspeed": deepspeed,
         "decay_norms": deepspeed == ZERO2,  # DeepSpeed's own optimizer decays them
         "lr_scheduler_type": "constant",
         "save_steps": 3,
     }
-    succeed(tiny_world, tmp_path / "out", max_steps=3, **common)
+    succeed(tiny_world, tmp_path / "out", processes=1, max_steps=3, **common)
     changed = {"learning_rate": 1e-5, "weight_decay": 0.5, "adam_beta2": 0.9}
-    run = succeed(tiny_world, tmp_path / "out", max_steps=5, **changed, **common)
+    run = succeed(tiny_world, tmp_path / "out", processes=1, max_steps=5, **changed, **common)
     assert [line["learning_rate"] for line in tiny_world.logged(tmp_path / "out")] == [1e-3] * 3 + [1e-5] * 2
     assert run.stderr.count("--learning_rate 1e-05 (was 0.001) applies from here on") == 1
     for group in optimizer_groups(tmp_path / "out" / "checkpoint-5"):
@@ -93,9 +86,8 @@ def test_a_converted_checkpoint_continues_on_another_number_of_processes_with_th
     mix = tiny_world.root / "same.yaml"
     mix.write_text("dataset: {text: {data_paths: [same.jsonl]}}\n")
     common = {"dataset_name": mix, "deepspeed": deepspeed, "lr_scheduler_type": "constant", "save_steps": 3}
-    succeed(tiny_world, tmp_path / "out", max_steps=3, **common)
-    subprocess.run(["cp", "-r", tmp_path / "out", tmp_path / "two"], check=True)
     succeed(tiny_world, tmp_path / "two", max_steps=6, **common)
+    shutil.copytree(tmp_path / "two" / "checkpoint-3", tmp_path / "out" / "checkpoint-3")
 
     alone = {**common, "processes": 1, "gradient_accumulation_steps": 2, "max_steps": 6}
     refused = train(tiny_world, tmp_path / "out", **alone)
@@ -134,7 +126,7 @@ def test_a_checkpoint_whose_weights_deepspeed_would_reorder_is_not_converted(tmp
 def test_ten_skipped_steps_in_a_row_stop_the_run(tiny_world, tmp_path):
     tool = tmp_path / "bad_gradients.py"
     tool.write_text(BAD_GRADIENTS)
-    run = train(tiny_world, tmp_path / "out", tool=tool, bf16=True, max_steps=30, save_steps=30)
+    run = train(tiny_world, tmp_path / "out", 1, tool, bf16=True, max_steps=30, save_steps=30)
     assert run.returncode == 78
     (line,) = said(run)
     assert line.startswith("finetune_sts: 10 steps in a row, up to step 10, were skipped")
@@ -144,7 +136,7 @@ def test_ten_skipped_steps_in_a_row_stop_the_run(tiny_world, tmp_path):
 def test_a_short_run_whose_every_step_was_skipped_is_not_complete(tiny_world, tmp_path):
     tool = tmp_path / "bad_gradients.py"
     tool.write_text(BAD_GRADIENTS)
-    run = train(tiny_world, tmp_path / "out", tool=tool, max_steps=2, save_steps=2)
+    run = train(tiny_world, tmp_path / "out", 1, tool, max_steps=2, save_steps=2)
     assert run.returncode == 78
     (line,) = said(run)
     assert line.startswith("finetune_sts: every step was skipped")
@@ -156,23 +148,16 @@ def test_an_update_with_gradients_that_are_not_finite_is_never_saved(tiny_world,
     tool.write_text(BAD_GRADIENTS)
     unchecked = json.loads(ZERO2.read_text()) | {"bf16": {"enabled": True, "check_grad_overflow": False}}
     config.write_text(json.dumps(unchecked))
-    run = train(
-        tiny_world, tmp_path / "out", tool=tool, deepspeed=config, bf16=True, max_steps=1, save_steps=1
-    )
+    run = train(tiny_world, tmp_path / "out", 1, tool, deepspeed=config, bf16=True, max_steps=1, save_steps=1)
     assert run.returncode == 78
     (line,) = said(run)
     assert line.startswith("finetune_sts: the gradients of step 1 are not finite")
     assert not list((tmp_path / "out").glob("**/*.safetensors"))
 
 
-def test_a_second_run_into_a_folder_is_refused_in_one_line(tiny_world, tmp_path):
-    command = [sys.executable, "-c", HOLD, tmp_path / "out"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
-        try:
-            assert owner.stdout.readline() == "locked\n"
-            run = train(tiny_world, tmp_path / "out")
-        finally:
-            owner.kill()
+def test_a_second_run_into_a_folder_is_refused_in_one_line(tiny_world, tmp_path, owned_by_another_process):
+    with owned_by_another_process(tmp_path / "out") as owner:
+        run = train(tiny_world, tmp_path / "out", processes=1)
     assert run.returncode == 78
     (line,) = said(run)
     assert f"process {owner.pid} on " in line

@@ -29,7 +29,7 @@ def rates(scheduler, optimizer: torch.optim.SGD, steps: int) -> list[tuple[float
 
 
 @pytest.mark.parametrize("steps", [8000, 4000, 240, 10, 2])
-def test_every_rate_of_every_group_is_that_of_deepspeed(steps):
+def test_every_rate_of_every_group_equals_that_of_deepspeed(steps):
     warmup_steps = math.ceil(steps * PUBLISHED_WARMUP)
     ours, theirs = optimizer_with_two_rates(), optimizer_with_two_rates()
     published = WarmupCosineLR(theirs, steps, warmup_num_steps=warmup_steps, cos_min_ratio=0.1)
@@ -47,7 +47,7 @@ def test_every_rate_of_every_group_is_that_of_deepspeed(steps):
         ({"warmup_min_ratio": 0.2, "cos_min_ratio": 0.3}, {"warmup_min_ratio": 0.2, "cos_min_ratio": 0.3}),
     ],
 )
-def test_other_arguments_are_deepspeeds_too(ours, theirs):
+def test_other_arguments_also_give_the_rates_of_deepspeed(ours, theirs):
     mine, published = optimizer_with_two_rates(), optimizer_with_two_rates()
     got = rates(build_scheduler(WARMUP_COSINE, mine, 30, 100, ours), mine, 100)
     want = rates(WarmupCosineLR(published, 100, warmup_num_steps=30, **theirs), published, 100)
@@ -68,7 +68,7 @@ def test_other_schedules_are_chosen_by_name():
     assert [used[1] / 5e-4 for used in rates(scheduler, optimizer, 2)] == pytest.approx([0.0, 0.1])
 
 
-def test_a_schedule_can_be_saved_and_goes_on():
+def test_a_saved_schedule_continues():
     first, second = optimizer_with_two_rates(), optimizer_with_two_rates()
     scheduler = build_scheduler(WARMUP_COSINE, first, 3, 20)
     rates(scheduler, first, 7)

@@ -47,7 +47,7 @@ def test_a_stage_starts_from_the_one_before_under_the_same_timestamp(stand_ins):
 @pytest.mark.parametrize(
     "typed", ["scripts/deepspeed/sts_qwen25/{}.sh", "./scripts/deepspeed/sts_qwen25/{}.sh"]
 )
-def test_results_lie_in_one_place_however_the_script_is_typed(stand_ins, typed):
+def test_results_are_in_one_place_however_the_script_is_called(stand_ins, typed):
     call = stand_ins.call(typed.format(STAGE), "8192", "run", typed_in=REPOSITORY)
     assert call.value("--output_dir") == str(stand_ins.root / "output/LM" / STAGE / "run")
 
@@ -94,7 +94,7 @@ def test_what_is_printed_to_both_streams_and_the_exit_status_pass_through(stand_
         assert line in log
 
 
-def test_an_output_folder_that_cannot_be_made_is_one_line(stand_ins, tmp_path):
+def test_an_output_folder_that_cannot_be_created_is_reported_in_one_line(stand_ins, tmp_path):
     (tmp_path / "file").touch()
     call = stand_ins.call(STAGE, "8192", "run", OUTPUT_ROOT=str(tmp_path / "file"))
     assert call.status == 1
@@ -102,7 +102,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(stand_ins, tmp_path):
     assert len(call.printed.splitlines()) == 1
 
 
-def test_without_a_gpu_what_works_is_chosen_and_said_in_one_line(stand_ins):
+def test_without_a_gpu_supported_options_are_chosen_and_reported_in_one_line(stand_ins):
     call = stand_ins.call(STAGE, "8192", "run", gpus=0)
     got = {
         flag: call.value(f"--{flag}")
@@ -121,7 +121,7 @@ def test_without_a_gpu_what_works_is_chosen_and_said_in_one_line(stand_ins):
         assert chosen in line
 
 
-def test_without_a_gpu_what_is_set_is_obeyed(stand_ins):
+def test_without_a_gpu_given_options_are_kept(stand_ins):
     own = {
         "BF16": "True",
         "DATALOADER_NUM_WORKERS": "5",
@@ -228,7 +228,7 @@ def test_without_processes_per_node_world_size_and_rank_are_not_the_clusters(sta
     assert "--standalone --nproc_per_node 8" in " ".join(call.launcher)
 
 
-def test_nodes_that_are_given_by_their_own_names_win(stand_ins):
+def test_explicit_node_variables_take_precedence(stand_ins):
     call = stand_ins.call(STAGE, "8192", "run", **CLUSTER, NNODES="2", NODE_RANK="1")
     assert "--nnodes 2 --node_rank 1" in " ".join(call.launcher)
 

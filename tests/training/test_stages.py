@@ -29,7 +29,7 @@ def trained(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_a_frozen_language_model_leaves_the_heads_alone_to_train(model):
+def test_with_a_frozen_language_model_only_the_heads_train(model):
     apply_stage(model, language_model_freeze=True)
     heads = ("model.layers.2.", "model.layers.3.", "mtp_")
     assert trained(model) == {name for name, _ in model.named_parameters() if name.startswith(heads)}
@@ -52,7 +52,7 @@ def test_heads_learn_at_their_own_rate_and_vectors_are_not_decayed(model):
         assert decay == (0.1 if parameter.dim() > 1 else 0.0), name
 
 
-def test_norms_are_decayed_where_the_published_rule_is_asked_for(model):
+def test_norms_are_decayed_if_the_published_rule_is_requested(model):
     model.layer_norm = nn.LayerNorm(4)  # the Plus adapter's kind, which that rule exempts
     groups = parameter_groups(model, learning_rate=1e-3, weight_decay=0.1, decay_norms=True)
     decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -70,7 +70,7 @@ def test_frozen_parameters_are_in_no_group_and_no_group_is_empty(model):
     assert all(parameter.requires_grad for group in groups for parameter in group["params"])
 
 
-def test_tied_embeddings_stand_in_one_group_only():
+def test_tied_embeddings_are_in_one_group_only():
     config = Qwen2MTPConfig(
         vocab_size=64,
         hidden_size=16,

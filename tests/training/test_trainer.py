@@ -154,7 +154,7 @@ def test_without_deepspeed_steps_with_bad_gradients_are_skipped_and_ten_in_a_row
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_one_bad_step_among_good_ones_costs_that_step_alone(make_trainer):
+def test_one_bad_step_among_good_ones_loses_only_that_step(make_trainer):
     model, calls = make_model(), itertools.count(1)
     model.lm_head.weight.register_hook(
         lambda gradient: gradient * float("nan") if next(calls) % 3 == 0 else gradient
@@ -166,5 +166,5 @@ def test_one_bad_step_among_good_ones_costs_that_step_alone(make_trainer):
     assert losses[-1] < losses[0] - 1
 
 
-def test_the_configuration_keeps_the_cache_that_users_of_the_result_want(make_trainer):
+def test_the_configuration_keeps_the_cache_enabled_for_users_of_the_result(make_trainer):
     assert make_trainer([make_batch(0, 12)]).model.config.use_cache is True

@@ -1,6 +1,7 @@
-"""One training step of the heads: our implementation and the plain one, in seconds and peak memory.
+"""One training step of a stage: our implementation and the plain one, in seconds and peak memory.
 
-``python tools/benchmark.py train-step --heads 10 --frozen --seq 4096 --hidden 512 --layers 8 --vocab 32768``
+``python tools/benchmark.py train-step --stage 3 --seq 4096 --hidden 512 --layers 8 --vocab 32768``
+``python tools/benchmark.py train-step --stage 4 --variant plus``
 
 A step is forward and backward over one packed row. The plain way computes, as the public code does,
 float32 logits of the backbone and of every head over the whole row, and keeps autograd's record of
@@ -11,10 +12,12 @@ way our attention, which separates the two gains.
 The floor is the time the necessary multiplications alone would take at the speed this machine
 reaches on one large matrix product: backbone forward (and backward when it trains), heads forward and
 backward, attention inside documents, LM head at supervised positions. Softmax, norms, rotary
-embedding, masks and copies come on top; they account for the distance to the floor.
+embedding, masks and copies come on top; they account for the distance to the floor. MFU is the share of that
+speed that the operations of :func:`vita_audio.training.planner.step_flops` reach, which count a causal attention
+as a full one; the plan's memory stands beside the measured one.
 
 Every way recomputes activations (gradient checkpointing), as the stage scripts do, unless disabled;
-the floor does not include that.
+neither floor nor MFU includes that. The Plus variant hears one clip in each document, through a small encoder.
 
 Each way runs in a separate process, since a CPU process never returns its peak memory.
 """
@@ -28,6 +31,7 @@ import resource
 import statistics
 import sys
 import time
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -37,14 +41,33 @@ from torch.nn.functional import cross_entropy
 
 from vita_audio.cli.arguments import command_parser
 from vita_audio.constants import IGNORE_INDEX
-from vita_audio.models import Qwen2MTPConfig, Qwen2MTPForCausalLM, freeze_backbone
+from vita_audio.models import (
+    Qwen2MTPConfig,
+    Qwen2MTPForCausalLM,
+    Qwen2MTPSenseVoiceConfig,
+    Qwen2MTPSenseVoiceForCausalLM,
+)
 from vita_audio.models.attention import attention_masks, document_ids
-from vita_audio.models.compat import checkpointing_function
-from vita_audio.models.loss import shifted_targets
+from vita_audio.models.compat import checkpointing_function, enable_checkpointing
+from vita_audio.models.cost import attention_flops
+from vita_audio.models.loss import CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU, shifted_targets
 from vita_audio.models.mctp import run_cascade
+from vita_audio.training.planner import Batch, Setup, step_flops
+from vita_audio.training.stages import apply_stage
+from vita_audio.training.step_memory import step_memory
 
 WAYS = {"plain": "sdpa", "plain, our attention": "packed_sdpa", "ours": "packed_sdpa"}
 """The measured implementations, and their attention."""
+STAGES = {1: (0, False), 2: (1, True), 3: (10, True), 4: (10, False)}
+"""Heads, and whether only they train."""
+SMALL_ENCODER = {
+    "output_size": 128,
+    "attention_heads": 2,
+    "linear_units": 256,
+    "num_blocks": 4,
+    "tp_blocks": 0,
+}
+CLIP_FRAMES = 28
 
 
 def main(argv: list[str]) -> None:
@@ -60,6 +83,8 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = command_parser(__doc__, prog="benchmark.py train-step")
+    parser.add_argument("--stage", type=int, choices=STAGES, help="sets --heads and --frozen")
+    parser.add_argument("--variant", choices=("base", "plus"), default="base")
     parser.add_argument("--heads", type=int, default=10)
     parser.add_argument("--layers", type=int, default=8, help="backbone layers")
     parser.add_argument("--hidden", type=int, default=512)
@@ -79,6 +104,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
+    if arguments.stage:
+        arguments.heads, arguments.frozen = STAGES[arguments.stage]
     arguments.intermediate = arguments.intermediate or 11 * arguments.hidden // 4
     return arguments
 
@@ -112,47 +139,65 @@ def measure(way: str, options: dict) -> dict[str, float]:
     }
 
 
-def build_model(arguments: argparse.Namespace, attention: str) -> Qwen2MTPForCausalLM:
+def build_config(arguments: argparse.Namespace) -> Qwen2MTPConfig:
     heads_of_64 = max(1, arguments.hidden // 64)
-    config = Qwen2MTPConfig(
-        vocab_size=arguments.vocab,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.intermediate,
-        num_hidden_layers=arguments.layers + arguments.heads,
-        num_nextn_predict_layers=arguments.heads,
-        num_attention_heads=heads_of_64,
-        num_key_value_heads=max(1, heads_of_64 // 4),
-        max_position_embeddings=arguments.seq,
-    )
+    sizes = {
+        "vocab_size": arguments.vocab,
+        "hidden_size": arguments.hidden,
+        "intermediate_size": arguments.intermediate,
+        "num_hidden_layers": arguments.layers + arguments.heads,
+        "num_nextn_predict_layers": arguments.heads,
+        "num_attention_heads": heads_of_64,
+        "num_key_value_heads": max(1, heads_of_64 // 4),
+        "max_position_embeddings": arguments.seq,
+    }
+    if arguments.variant == "plus":
+        return Qwen2MTPSenseVoiceConfig(**sizes, audio_encoder=SMALL_ENCODER)
+    return Qwen2MTPConfig(**sizes)
+
+
+def build_model(arguments: argparse.Namespace, attention: str) -> Qwen2MTPForCausalLM:
+    config = build_config(arguments)
     dtype = getattr(torch, arguments.dtype)
-    model = Qwen2MTPForCausalLM(config).to(arguments.device, dtype).train()
+    plus = arguments.variant == "plus"
+    model_class = Qwen2MTPSenseVoiceForCausalLM if plus else Qwen2MTPForCausalLM
+    model = model_class(config).to(arguments.device, dtype).train()
     model.set_attn_implementation(attention)
-    if arguments.frozen:
-        freeze_backbone(model)
+    apply_stage(model, language_model_freeze=arguments.frozen)
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     return model
 
 
-def build_batch(arguments: argparse.Namespace) -> dict[str, Tensor]:
+def build_batch(arguments: argparse.Namespace) -> dict[str, Any]:
     """One row of documents of equal length whose ends are supervised."""
     positions = torch.arange(arguments.seq) % arguments.document
     input_ids = torch.randint(arguments.vocab, (1, arguments.seq))
     prompt = round(arguments.document * (1 - arguments.supervised))
     labels = input_ids.masked_fill(positions < prompt, IGNORE_INDEX)
-    batch = {"input_ids": input_ids, "position_ids": positions[None], "labels": labels}
-    return {name: tensor.to(arguments.device) for name, tensor in batch.items()}
+    batch: dict[str, Any] = {"input_ids": input_ids, "position_ids": positions[None], "labels": labels}
+    batch = {name: tensor.to(arguments.device) for name, tensor in batch.items()}
+    if arguments.variant == "plus":
+        starts = range(0, arguments.seq - CLIP_FRAMES - 4, arguments.document)
+        places = torch.arange(CLIP_FRAMES + 4)
+        batch["audios"] = [torch.randn(CLIP_FRAMES, 560, device=arguments.device) for _ in starts]
+        batch["audio_indices"] = [torch.stack([0 * places, start + places]) for start in starts]
+    return batch
 
 
-def plain_loss(model: Qwen2MTPForCausalLM, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+def plain_loss(
+    model: Qwen2MTPForCausalLM, input_ids: Tensor, position_ids: Tensor, labels: Tensor, **audio: Any
+) -> Tensor:
     """The same loss with full float32 logits for the backbone and every head."""
     config = model.config
-    embeds = model.get_input_embeddings()(input_ids)
+    plain_embeds = model.get_input_embeddings()(input_ids)
+    embeds = model.embed_inputs(input_ids, **audio)
     masks = attention_masks(config, embeds, None, None, position_ids)
     hidden = model.model(
         inputs_embeds=embeds, position_ids=position_ids, attention_mask=masks, use_cache=False
     ).last_hidden_state
     frozen = model.has_frozen_backbone
+    detached = frozen or config.mtp_detach_backbone
     documents = document_ids(position_ids)
 
     def loss_of(state: Tensor, shift: int) -> Tensor:
@@ -160,11 +205,13 @@ def plain_loss(model: Qwen2MTPForCausalLM, input_ids: Tensor, position_ids: Tens
         return cross_entropy(logits.flatten(0, 1), shifted_targets(labels, documents, shift).flatten())
 
     main_loss = loss_of(hidden, 1)
+    if not config.num_nextn_predict_layers:
+        return main_loss
     checkpoint = checkpointing_function(model.model)
     states = run_cascade(
         model.heads,
-        embeds.detach() if frozen else embeds,
-        hidden.detach() if frozen else hidden,
+        plain_embeds.detach() if detached else plain_embeds,
+        hidden.detach() if detached else hidden,
         position_ids,
         model.model.rotary_emb,
         attention_mask=masks["full_attention"],
@@ -195,23 +242,33 @@ def matmul_speed(arguments: argparse.Namespace) -> float:
     return 2 * 2048**3 / best
 
 
-def necessary_operations(arguments: argparse.Namespace) -> float:
-    """Multiply-adds x 2 that every implementation of this step needs."""
-    d, tokens = arguments.hidden, arguments.seq
-    key_value = d * max(1, d // 64 // 4) / max(1, d // 64)
-    layer = 2 * d * d + 2 * d * key_value + 3 * d * arguments.intermediate
-    # Causal attention inside a document: half of (length x length) scores, and as much for the values.
-    attention = arguments.document * d
-    head = layer + 2 * d * d + attention
-    # Backward costs twice the forward: gradients of inputs and of weights.
-    backbone_passes = 1 if arguments.frozen else 3
-    lm_head_passes = 2 if arguments.frozen else 3
-    terms = arguments.heads + (0 if arguments.frozen else 1)
-    supervised = terms * arguments.supervised * tokens
-    return 2 * (
-        tokens * (arguments.layers * (layer + attention) * backbone_passes + arguments.heads * head * 3)
-        + supervised * arguments.vocab * d * lm_head_passes
+def operations(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Operations of the step by the planner's count, and the fewest: a causal attention needs half of a full one."""
+    config, setup = build_config(arguments), build_setup(arguments)
+    counted, _ = step_flops(config, setup)
+    passes = 3 * arguments.heads + arguments.layers * (1 if arguments.frozen else 3)
+    attention = passes * sum(attention_flops(config, length) for length in setup.batch.documents)
+    return counted, counted - attention // 2
+
+
+def build_setup(arguments: argparse.Namespace) -> Setup:
+    batch = Batch(1, arguments.seq, arguments.document, arguments.supervised)
+    checkpointing = arguments.gradient_checkpointing
+    return Setup(language_model_freeze=arguments.frozen, batch=batch, checkpointing=checkpointing)
+
+
+def planned_gigabytes(arguments: argparse.Namespace) -> float:
+    """The plan's memory above the model's own: gradients, activations and the loss."""
+    on_gpu = arguments.device.startswith("cuda")
+    peak, _ = step_memory(
+        build_config(arguments),
+        build_setup(arguments).batch,
+        language_model_freeze=arguments.frozen,
+        dtype=getattr(torch, arguments.dtype),
+        checkpointing=arguments.gradient_checkpointing,
+        chunk_logits=CHUNK_LOGITS_GPU if on_gpu else CHUNK_LOGITS_CPU,
     )
+    return peak / 1e9
 
 
 def report(arguments: argparse.Namespace, results: dict[str, dict[str, float]]) -> None:
@@ -224,18 +281,24 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, float]]) 
         table.add_row(way, *(f"{figure:.2f}" for figure in figures), f"{result['loss']:.5f}")
     console = Console()
     console.print(table)
-    operations = necessary_operations(arguments)
-    floor = operations / ours["matmul"]
+    counted, fewest = operations(arguments)
+    floor = fewest / ours["matmul"]
     summary = {
+        "tokens_per_second": round(arguments.seq / ours["seconds"]),
+        "mfu": round(counted / (ours["seconds"] * ours["matmul"]), 3),
         "speedup": round(plain["seconds"] / ours["seconds"], 2),
         "cpu_time_speedup": round(plain["cpu_seconds"] / ours["cpu_seconds"], 2),
         "memory_ratio": round(ours["gigabytes"] / plain["gigabytes"], 3),
+        "gigabytes": round(ours["gigabytes"], 3),
+        "planned_gigabytes": round(planned_gigabytes(arguments), 3),
         "floor_seconds": round(floor, 2),
         "times_floor": round(ours["seconds"] / floor, 2),
     }
     console.print(
-        f"ours: {summary['speedup']}x faster, {summary['memory_ratio']:.1%} of the memory. Floor: "
-        f"{operations / 1e9:,.0f} GFLOP at {ours['matmul'] / 1e9:,.0f} GFLOP/s (float matrix product of this machine) "
-        f"= {floor:.2f} s; ours takes {summary['times_floor']} times that."
+        f"ours: {summary['speedup']}x faster, {summary['memory_ratio']:.1%} of the memory "
+        f"({summary['gigabytes']} GB, planned {summary['planned_gigabytes']}); "
+        f"{summary['tokens_per_second']:,} tokens/s, MFU {summary['mfu']:.1%} of the "
+        f"{ours['matmul'] / 1e9:,.0f} GFLOP/s of a matrix product on this machine. "
+        f"Floor: {fewest / 1e9:,.0f} GFLOP = {floor:.2f} s; ours takes {summary['times_floor']} times that."
     )
     print(json.dumps(summary))

@@ -10,7 +10,7 @@ from vita_audio.audio.base import (
     is_continuous_kind,
 )
 from vita_audio.audio.io import audio_duration, load_audio, save_audio
-from vita_audio.audio.registry import available_kinds, get_audio_tokenizer
+from vita_audio.audio.registry import available_kinds, check_kind, get_audio_tokenizer
 
 __all__ = [
     "AudioError",
@@ -21,6 +21,7 @@ __all__ = [
     "FeatureStream",
     "audio_duration",
     "available_kinds",
+    "check_kind",
     "get_audio_tokenizer",
     "is_continuous_kind",
     "load_audio",

@@ -83,6 +83,11 @@ class AudioStream(ABC):
             ValueError: a code is out of range; the stream is unchanged.
         """
 
+    @property
+    def missing(self) -> int:
+        """Number of codes after which :meth:`push` has work to do; at least 1."""
+        return 1
+
 
 class EncodeStream(ABC):
     """Encoding of one clip while it is still being recorded."""
@@ -121,6 +126,7 @@ class AudioTokenizer(ABC):
         input_sample_rate: rate to which speech is resampled before encoding, in Hz.
         frame_rate: codes per second of speech.
         codebook_size: number of distinct codes.
+        device: where it decodes.
     """
 
     kind: str
@@ -128,6 +134,7 @@ class AudioTokenizer(ABC):
     input_sample_rate: int = 16_000
     frame_rate: float = 12.5
     codebook_size: int
+    device: torch.device = torch.device("cpu")
 
     @property
     def continuous_input(self) -> bool:
@@ -226,6 +233,19 @@ class AudioTokenizer(ABC):
         for codes in tokens:
             check_codes(codes, self.codebook_size)
         return [stream.push(codes, final) for stream, codes, final in zip(streams, tokens, last, strict=True)]
+
+    def sharing(self, streams: Sequence[AudioStream]) -> Sequence[AudioStream]:
+        """The streams whose next work :meth:`push_many` does in one pass with that of the first stream.
+
+        Others would only wait for each other in one call. This default is the first stream alone.
+
+        Args:
+            streams: distinct streams of this codec, at least one.
+
+        Returns:
+            The first stream and those that join it. If a pass fails, all its streams are as they were before.
+        """
+        return streams[:1]
 
 
 def check_codes(codes: Sequence[int], codebook_size: int) -> None:

@@ -125,6 +125,7 @@ _LAYOUTS = {
 }
 _W64 = _Layout(40, 16, 8, "little", 8, b"data", own_header=True, form=(16, 8))
 _CAF = _Layout(8, 4, 8, "big", 1, b"data", lead=4)
+_CAF_START = b"caff\x00\x01\x00\x00desc" + (32).to_bytes(8, "big")
 _AU = _Layout(4, 4, 4, "big", 1, b".snd")  # no chunks: offset and size of the samples
 
 
@@ -195,7 +196,11 @@ def _true_length(
         raise AudioError(f"{name}: cut off, {room} of {declared} bytes are there", "truncated")
     stated = max(declared, layout.lead)
     stop = _end_of_tail(file, begin + stated, end, layout) if stated <= room else None
-    return (room, end) if stop is None else (stated, stop)
+    if stop is not None:
+        return stated, stop
+    if layout is _CAF:  # its packets may be compressed, so an appended file would not be decoded as samples
+        end = next(_find_all(file, _CAF_START, begin, end), end)
+    return end - begin, end
 
 
 def _is_placeholder(length: int) -> bool:

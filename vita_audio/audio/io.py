@@ -32,7 +32,7 @@ from vita_audio.files import whole_file
 __all__ = ["AudioError", "audio_duration", "load_audio", "resample", "save_audio"]
 
 _UNCHECKED = frozenset({"AVR", "MAT4", "MAT5", "MPC2K", "SDS", "VOC", "WVE", "XI", "SD2"})
-"""Formats that libsndfile reads but whose lengths nothing here checks: a file cut off would be accepted silently."""
+"""Formats that libsndfile reads but whose length is not checked here: a truncated file would be accepted silently."""
 _FFMPEG_ROUNDING = 0.1  # seconds, relative to the length that audioread reports
 
 
@@ -146,7 +146,7 @@ def _recordings(clip: Clip) -> Iterator[soundfile.SoundFile]:
                 check_rate(sound.samplerate, clip.name)
                 if sound.format in _UNCHECKED:
                     raise AudioError(
-                        f"{clip.name}: {sound.format_info} may be cut off, which nothing would tell; convert it to WAV",
+                        f"{clip.name}: {sound.format_info} files may be cut off unnoticed; convert it to WAV",
                         "unreadable",
                     )
                 yield sound
@@ -231,7 +231,7 @@ def _read_with_ffmpeg(clip: Clip, cause: Exception) -> tuple[Tensor, int]:
 
 
 def _said(error: Exception) -> str:
-    """libsndfile's words, without the object that it was to open."""
+    """libsndfile's message, without the object that it names."""
     return str(error.error_string) if isinstance(error, soundfile.LibsndfileError) else one_line(error)
 
 

@@ -208,6 +208,11 @@ class MelVQStream(AudioStream):
             )
         return self._synthesis.push(self._codec.spectra[codes].flatten(0, 1), last).clamp(-1, 1)
 
+    @property
+    def missing(self) -> int:
+        """See :attr:`AudioStream.missing`."""
+        return self._synthesis.missing // self._codec.config.patch_frames
+
 
 def _magnitudes(audio: AudioLike, config: MelVQConfig) -> Tensor:
     """Spectrogram of a clip at normal loudness, whole patches, shape (frames, fft_size // 2 + 1)."""

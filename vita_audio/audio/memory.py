@@ -122,7 +122,7 @@ def check_rate(rate: int, name: str) -> int:
         raise AudioError(f"{name}: sample rate must be a positive number of Hz, got {rate}", "rate")
     lowest, highest = _RATES
     if not lowest <= rate <= highest:
-        raise AudioError(f"{name}: a sample rate of {rate} Hz; known are {lowest} to {highest} Hz", "rate")
+        raise AudioError(f"{name}: a sample rate of {rate} Hz is outside {lowest} to {highest} Hz", "rate")
     return rate
 
 

@@ -20,6 +20,16 @@ def available_kinds() -> list[str]:
     return [*_DISCRETE_CODECS, *(_CONTINUOUS_PREFIX + kind for kind in _DISCRETE_CODECS)]
 
 
+def check_kind(kind: str | None) -> None:
+    """Refuse an unknown kind of codec.
+
+    Raises:
+        ValueError: it is not one of :func:`available_kinds`.
+    """
+    if kind not in available_kinds():
+        raise ValueError(f"unknown audio tokenizer type {kind!r}; known: {', '.join(available_kinds())}")
+
+
 def get_audio_tokenizer(
     kind: str,
     path: str | PathLike[str] | None = None,
@@ -45,8 +55,7 @@ def get_audio_tokenizer(
         ValueError: the kind is unknown, or a folder that it needs is not given, does not exist, is
             incomplete, or holds another kind.
     """
-    if kind not in available_kinds():
-        raise ValueError(f"unknown audio tokenizer type {kind!r}; known: {', '.join(available_kinds())}")
+    check_kind(kind)
     if is_continuous_kind(kind):
         from vita_audio.audio.sensevoice import SenseVoiceInputTokenizer
 

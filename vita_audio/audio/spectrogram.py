@@ -2,10 +2,9 @@
 
 Framing is exact: ``hop * n`` samples give ``n`` frames, and frame ``i`` is centred on the middle of its hop.
 
-:class:`GriffinLim` finds phases for magnitudes block by block. Solved frames are fixed
-and take part in the overlap-add of the next block. So a sample depends on the frames before it and a short
-look-ahead, not on how a caller slices its calls: streamed speech equals offline speech, the work is linear,
-and there are no seams to cross-fade.
+:class:`GriffinLim` finds phases for magnitudes block by block. Solved frames are fixed and contribute to the
+overlap-add of the next block. A sample therefore depends on the frames before it and a short look-ahead, not on how
+the input is split: streamed speech equals offline speech, the work is linear, and there are no seams to cross-fade.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ def stft(waveform: Tensor, fft_size: int, hop: int) -> Tensor:
 
 @lru_cache(maxsize=4)
 def hann_window(fft_size: int) -> Tensor:
+    """Periodic Hann window, shape (fft_size,)."""
     return torch.hann_window(fft_size)
 
 
@@ -52,9 +52,12 @@ class GriffinLim:
         fft_size: samples in a window; a multiple of ``hop``.
         hop: samples between windows.
         block: frames solved together.
-        lookahead: further frames that take part in a block's solution, to be solved again in the next.
-        iterations: per block.
-        momentum: 0 is the classic algorithm.
+        lookahead: further frames used to solve a block; they are solved again with the next one.
+        iterations: iterations per block.
+        momentum: 0 gives the classic algorithm.
+
+    Raises:
+        ValueError: ``fft_size`` is not a multiple of ``hop``.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class GriffinLim:
         self._window = hann_window(fft_size)
         self._pending = torch.zeros(0, fft_size // 2 + 1)
         self._solved = 0  # frames
-        # What solved frames add to samples that later frames reach too, and their squared windows.
+        # Overlap-add of solved frames, and of their squared windows, at samples that later frames also reach.
         self._overlap = torch.zeros(fft_size - hop)
         self._weight = torch.zeros(fft_size - hop)
         self._lead = (fft_size - hop) // 2  # samples of the first window before time 0
@@ -95,6 +98,11 @@ class GriffinLim:
             remaining = self.fft_size - self.hop - (self.fft_size - self.hop) // 2
             pieces.append((self._overlap / self._weight.clamp(min=1e-3))[:remaining])
         return torch.cat(pieces) if pieces else torch.zeros(0)
+
+    @property
+    def missing(self) -> int:
+        """Frames that the next block waits for."""
+        return self.block + self.lookahead - len(self._pending)
 
     def _solve(self, frames: int) -> Tensor:
         """Fix the phases of the next frames; return the samples that no later frame reaches."""
@@ -123,7 +131,7 @@ class GriffinLim:
         return torch.fft.irfft(spectra, n=self.fft_size) * self._window
 
     def _overlap_add(self, start: Tensor, windows: Tensor) -> Tensor:
-        """Sum of windows at every hop and of what earlier ones left, shape ((frames - 1) * hop + fft_size,)."""
+        """Overlap-add of windows, starting from that of earlier ones, shape ((frames - 1) * hop + fft_size,)."""
         frames, parts = len(windows), self.fft_size // self.hop
         total = torch.zeros(frames + parts - 1, self.hop)
         total[: parts - 1] += start.view(-1, self.hop)
@@ -132,7 +140,7 @@ class GriffinLim:
         return total.flatten()
 
     def _initial_phases(self, frames: int) -> Tensor:
-        """Uniform noise seeded with the index of the first frame, so that results do not depend on earlier calls."""
+        """Random phases, seeded with the index of the first frame, so results do not depend on earlier calls."""
         bins = self.fft_size // 2 + 1
         generator = torch.Generator().manual_seed(self._solved)
         angles = torch.rand(frames, bins, generator=generator) * 2 * math.pi

@@ -14,6 +14,10 @@ class WholeClipStream(EncodeStream):
     """Collects the pieces and encodes the clip when it ends.
 
     The codes are those of :meth:`AudioTokenizer.encode` by construction.
+
+    Args:
+        codec: encodes the clip.
+        sample_rate: of the pieces in Hz; defaults to the codec's ``input_sample_rate``.
     """
 
     def __init__(self, codec: AudioTokenizer, sample_rate: int | None = None):
@@ -22,7 +26,7 @@ class WholeClipStream(EncodeStream):
         self._pieces: list[Tensor] = []
 
     def push(self, waveform: Tensor | np.ndarray, last: bool = False) -> list[int]:
-        """See :meth:`EncodeStream.push`; nothing comes out before the last piece."""
+        """See :meth:`EncodeStream.push`; returns no codes before the last piece."""
         self._pieces.append(to_piece(waveform))
         if not last:
             return []

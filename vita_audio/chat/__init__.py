@@ -5,7 +5,7 @@ from vita_audio.chat.files import SampleFileError, locate, read_samples, sample_
 from vita_audio.chat.interleave import interleave_text_audio
 from vita_audio.chat.paths import default_data_root, locate_file
 from vita_audio.chat.render import Example, build_example, build_prompt
-from vita_audio.chat.reply import ReplyParser, split_reply
+from vita_audio.chat.reply import ReplyParser, check_token_id, split_reply
 from vita_audio.chat.sample import Conversation, Message, Reason, Sample, SampleError, parse_sample
 from vita_audio.chat.tokens import ChatTokens, encode_text, extend_tokenizer
 
@@ -21,6 +21,7 @@ __all__ = [
     "SampleFileError",
     "build_example",
     "build_prompt",
+    "check_token_id",
     "default_data_root",
     "encode_text",
     "extend_tokenizer",

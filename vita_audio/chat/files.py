@@ -136,7 +136,7 @@ def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
 
 
 def _zstandard(raw: IO[bytes]) -> IO[bytes]:
-    import pyarrow  # not among what inference needs
+    import pyarrow  # not required for inference
 
     return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
 
@@ -167,8 +167,8 @@ def _array_elements(path: Path, array: bytes) -> Iterator[tuple[int, str]]:
     try:
         elements = json.loads(array.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise SampleFileError(f"{path}: starts like a JSON array but is none: {error}") from error
+        raise SampleFileError(f"{path}: starts like a JSON array but is not one: {error}") from error
     for number, element in enumerate(elements, start=1):
-        # Lone surrogates stay escapes: Arrow cannot hold them, and they must cost their sample only.
+        # Lone surrogates stay escapes: Arrow cannot hold them, and they must invalidate only their own sample.
         line = json.dumps(element, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
         yield number, line

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vita_audio.chat.tokens import ChatTokens
+from vita_audio.constants import IGNORE_INDEX
 
 CHUNK_CODES = 8
 """Codes in one chunk: a schedule's ``10`` minus the two markers."""
@@ -35,7 +36,12 @@ class ReplyParser:
         self._held_codes: list[int] = []
 
     def push(self, token: int) -> Piece | None:
-        """The pieces that this token completes: text, a chunk of codes, or nothing yet."""
+        """The pieces that this token completes: text, a chunk of codes, or nothing yet.
+
+        Raises:
+            ValueError: see :func:`check_token_id`.
+        """
+        check_token_id(token)
         code = token - self._tokens.first_code
         if 0 <= code < self._tokens.codebook_size:
             self._held_codes.append(code)
@@ -70,11 +76,26 @@ class ReplyParser:
         return codes
 
 
+def check_token_id(token: int) -> None:
+    """Refuse an id that no tokenizer has, such as -100 in labels.
+
+    Raises:
+        ValueError: the id is negative, or has more than 31 bits.
+    """
+    if not 0 <= token < 1 << 31:
+        raise ValueError(
+            f"token id {token} is not valid; give ids of 0 or more (in labels, replace {IGNORE_INDEX})"
+        )
+
+
 def split_reply(ids: Sequence[int] | Tensor, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
     """Split generated ids into the reply's text and its speech codes.
 
     Returns:
         Text without special tokens, and codes in ``[0, codebook_size)``.
+
+    Raises:
+        ValueError: see :func:`check_token_id`.
     """
     parser = ReplyParser(tokenizer)
     pieces = [parser.push(token) for token in (ids.tolist() if isinstance(ids, Tensor) else ids)]

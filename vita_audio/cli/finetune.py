@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -61,6 +62,7 @@ from vita_audio.training import (
 from vita_audio.training.checkpoints import CheckpointStateError, load_loader_states, steps_done
 from vita_audio.training.command_line import parse_arguments
 from vita_audio.training.deepspeed_config import builds_optimizer
+from vita_audio.training.interruption import REQUEUE
 from vita_audio.training.quiet import hush_libraries
 from vita_audio.training.result import check_checkpoint, check_result
 
@@ -141,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             with told_in_one_line(*WHILE_TRAINING):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                if trainer.stopped_by is not None:
+                    leave_for_requeue(trainer)
                 trainer.save_model()
                 trainer.save_state()
         elif is_first():
@@ -153,6 +157,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             with told_in_one_line(*AT_THE_DOOR):
                 check_result(folder.path)
                 folder.finish()
+
+
+def leave_for_requeue(trainer: SpeechTrainer) -> NoReturn:
+    """End after a signal: the checkpoint is there, and the exit status asks for another start."""
+    barrier()  # the first process may still be marking the checkpoint
+    step = trainer.state.global_step
+    logger.info("stopped by %s after step %d, which is saved; start again to go on", trainer.stopped_by, step)
+    sys.exit(REQUEUE)
 
 
 def choose_numerics(model_args: ModelArguments, stage_args: StageArguments) -> tuple[torch.dtype, str]:
@@ -272,7 +284,17 @@ def describe(
     checkpoint: Path | None,
 ) -> dict[str, Any]:
     """The content of ``run.json``."""
-    arguments = {
+    arguments = resolved_arguments(model_args, data_args, stage_args, dtype)
+    data = {"fingerprint": loader.mix.fingerprint, "samples_per_epoch": len(loader.mix)}
+    resumed = None if checkpoint is None else checkpoint.name
+    return describe_run("finetune_sts", arguments, data, resumed_from=resumed)
+
+
+def resolved_arguments(
+    model_args: ModelArguments, data_args: DataArguments, stage_args: StageArguments, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Every option by name, as ``run.json`` keeps it."""
+    return {
         **asdict(model_args),
         **asdict(data_args),
         **stage_args.to_dict(),
@@ -280,9 +302,6 @@ def describe(
         "deepspeed_builds_optimizer": isinstance(stage_args.deepspeed, dict)
         and builds_optimizer(stage_args.deepspeed),
     }
-    data = {"fingerprint": loader.mix.fingerprint, "samples_per_epoch": len(loader.mix)}
-    resumed = None if checkpoint is None else checkpoint.name
-    return describe_run("finetune_sts", arguments, data, resumed_from=resumed)
 
 
 def open_model(

@@ -4,6 +4,7 @@
 
 * A process that fails on bad input passes its message to the launcher, in the error file that torchrun gives every
   process. The launcher prints it once, instead of one copy per process and torchrun's report of some forty lines.
+* SIGTERM and SIGUSR1 are passed on, and the launcher waits: a trainer saves first. A second one ends everything.
 * A process ends with its launcher, even if the launcher is killed early. Each process starts in this file, which
   requests this from Linux before anything is imported, checks that the launcher is still alive, and then
   becomes the command.
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 REFUSED = 78
@@ -85,12 +87,29 @@ def _launch(arguments: list[str]) -> None:
     # They log every process that they stop, and the failure that is reported below.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
+    options.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    received: list[signal.Signals] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        if len(received) > 1:
+            raise SignalException("stopped twice", sigval=received[-1])
+        for process in _children():
+            os.kill(process, number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
     try:
         run.run(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if received and failure.exitcode < 0:
+            print(f"launch: stopped by {received[0].name}", file=sys.stderr)
+            sys.exit(128 + received[0])
         if failure.exitcode == REFUSED:
             print(failure.message, file=sys.stderr)
+        elif received:
+            print(f"launch: stopped by {received[0].name} with status {failure.exitcode}", file=sys.stderr)
         else:
             how = f"status {failure.exitcode}" if failure.exitcode >= 0 else failure.signal_name()
             print(f"launch: process {rank} ended with {how}; see its output above", file=sys.stderr)
@@ -102,6 +121,12 @@ def _launch(arguments: list[str]) -> None:
     except SignalException as error:
         print(f"launch: stopped by {error.sigval.name}", file=sys.stderr)
         sys.exit(128 + error.sigval)
+
+
+def _children() -> list[int]:
+    """The processes that this one has started."""
+    files = Path("/proc/self/task").glob("*/children")
+    return [int(word) for file in files for word in file.read_text().split()]
 
 
 if __name__ == "__main__":

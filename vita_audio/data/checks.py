@@ -113,6 +113,11 @@ def _differences(ranks: Sequence[DataIdentity]) -> Iterator[str]:
                     f"rank {rank} ({ranks[rank].host}) lacks {state.path} of {state.name}, which rank {holder} "
                     f"({ranks[holder].host}) has; copy it there, or remove it from the mix"
                 )
+            elif state.bytes == best.bytes and state.content != best.content:
+                yield (
+                    f"{state.path} has another content on rank {rank} ({ranks[rank].host}) than on rank {holder} "
+                    f"({ranks[holder].host}); copy one over the other"
+                )
             elif (state.rows, state.bytes) != (best.rows, best.bytes):
                 yield (
                     f"{state.path} has {state.rows} samples in {state.bytes} bytes on rank {rank} "

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 
 import torch
 
+NOT_WRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+"""Error numbers of a file or folder that this process may not write."""
+
 _MACHINE_ERRORS = frozenset(
     {
-        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),  # disk full, or not writable
-        *(errno.EACCES, errno.EPERM),
+        *NOT_WRITABLE,
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # disk full
         *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),  # disk or mount lost
         *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     }

@@ -191,7 +191,8 @@ class TrainLoader:
                 interruption; otherwise the same samples do, none repeated and none lost.
 
         Raises:
-            ResumeError: the state belongs to another mix, seed or row length, states are missing, or it is no state.
+            ResumeError: the state belongs to another mix, seed or row length, a file has changed, states are
+                missing, or it is no state.
         """
         try:
             self._continue([state] if isinstance(state, dict) else list(state))
@@ -235,6 +236,14 @@ class TrainLoader:
                     f"the checkpoint was made with another {meaning} ({state[field]}, now {mine[field]}); "
                     "restore it, or start the stage in an empty folder"
                 )
+        # Checkpoints of earlier versions do not state the contents.
+        now = self._rows.mix.in_use
+        for file, content in zip(now, state.get("contents", [file.content for file in now]), strict=True):
+            if file.content != content:
+                raise ResumeError(
+                    f"{file.path}: its content has changed since the checkpoint was made; restore it, or start the "
+                    "stage in an empty folder"
+                )
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -242,7 +251,8 @@ class TrainLoader:
             "world_size": self._rows.world_size,
             "num_workers": self._config.num_workers,
             "seq_length": self._config.seq_length,
-            "mix": self._rows.mix.fingerprint,
+            "mix": self._rows.mix.order_fingerprint,
+            "contents": [file.content for file in self._rows.mix.in_use],
         }
 
     def _start_workers(self, rows: PackedRows) -> StatefulDataLoader:
@@ -384,7 +394,7 @@ class PackedRows(IterableDataset):
             fault = machine_fault(error)
             if fault is not None:
                 raise MachineError(
-                    f"{spec.path}, row {place.row}: stopped by this machine: {fault}"
+                    f"{spec.path}, row {place.row}: cannot be read because this machine failed: {fault}"
                 ) from error
             if isinstance(error, SampleError):
                 self._skip(report, place, error.reason, str(error))

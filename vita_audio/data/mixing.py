@@ -32,6 +32,7 @@ import yaml
 from vita_audio.chat import default_data_root, locate_file
 from vita_audio.data.sources import MissingSource, Rows, SourceError
 from vita_audio.data.temperature import tempered_ratios
+from vita_audio.files import content_fingerprint
 from vita_audio.strict_yaml import load_yaml
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class FileState:
         rows: samples in it; 0 if it is missing.
         bytes: its size.
         used: samples in an epoch.
+        content: see :func:`vita_audio.files.content_fingerprint`; empty if the file is missing.
     """
 
     name: str
@@ -85,6 +87,7 @@ class FileState:
     rows: int = 0
     bytes: int = 0
     used: int = 0
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,7 @@ class Mix:
     Attributes:
         specs: the files in use.
         used: samples of each file in one epoch.
+        in_use: the state of each of them.
         files: every file that the mix names, including missing ones.
         missing: one line for each file that is missing or holds no samples.
 
@@ -226,7 +230,8 @@ class Mix:
                 continue
             rows = len(opened[spec.path])
             used = spec.samples_per_epoch(rows)
-            self.files.append(FileState(spec.name, str(spec.path), rows, spec.path.stat().st_size, used))
+            size, content = spec.path.stat().st_size, content_fingerprint([spec.path])
+            self.files.append(FileState(spec.name, str(spec.path), rows, size, used, content))
             if rows == 0:
                 self.missing.append(f"{spec.dataset}: {spec.path}: holds no samples")
                 continue
@@ -237,7 +242,8 @@ class Mix:
             self.rows.append(opened[spec.path])
         if unreadable:
             raise MixError("; ".join(unreadable))
-        self.used = [state.used for state in self.files if state.used]
+        self.in_use = [state for state in self.files if state.used]
+        self.used = [state.used for state in self.in_use]
         self._ends = list(accumulate(self.used))
         self._report_missing(strict)
 
@@ -256,7 +262,13 @@ class Mix:
 
     @property
     def fingerprint(self) -> str:
-        """A digest that changes with the stream: with its files, sizes, ratios or seed."""
+        """A digest that changes with the stream: with its order, or with the content of a file."""
+        parts = [self.order_fingerprint, *(state.content for state in self.in_use)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+    @property
+    def order_fingerprint(self) -> str:
+        """A digest of what determines the order of the stream: names and numbers of samples, and the seed."""
         parts = [
             f"{spec.name}:{len(rows)}:{used}"
             for spec, rows, used in zip(self.specs, self.rows, self.used, strict=True)

@@ -3,21 +3,25 @@
 JSON lines are kept as lines and parsed one by one when needed, so a broken line, or a column
 that changes its type, costs one sample and not the whole file. The first use of a file converts it into an
 Arrow file in the cache of ``datasets`` (HF_DATASETS_CACHE); later runs, other ranks and the workers map
-that file. Parquet files keep their columns.
+that file. A read-only cache can be used if it holds the Arrow files already. Parquet files keep their columns.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
 from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.io.generator import GeneratorDatasetInputStream
+from datasets.io.parquet import ParquetDatasetReader
 
 from vita_audio.chat import Reason, SampleError, SampleFileError, sample_lines
-from vita_audio.data.faults import MachineError, first_line, machine_fault
+from vita_audio.data.faults import NOT_WRITABLE, MachineError, first_line, machine_fault
 
 _LINE = "line"
 _SAMPLE_COLUMNS = ("messages", "conversations", "audios")
@@ -94,9 +98,7 @@ def map_parquet(
         (path, f"{stat.st_size} {stat.st_mtime_ns}") for path, stat in zip(absolute, stats, strict=True)
     ]
     files = DataFilesDict({"train": DataFilesList(absolute, versions)})
-    table = datasets.Dataset.from_parquet(files, split=datasets.Split.TRAIN, cache_dir=cache_dir)
-    assert isinstance(table, datasets.Dataset)
-    return table
+    return _cached_table(partial(ParquetDatasetReader, files, split=datasets.Split.TRAIN), cache_dir)
 
 
 def _open(path: Path, cache_dir: str | None) -> datasets.Dataset:
@@ -114,17 +116,38 @@ def _open(path: Path, cache_dir: str | None) -> datasets.Dataset:
             raise SourceError(f"{path}: no column 'messages'; it has {', '.join(table.column_names)}")
         return table.select_columns(columns)
     try:
-        table = datasets.Dataset.from_generator(
+        read_lines = partial(
+            GeneratorDatasetInputStream,
             _lines,
             features=datasets.Features({_LINE: datasets.Value("large_string")}),
-            cache_dir=cache_dir,
             # Size and time are part of the cache's key: a file that changed is read again.
             gen_kwargs={"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns},
         )
+        return _cached_table(read_lines, cache_dir)
     except ValueError:
         if next(sample_lines(path), None) is None:  # datasets makes no table of no rows
             return datasets.Dataset.from_dict({_LINE: []})
         raise
+
+
+def _cached_table(open_reader: Callable[..., Any], cache_dir: str | None) -> datasets.Dataset:
+    """The table of a reader of ``datasets``, from the Arrow cache; written there first if the cache lacks it.
+
+    The readers lock the cache even for reading, which fails if it is read-only. Its Arrow files are then opened
+    directly, in the folder where the reader would have written them.
+    """
+    try:
+        table = open_reader(cache_dir=cache_dir).read()
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        with TemporaryDirectory() as scratch:
+            place = Path(open_reader(cache_dir=scratch).builder.cache_dir).relative_to(scratch)
+        cached = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, place)
+        if not (cached / datasets.config.DATASET_INFO_FILENAME).is_file():
+            raise
+        files = sorted(cached.glob("*.arrow"))
+        table = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
     assert isinstance(table, datasets.Dataset)
     return table
 
@@ -150,6 +173,6 @@ def _explain(path: Path, cache_dir: str | None, error: Exception) -> Exception:
         return SourceError(f"{path}: cannot be read: {first_line(error)}")
     cache = cache_dir or datasets.config.HF_DATASETS_CACHE
     return MachineError(
-        f"{path}: cannot be opened, because of this machine: {fault}; its Arrow copy goes to {cache}: "
+        f"{path}: cannot be opened because this machine failed: {fault}; its Arrow copy goes to {cache}: "
         "free some space there, or set HF_DATASETS_CACHE to a writable folder"
     )

@@ -18,7 +18,6 @@ machine.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -33,7 +32,7 @@ import pyarrow.parquet
 from filelock import FileLock
 
 from vita_audio.audio.archives import read_file
-from vita_audio.data.faults import MachineError, first_line, machine_fault
+from vita_audio.data.faults import NOT_WRITABLE, MachineError, first_line, machine_fault
 from vita_audio.data.sources import map_parquet
 from vita_audio.files import whole_file, write_json
 
@@ -41,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 CODEC_FILE = "codec.json"
 _SHARD_PATTERN = "tokens-*.parquet"
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FEATURES = datasets.Features(
     {
         "path": datasets.Value("string"),
@@ -155,7 +153,7 @@ class TokenCache:
         except (OSError, datasets.exceptions.DatasetGenerationError) as error:
             problem = machine_fault(error) or first_line(error)
             raise TokenCacheError(
-                f"{folder}: cannot be opened, because of this machine: {problem}; free some space, and make this "
+                f"{folder}: cannot be opened because this machine failed: {problem}; free some space, and make this "
                 "folder and HF_DATASETS_CACHE writable"
             ) from error
         self._index: np.ndarray | None = None
@@ -246,9 +244,9 @@ def readable_shards(folder: Path) -> Iterator[Path]:
 def _find_or_build_index(
     folder: Path, shards: list[str], clips: datasets.Dataset, arrow_cache: str | None
 ) -> Path:
-    """Sorted path hashes with row numbers, shape (2, clips) uint64, as a file beside the shards.
+    """Sorted path hashes with row numbers, shape (2, clips) uint64, as a file next to the shards.
 
-    The index of a folder that cannot be written lies in the Arrow cache, which must be written anyway.
+    If that folder is read-only, the index is stored in the Arrow cache, which has to be writable anyway.
 
     Raises:
         OSError: neither can be written.
@@ -263,7 +261,7 @@ def _find_or_build_index(
     try:
         _build_index(targets[0], clips)
     except OSError as error:
-        if error.errno not in _NOT_WRITABLE:
+        if error.errno not in NOT_WRITABLE:
             raise
         _build_index(targets[1], clips)
         return targets[1]
@@ -281,7 +279,7 @@ def _is_index(file: Path, clips: int) -> bool:
 
 def _build_index(target: Path, clips: datasets.Dataset) -> None:
     with FileLock(target.parent / ".index.lock"):
-        if _is_index(target, len(clips)):  # another process was first
+        if _is_index(target, len(clips)):  # another process built it meanwhile
             return
         hashes = np.fromiter(
             (

@@ -3,6 +3,24 @@
 from vita_audio.engine.engine import Engine
 from vita_audio.engine.requests import Finished, Handle, Request, Sampling, Stats, Tokens
 from vita_audio.engine.sessions import Session
-from vita_audio.engine.weights import AudioRows
+from vita_audio.engine.speech import SpeechChunk, SpeechEnd, SpeechError, SpeechStream, SpeechWorker
+from vita_audio.engine.weights import AudioRows, can_run, row_bytes
 
-__all__ = ["AudioRows", "Engine", "Finished", "Handle", "Request", "Sampling", "Session", "Stats", "Tokens"]
+__all__ = [
+    "AudioRows",
+    "Engine",
+    "Finished",
+    "Handle",
+    "Request",
+    "Sampling",
+    "Session",
+    "SpeechChunk",
+    "SpeechEnd",
+    "SpeechError",
+    "SpeechStream",
+    "SpeechWorker",
+    "Stats",
+    "Tokens",
+    "can_run",
+    "row_bytes",
+]

@@ -13,24 +13,21 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from vita_audio.engine.graphs import Graphs
-from vita_audio.engine.requests import Finished, Handle, Reason, Request, Tokens
-from vita_audio.engine.rounds import BURST, Checks, Modes, Plan, Round, Shapes
-from vita_audio.engine.sampling import Drawing, Rules
-from vita_audio.engine.scheduler import Scheduler, segments
+from vita_audio.engine.requests import Finished, Handle, Reason, Request
+from vita_audio.engine.rounds import BURST
+from vita_audio.engine.scheduler import Scheduler
 from vita_audio.engine.sessions import Session
-from vita_audio.engine.speculation import DraftLength
 from vita_audio.engine.state import State
-from vita_audio.engine.steps import heads_pass, prompt_pass
+from vita_audio.engine.table import RowTable, Running
+from vita_audio.engine.turns import Turns
 from vita_audio.engine.weights import AudioRows, Weights
+from vita_audio.models.configuration import num_positions
 from vita_audio.models.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -38,34 +35,6 @@ if TYPE_CHECKING:
 
 LARGEST_LAG = 64
 """Positions that heads may lag behind the backbone before a pass of their own brings them up."""
-
-
-@dataclass(eq=False)
-class Running:
-    """A request that has a row."""
-
-    handle: Handle
-    session: Session
-    tokens: list[int]
-    seen: int
-    seen_heads: list[int]
-    rounds: Iterator[tuple[int, int]]
-    draft_length: DraftLength | None
-    generator: torch.Generator | None
-    drafts: int = 0
-    started: bool = False
-    new_tokens: int = 0
-    step: tuple[int, int] = (0, 0)
-
-    @property
-    def request(self) -> Request:
-        """As submitted."""
-        return self.handle.request
-
-    @property
-    def unseen(self) -> int:
-        """Verified tokens that the backbone has not computed."""
-        return len(self.tokens) - self.seen
 
 
 class Engine:
@@ -91,7 +60,7 @@ class Engine:
         speech: AudioRows | None = None,
         prompt_chunk: int | None = None,
     ):
-        limit = model.config.max_position_embeddings
+        limit = num_positions(model.config)
         length = min(limit, 8192) if max_length is None else max_length
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: give 1 or more")
@@ -99,21 +68,15 @@ class Engine:
             raise ValueError(f"max_length={length}: the model's positions end at {limit}")
         with torch.inference_mode():
             self._weights = Weights(model, speech)
-            heads = self._weights.num_heads
-            self._state = State(self._weights, max_rows, length, draws=BURST + heads + 2)
-        on_cpu = self._weights.device.type == "cpu"
-        self._scheduler = Scheduler(prompt_chunk or (64 if on_cpu else 512), prompt_chunk or 512)
-        self._rows: list[Running] = []
-        self._idle: list[Session | None] = [None] * max_rows
-        """Sessions without a request by the row that they hold; None for the rows in use and the free ones."""
+            # The last round of a reply may run past its end.
+            surplus = BURST + self._weights.num_heads
+            state = State(self._weights, max_rows, length + surplus, most=surplus)
+        self._max_length = length
+        while_others_wait = 64 if self._weights.device.type == "cpu" else 512
+        self._scheduler = Scheduler(prompt_chunk or while_others_wait, prompt_chunk or 512)
+        self._table = RowTable(self._weights, state)
+        self._turns = Turns(self._weights, state, self._table, self._scheduler)
         self._waiting: deque[Handle] = deque()
-        self._rules = Rules.of(max_rows, self._weights.device)
-        self._modes = Modes.of(max_rows, self._weights.device)
-        self._graphs = Graphs(self._weights.device)
-        self._shapes = Shapes(heads, length, exact=on_cpu)
-        self._used: Tensor | None = None
-        self._draft_probabilities: Tensor | None = None
-        self._checks: Checks | None = None
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
@@ -123,7 +86,7 @@ class Engine:
     @property
     def max_length(self) -> int:
         """Tokens of a row, prompt and reply together."""
-        return self._state.length
+        return self._max_length
 
     def session(self) -> Session:
         """A new conversation. Close it with :meth:`close_session` to free its caches."""
@@ -133,12 +96,11 @@ class Engine:
         """Free a session's row. A reply that runs in it is cancelled."""
         with self._lock:
             session.closed = True
-            for running in self._rows:
+            for running in self._table.running:
                 if running.session is session:
                     running.handle.cancelling = True
-            if session.row is not None and not session.busy:
-                self._idle[session.row] = None
-                session.forget()
+            if not session.busy:
+                self._table.drop(session)
 
     def submit(self, request: Request) -> Handle:
         """Queue a request.
@@ -169,12 +131,12 @@ class Engine:
             elif self._thread is None:
                 self._end_unwanted()
 
-    def wait(self, handle: Handle) -> None:
-        """Return when the handle may have an event: run a turn, or wait for the engine's thread."""
+    def wait(self, *handles: Handle) -> None:
+        """Return when one of the handles may have an event: run a turn, or wait for the engine's thread."""
         with self._work:
             if self._error is not None:
                 raise RuntimeError("the engine's thread failed") from self._error
-            if handle.finished is not None or handle.has_events:
+            if any(handle.finished is not None or handle.has_events for handle in handles):
                 return
             if self._thread is not None:
                 self._work.wait(timeout=1.0)
@@ -182,9 +144,19 @@ class Engine:
         self.step()
 
     @property
+    def weights(self) -> Weights:
+        """The model's weights in the engine's layout; benchmarks ask it for bytes."""
+        return self._weights
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the model."""
+        return self._weights.num_heads
+
+    @property
     def num_rows(self) -> int:
         """Rows in use."""
-        return len(self._rows)
+        return len(self._table.running)
 
     @property
     def num_waiting(self) -> int:
@@ -208,14 +180,14 @@ class Engine:
             self._thread.join()
             self._thread = None
             with self._lock:
-                for handle in [*self._waiting, *(running.handle for running in self._rows)]:
+                for handle in [*self._waiting, *(running.handle for running in self._table.running)]:
                     self.cancel(handle)
 
     def _loop(self) -> None:
         try:
             while True:
                 with self._work:
-                    while not self._stopping and not self._rows and not self._waiting:
+                    while not self._stopping and not self._table.running and not self._waiting:
                         self._work.wait()
                     if self._stopping:
                         return
@@ -232,15 +204,14 @@ class Engine:
         with self._work:
             self._end_unwanted()
             self._admit()
-            turn = self._scheduler.next(self._rows)
+            turn = self._scheduler.next(self._table.running)
             if turn is None:
                 return False
             if turn.kind == "prompt":
-                self._compute_prompt(turn.row, self._scheduler.chunk(self._rows))
-            elif turn.kind == "first":
-                self._run_round(turn.row, turn.row + 1)
+                self._turns.compute_prompt(turn.first)
             else:
-                self._run_round(0, len(self._rows))
+                for running, reason in self._turns.run_round(turn):
+                    self._end(running, reason)
             self._work.notify_all()
             return True
 
@@ -251,13 +222,10 @@ class Engine:
             raise ValueError("prompt: give at least one token")
         if request.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={request.max_new_tokens}: give 1 or more")
-        # The last round may run past the end of the reply.
-        surplus = BURST + self._weights.num_heads
-        needed = len(request.prompt) + request.max_new_tokens + surplus
-        if needed > self.max_length:
+        if len(request.prompt) + request.max_new_tokens > self.max_length:
             raise ValueError(
-                f"a prompt of {len(request.prompt)} tokens and max_new_tokens={request.max_new_tokens} need "
-                f"{needed} places with the last round's surplus; this engine's max_length is {self.max_length}"
+                f"a prompt of {len(request.prompt)} tokens and max_new_tokens={request.max_new_tokens} exceed this "
+                f"engine's max_length of {self.max_length}"
             )
         lowest, highest = min(request.prompt), max(request.prompt)
         if lowest < 0 or highest >= self._weights.vocab_size:
@@ -280,86 +248,20 @@ class Engine:
 
     def _admit(self) -> None:
         """Give waiting requests a row."""
-        while self._waiting and len(self._rows) < self._state.rows:
+        while self._waiting and not self._table.is_full:
             handle = self._waiting.popleft()
-            request = handle.request
-            session = request.session or self.session()
+            session = handle.request.session or self.session()
             session.busy = True
-            row = self._take_row(session)
-            length = session.common(request.prompt, request.embeds)
-            # The last token of a prompt is always computed: the reply begins with its output.
-            session.cut(min(length, len(request.prompt) - 1), self._weights.num_heads)
-            sampling = request.sampling
-            running = Running(
-                handle,
-                session,
-                tokens=list(request.prompt),
-                seen=session.seen,
-                seen_heads=list(session.seen_heads),
-                rounds=segments(Schedule.parse(request.schedule), self._weights.num_heads, BURST),
-                draft_length=DraftLength(self._weights.num_heads, self._draft_cost())
-                if request.lossless
-                else None,
-                generator=_generator(sampling.seed) if sampling.do_sample else None,
-            )
-            handle.stats.prompt_tokens, handle.stats.cached_tokens = len(running.tokens), running.seen
-            self._state.tokens[row, : len(running.tokens)] = torch.tensor(running.tokens)
-            self._state.set(row, len(running.tokens), running.seen, running.seen_heads)
-            self._rules.set(row, sampling)
-            self._modes.set(row, request)
-            if request.sampling.repetition_penalty != 1:
-                if self._used is None:
-                    shape = (self._state.rows, self._weights.vocab_size)
-                    self._used = torch.zeros(shape, dtype=torch.bool, device=self._weights.device)
-                self._used[row] = False
-                self._used[row, self._state.tokens[row, : len(running.tokens)]] = True
-            if request.lossless and sampling.do_sample and self._draft_probabilities is None:
-                shape3 = (self._state.rows, self._weights.num_heads, self._weights.vocab_size)
-                self._draft_probabilities = torch.zeros(shape3, device=self._weights.device)
-            if request.audio_rows == "auto":
-                if self._checks is None:
-                    self._checks = Checks.of(self._weights, self._state.rows)
-                self._checks.tokens[row] = -1
-                self._checks.disagreements[row] = 0
-            self._rows.append(running)
+            self._table.start(handle, session)
 
-    def _take_row(self, session: Session) -> int:
-        """Bring a session's caches, or empty ones, to the first row that is not in use."""
-        row = len(self._rows)
-        if session.row is None:
-            if (holder := self._idle[row]) is not None:
-                free = [i for i in range(row + 1, self._state.rows) if self._idle[i] is None]
-                if free:
-                    self._move(holder, row, free[0])
-                else:
-                    oldest = min(
-                        (idle for idle in self._idle if idle is not None), key=lambda idle: idle.used_at
-                    )
-                    place = oldest.row
-                    oldest.forget()
-                    assert place is not None
-                    self._idle[place] = None
-                    if place != row:
-                        self._move(holder, row, place)
-        elif session.row != row:
-            other = self._idle[row]
-            length = max(len(session.tokens), 0 if other is None else len(other.tokens))
-            self._state.swap(session.row, row, length + 1)
-            self._idle[session.row] = other
-            if other is not None:
-                other.row = session.row
-        self._idle[row] = None
-        session.row = row
-        return row
+    def _end(self, running: Running, reason: Reason) -> None:
+        self._table.end(running)
+        self._finish_handle(running.handle, reason)
 
-    def _move(self, session: Session, source: int, target: int) -> None:
-        self._state.swap(source, target, len(session.tokens) + 1)
-        self._idle[source], self._idle[target] = None, session
-        session.row = target
-
+    @torch.inference_mode()
     def _end_unwanted(self) -> None:
         now = time.perf_counter()
-        for running in list(self._rows):
+        for running in list(self._table.running):
             timeout = running.request.timeout
             if running.handle.cancelling:
                 self._end(running, "cancelled")
@@ -373,220 +275,7 @@ class Engine:
                     handle.request.session.busy = False
                 self._finish_handle(handle, "deadline")
 
-    def _end(self, running: Running, reason: Reason) -> None:
-        """Free a row; what a session may need again stays in it."""
-        row, last = self._rows.index(running), len(self._rows) - 1
-        if self._checks is not None and running.request.audio_rows == "auto":
-            running.handle.stats.disagreements = int(self._checks.disagreements[row])
-        session = running.session
-        session.tokens, session.embeds = running.tokens, running.request.embeds
-        session.seen, session.seen_heads = running.seen, running.seen_heads
-        session.busy = False
-        if row != last:
-            moved = self._rows[last]
-            length = max(len(moved.tokens) + moved.drafts, len(running.tokens))
-            self._state.swap(row, last, length + 1)
-            for tensor in self._row_tensors():
-                tensor[[row, last]] = tensor[[last, row]]
-            self._rows[row] = moved
-            moved.session.row = row
-        self._rows.pop()
-        keep = running.request.session is session and not session.closed
-        session.used_at = time.perf_counter()
-        if keep:
-            session.row = last
-            self._idle[last] = session
-        else:
-            session.forget()
-        self._finish_handle(running.handle, reason)
-
-    def _row_tensors(self) -> list[Tensor]:
-        """What belongs to requests, by row, besides the state."""
-        tensors = [*self._rules.tensors(), *self._modes.tensors()]
-        tensors += [each for each in (self._used, self._draft_probabilities) if each is not None]
-        if self._checks is not None:
-            tensors += [self._checks.hidden, self._checks.tokens, self._checks.disagreements]
-        return tensors
-
     def _finish_handle(self, handle: Handle, reason: Reason) -> None:
         handle.stats.seconds = time.perf_counter() - handle.submitted
         handle.push(Finished(reason, handle.stats))
         self._work.notify_all()
-
-    # -- rounds -----------------------------------------------------------------------------------------------
-
-    def _compute_prompt(self, row: int, chunk: int) -> None:
-        """Compute the next chunk of a prompt, but not its end; heads follow where they know what they read."""
-        running = self._rows[row]
-        first = running.seen
-        last = min(first + chunk, len(running.tokens) - 1)
-        embeds = running.request.embeds
-        part = None if embeds is None else embeds[first:last].to(self._weights.embedding)
-        heads = self._heads_in_use(running)
-        prompt_pass(self._weights, self._state, row, first, last, part)
-        running.seen = last
-        self._catch_up(row, heads, last)
-
-    def _heads_in_use(self, running: Running) -> int:
-        if running.request.lossless:
-            return self._weights.num_heads
-        return min(Schedule.parse(running.request.schedule).longest_head_run, self._weights.num_heads)
-
-    def _catch_up(self, row: int, heads: int, seen: int) -> None:
-        """Run heads over positions that they lag behind, up to where all tokens that they read are verified."""
-        running = self._rows[row]
-        last = min(seen, len(running.tokens) - self._weights.num_heads)
-        if not heads or last <= running.seen_heads[heads - 1]:
-            return
-        chunk = self._scheduler.chunk(self._rows)
-        for first in range(running.seen_heads[heads - 1], last, chunk):
-            heads_pass(self._weights, self._state, row, heads, first, min(first + chunk, last))
-        running.seen_heads[:heads] = [last] * heads
-
-    def _run_round(self, first: int, last: int) -> None:
-        """Run a round of the rows ``first`` … ``last`` - 1, but for those whose prompt is not computed yet."""
-        alone = last - first == 1
-        members = [(row, self._rows[row]) for row in range(first, last) if alone or self._rows[row].started]
-        for row, running in members:
-            running.step = self._next_step(running)
-            heads = running.step[1]
-            if heads and running.seen - running.seen_heads[heads - 1] > LARGEST_LAG:
-                self._catch_up(row, heads, running.seen)
-        plan = self._plan(first, last, members)
-        state, rows = self._state, plan.rows
-        steps = [[0, 0] for _ in range(first, last)]
-        for row, running in members:
-            steps[row - first] = list(running.step)
-        counts = torch.tensor(steps, device=self._weights.device)
-        state.backbone_steps[rows], state.head_steps[rows] = counts[:, 0], counts[:, 1]
-        self._draw(first, last)
-        turn = Round(
-            self._weights,
-            state,
-            plan,
-            self._rules.of_rows(rows),
-            self._modes.of_rows(rows),
-            used=self._used[rows] if self._used is not None and plan.drawing.penalty else None,
-            draft_probabilities=self._draft_probabilities[rows]
-            if self._draft_probabilities is not None and plan.lossless and not plan.drawing.plain
-            else None,
-            checks=self._checks.of_rows(rows) if self._checks is not None and plan.check else None,
-            prompt=self._prompt_end(members[0][1]) if alone and not members[0][1].started else None,
-        )
-        self._graphs.run(self._shapes.key("read", plan), turn.read)
-        self._graphs.run(self._shapes.key("go_on", plan), turn.go_on)
-        self._collect(first, last, members)
-
-    def _next_step(self, running: Running) -> tuple[int, int]:
-        if running.draft_length is None:
-            return next(running.rounds)
-        return 1, running.draft_length.best()
-
-    def _plan(self, first: int, last: int, members: Sequence[tuple[int, Running]]) -> Plan:
-        ends, widths, head_widths = [], [], []
-        for _, running in members:
-            known = len(running.tokens) + running.drafts
-            passes, heads = running.step
-            seen = known + passes - 1  # at the end of the backbone's passes, if all drafts are accepted
-            ends.append(seen)
-            widths.append(known - running.seen)
-            if heads:
-                head_widths.append(seen - running.seen_heads[heads - 1])
-        requests = [running.request for _, running in members]
-        lossless = any(request.lossless for request in requests)
-        return Plan(
-            first,
-            last,
-            width=self._shapes.width(max(widths)),
-            head_width=self._shapes.head_width(max(head_widths, default=0)),
-            length=self._shapes.length(max(ends)),
-            backbone_steps=max(running.step[0] for _, running in members),
-            head_steps=max(running.step[1] for _, running in members),
-            together=len(members) == last - first and len({running.step for _, running in members}) == 1,
-            exact=last - first == 1 and not lossless and self._shapes.exact,
-            lossless=lossless,
-            heads_speak=all(request.audio_rows == "on" for request in requests),
-            speech=any(request.audio_rows != "off" for request in requests),
-            check=any(request.audio_rows == "auto" and not request.lossless for request in requests),
-            drawing=Drawing.of([request.sampling for request in requests]),
-        )
-
-    def _prompt_end(self, running: Running) -> Tensor | None:
-        """Inputs of the last chunk of a prompt, (width, d), if they are not plain embeddings."""
-        embeds = running.request.embeds
-        return None if embeds is None else embeds[running.seen :].to(self._weights.embedding)
-
-    def _draw(self, first: int, last: int) -> None:
-        """Each row's own random numbers for one round."""
-        uniforms = self._state.uniforms
-        for row in range(first, last):
-            if (generator := self._rows[row].generator) is not None:
-                uniforms[row] = torch.rand(uniforms.shape[1], generator=generator, dtype=torch.float64)
-
-    def _collect(self, first: int, last: int, members: Sequence[tuple[int, Running]]) -> None:
-        """Fetch a round's tokens from the device and hand them out."""
-        state, device = self._state, self._weights.device
-        rows = slice(first, last)
-        starts = [len(running.tokens) for running in self._rows[first:last]]
-        made = [max(sum(running.step), running.drafts + 1) for _, running in members]
-        columns = torch.tensor(starts, device=device)[:, None] + torch.arange(max(made), device=device)
-        columns.clamp_(max=state.tokens.shape[1] - 1)
-        new = torch.cat(
-            [(state.known[rows] - state.drafts[rows])[:, None], state.tokens[rows].gather(1, columns)], dim=1
-        )
-        fetched = new.tolist()
-        ended: list[tuple[Running, Reason]] = []
-        for row, running in members:
-            known, *ids = fetched[row - first]
-            start, (passes, heads) = starts[row - first], running.step
-            ids = ids[: known - start]
-            lossless = running.request.lossless
-            # The backbone has not seen its own last token, nor what heads made of it.
-            running.seen = known - 1 if lossless else start + passes - 1
-            verified = max(running.seen - self._weights.num_heads, 0) if lossless else running.seen
-            running.seen_heads[:heads] = [verified] * heads
-            accepted = len(ids) - 1 if lossless else None
-            if running.draft_length is not None:
-                running.draft_length.update(running.drafts, len(ids) - 1)
-                running.handle.stats.drafts += running.drafts
-                running.handle.stats.accepted += len(ids) - 1
-                running.drafts = heads
-            if not running.started:
-                running.started = True
-            reason = self._take(running, ids, accepted)
-            if reason is not None:
-                ended.append((running, reason))
-        for running, reason in ended:
-            self._end(running, reason)
-
-    def _take(self, running: Running, ids: list[int], accepted: int | None) -> Reason | None:
-        """Add a round's tokens to a reply, up to where it ends. Returns why it ended, or None."""
-        request, stats = running.request, running.handle.stats
-        reason: Reason | None = None
-        left = request.max_new_tokens - stats.new_tokens
-        if len(ids) >= left:
-            ids, reason = ids[:left], "length"
-        stop = next((i for i, token in enumerate(ids) if token in request.stop_tokens), None)
-        if stop is not None:
-            ids, reason = ids[: stop + 1], "stop"
-        running.tokens += ids
-        stats.new_tokens += len(ids)
-        stats.rounds += 1
-        if stats.first_seconds is None:
-            stats.first_seconds = time.perf_counter() - running.handle.submitted
-        running.handle.push(Tokens(tuple(ids), accepted))
-        return reason
-
-    def _draft_cost(self) -> float:
-        """A draft's share of the backbone's pass, by the bytes that both read."""
-        weights = self._weights
-        return weights.head_bytes / weights.backbone_bytes
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator

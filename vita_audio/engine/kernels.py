@@ -1,4 +1,4 @@
-"""The two operations that take the time of a pass: matrix products with few rows, and attention over a cache.
+"""The operations of a pass. Two take its time: matrix products with few rows, and attention over a cache.
 
 A pass of decoding multiplies 1 to 30 rows with every weight, so it runs at the speed at which weights are read. On
 CPUs PyTorch's own product is far from that speed for few rows, oneDNN's with weights in its blocked layout is close
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 SMALLEST_PACKED = 1 << 18
 """Bytes of a float32 matrix from which oneDNN's product can be the faster one; below, its call costs more."""
@@ -85,3 +85,32 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
         (rows, kv_heads, queries, d_head).
     """
     return scaled_dot_product_attention(query, key, value, mask)
+
+
+def normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of (n, d) over the last dimension."""
+    return rms_norm(x, weight.shape, weight, eps)
+
+
+def rotate(
+    qkv: Tensor, cos: Tensor, sin: Tensor, rows: int, width: int, queries: int, kv: int
+) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of queries and keys, and the layouts of attention and cache.
+
+    Args:
+        qkv: (rows * width, queries + 2 kv, d_head).
+        cos, sin: of the same shape. Values have cos 1 and sin 0: one operation less than to take them apart first.
+
+    Returns:
+        Queries (rows, kv, groups * width, d_head); keys and values (rows * width * 2 kv, d_head).
+    """
+    size = qkv.shape[2]
+    turned = torch.addcmul(qkv * cos, qkv.roll(size // 2, -1), sin)
+    query = turned[:, :queries].reshape(rows, width, kv, queries // kv, size).permute(0, 2, 3, 1, 4)
+    return query.reshape(rows, kv, -1, size), turned[:, queries:].reshape(-1, size)
+
+
+def gate(gate_up: Tensor) -> Tensor:
+    """The gated activation of an MLP: (n, 2 m) -> (n, m)."""
+    gated, up = gate_up.chunk(2, dim=-1)
+    return silu(gated) * up

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -178,7 +178,7 @@ class Handle:
         """The next event that is ready, or None."""
         return self._events.popleft() if self._events else None
 
-    def __iter__(self) -> Iterator[Event]:
+    def __iter__(self) -> Generator[Event, None, None]:
         """Events as rounds end; the last one is :class:`Finished`. Leaving the iteration early cancels."""
         try:
             while True:

@@ -9,7 +9,7 @@ rows are inside speech and then reads the rows of speech only.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -207,15 +207,16 @@ class Round:
     draft_probabilities: Tensor | None = None
     checks: Checks | None = None
     prompt: Tensor | None = None
-    _draws: int = field(default=0, init=False)
 
     def read(self) -> None:
         """The first backbone pass and the token that it makes."""
-        plan, passes = self.plan, self.state.backbone_steps[self.plan.rows]
+        state, plan = self.state, self.plan
+        passes = state.backbone_steps[plan.rows]
+        state.starts[plan.rows] = state.known[plan.rows] - state.drafts[plan.rows]
         active = None if plan.together else passes > 0
         length = plan.length - (plan.backbone_steps - 1) if plan.exact else plan.length
         hidden = backbone_pass(
-            self.weights, self.state, plan.rows, active, plan.width, length, plan.exact, self.prompt
+            self.weights, state, plan.rows, active, plan.width, length, plan.exact, self.prompt
         )
         if plan.lossless:
             self._verify(hidden)
@@ -223,10 +224,9 @@ class Round:
             self._choose(hidden[:, -1], active, 0)
 
     def go_on(self) -> None:
-        """The other backbone passes and the heads. All results are in the state."""
+        """The other backbone passes, the heads, and the report."""
         plan, rows = self.plan, self.plan.rows
         passes, head_passes = self.state.backbone_steps[rows], self.state.head_steps[rows]
-        self._draws = self.weights.num_heads + 1 if plan.lossless else 1
         for step in range(1, plan.backbone_steps):
             active = None if plan.together else passes > step
             length = plan.length - (plan.backbone_steps - 1 - step) if plan.exact else plan.length
@@ -251,13 +251,18 @@ class Round:
                 count(permanent, tokens, (head_passes > index) & ~self.modes.lossless)
 
     def _settle(self, head_passes: Tensor) -> None:
-        """Move the lengths of the heads that ran, and note the drafts."""
+        """Move the lengths of the heads that ran, note the drafts, and report the tokens."""
         state, rows, lossless = self.state, self.plan.rows, self.modes.lossless
         # A lossless row's last positions were computed from drafts: with K heads, K positions.
         verified = (state.seen[rows] - self.weights.num_heads * lossless).clamp(min=0)
         ran = torch.arange(self.weights.num_heads, device=verified.device) < head_passes[:, None]
         state.seen_heads[rows] = torch.where(ran, verified[:, None], state.seen_heads[rows])
         state.drafts[rows] = head_passes * lossless
+        starts = state.starts[rows][:, None]
+        state.report[rows, 0] = state.known[rows] - state.drafts[rows]
+        state.report[rows, 1:] = state.tokens[rows].gather(
+            1, starts + state.columns[: state.report.shape[1] - 1]
+        )
 
     def _choose(self, hidden: Tensor, active: Tensor | None, step: int, by_head: bool = False) -> Tensor:
         """Choose a token for each row from its hidden state, (rows, d); append it to the active rows (None: all)."""
@@ -280,8 +285,8 @@ class Round:
             tokens = logits.argmax(dim=1) + first_id
         else:
             probabilities = distribution(logits, self.rules, self.plan.drawing, self.used, first_id)
-            draw = self._draws if by_head or step else 0
-            self._draws = draw + 1
+            # Each pass has its column, after those of the drafts: company changes no row's draws.
+            draw = weights.num_heads + (BURST + step if by_head else step)
             tokens = pick(probabilities, self.state.uniforms[self.plan.rows, draw]) + first_id
             if by_head and self.draft_probabilities is not None:
                 drafted = self.draft_probabilities[:, step]
@@ -312,18 +317,23 @@ class Round:
         places = (plan.width - 1 - drafts[:, None] + columns).clamp(max=plan.width - 1)
         wanted = hidden.gather(1, places[:, :, None].expand(-1, -1, weights.d))
         logits = project(weights, wanted.flatten(0, 1), None, False).unflatten(0, (len(drafts), -1))
+        if (restricted := self._restricted(by_head=False)) is not None:  # of rows without drafts
+            logits[:, 0] = only_speech(weights, logits[:, 0], restricted & ~self.modes.lossless)
         if plan.drawing.plain:
             accepted, following = accept_greedy(ids, drafts, logits.argmax(dim=2))
         else:
             p = torch.stack([self._target(logits[:, i], ids[:, :i]) for i in range(num_heads + 1)], dim=1)
             q = torch.zeros_like(p[:, 1:]) if self.draft_probabilities is None else self.draft_probabilities
             accepted, following = accept_sampled(ids, drafts, p, q, state.uniforms[rows, : num_heads + 1])
-        state.known[rows] = state.seen[rows] = confirmed + accepted
-        emit(state, rows, state.backbone_steps[rows] > 0, following)
+        active = state.backbone_steps[rows] > 0
+        known = confirmed + accepted
+        state.known[rows] = torch.where(active, known, state.known[rows])
+        state.seen[rows] = torch.where(active, known, state.seen[rows])
+        emit(state, rows, active, following)
         if self.used is not None:
             for i in range(num_heads):
-                count(self.used, ids[:, i], accepted > i)
-            count(self.used, following, state.backbone_steps[rows] > 0)
+                count(self.used, ids[:, i], active & (accepted > i))
+            count(self.used, following, active)
 
     def _target(self, logits: Tensor, drafts: Tensor) -> Tensor:
         """The backbone's distribution (rows, vocabulary) after these drafts, (rows, n)."""

@@ -1,8 +1,8 @@
 """Who runs next. No torch: numbers in, a decision out.
 
 A request passes through three stages: it waits for a row, its prompt is computed in chunks up to the last one, and
-then it takes part in rounds. Its first round, which includes the last chunk of its prompt, runs alone, so the others
-wait for a bounded piece of work and the first chunk of speech never waits for company.
+then it takes part in rounds. Its first round, which includes the last chunk of its prompt, runs without those that have
+started, so they wait for a bounded piece of work and the first chunk of speech never waits for theirs.
 """
 
 from __future__ import annotations
@@ -24,19 +24,23 @@ class Row(Protocol):
     def unseen(self) -> int:
         """Tokens that the backbone has not computed."""
 
+    @property
+    def joins(self) -> bool:
+        """Whether its first round can run together with others'."""
+
 
 @dataclass(frozen=True)
 class Turn:
-    """What to run.
+    """What to run for the rows ``first`` … ``last`` - 1.
 
     Attributes:
-        kind: ``prompt``: a chunk of one row's prompt, ``first``: one row's first round, ``round``: a round of all
-            rows that have started.
-        row: index of the row, for the first two.
+        kind: ``prompt``: a chunk of one row's prompt, ``first``: the first round of rows that have not started,
+            ``round``: a round of all rows that have.
     """
 
     kind: Literal["prompt", "first", "round"]
-    row: int = -1
+    first: int
+    last: int
 
 
 class Scheduler:
@@ -61,9 +65,27 @@ class Scheduler:
         if waiting and not (started and self._prompt_ran_last):
             self._prompt_ran_last = True
             index = min(waiting, key=lambda each: (rows[each].unseen, each))  # the soonest to speak
-            return Turn("prompt" if rows[index].unseen > self.chunk(rows) else "first", index)
+            if rows[index].unseen > self.chunk(rows):
+                return Turn("prompt", index, index + 1)
+            return Turn("first", *self._together(rows, index))
         self._prompt_ran_last = False
-        return Turn("round") if started else None
+        return Turn("round", 0, len(rows)) if started else None
+
+    def _together(self, rows: Sequence[Row], index: int) -> tuple[int, int]:
+        """The neighbours whose first round fits into the same chunk."""
+        first, last, left = index, index + 1, self.chunk(rows) - rows[index].unseen
+
+        def fits(row: Row) -> bool:
+            return not row.started and row.joins and row.unseen <= left
+
+        if rows[index].joins:
+            while last < len(rows) and fits(rows[last]):
+                left -= rows[last].unseen
+                last += 1
+            while first > 0 and fits(rows[first - 1]):
+                first -= 1
+                left -= rows[first].unseen
+        return first, last
 
 
 def segments(schedule: Schedule, num_heads: int, burst: int) -> Iterator[tuple[int, int]]:

@@ -72,16 +72,19 @@ class DraftLength:
     HOPE = 0.9
     """Assumed chance of a draft that was not tried lately, so that longer drafts are tried again."""
     PACE = 0.1
+    """Weight of the newest outcome, once there are several."""
 
     def __init__(self, most: int, cost: float):
         self._chances = [self.HOPE] * most
+        self._outcomes = [0] * most
         self._cost = cost
 
     def update(self, drafted: int, accepted: int) -> None:
         """Learn from a round that drafted and accepted so many tokens."""
         for i in range(len(self._chances)):
             if i < min(accepted + 1, drafted):
-                outcome, pace = float(i < accepted), self.PACE
+                self._outcomes[i] += 1
+                outcome, pace = float(i < accepted), max(self.PACE, 1 / (self._outcomes[i] + 1))
             else:
                 outcome, pace = self.HOPE, self.PACE / 10
             self._chances[i] += pace * (outcome - self._chances[i])

@@ -20,7 +20,7 @@ from vita_audio.engine.weights import Weights
 
 
 class State:
-    """Caches of every layer and head, the tokens, and the lengths of ``rows`` rows.
+    """Caches of every layer and head, the tokens, and the lengths of ``rows`` rows; a round makes ``most`` tokens.
 
     Attributes:
         caches: for each layer, then each head, (2, rows, kv, length + 1, d_head): keys, then values. What a pass
@@ -32,9 +32,11 @@ class State:
         seen_heads: (rows, heads) positions that each head has computed; falling from head to head.
         backbone_steps, head_steps: (rows,) passes that a row takes part in this round.
         uniforms: (rows, draws) numbers in [0, 1) for this round.
+        starts: (rows,) verified tokens at the start of the round. report: (rows, 1 + most): verified tokens at its
+            end, and the ids from the start on.
     """
 
-    def __init__(self, weights: Weights, rows: int, length: int, draws: int):
+    def __init__(self, weights: Weights, rows: int, length: int, most: int):
         device, dtype = weights.device, weights.dtype
         self.rows, self.length = rows, length
         self.caches = [
@@ -50,7 +52,9 @@ class State:
         self.drafts = torch.zeros_like(self.known)
         self.backbone_steps = torch.zeros_like(self.known)
         self.head_steps = torch.zeros_like(self.known)
-        self.uniforms = torch.zeros(rows, draws, dtype=torch.float64, device=device)
+        self.starts = torch.zeros_like(self.known)
+        self.report = torch.zeros(rows, 1 + most, dtype=torch.long, device=device)
+        self.uniforms = torch.zeros(rows, most + weights.num_heads, dtype=torch.float64, device=device)
         self.cos, self.sin = weights.rotary(length + 1)
         # Constants of windows, made once.
         self.columns = torch.arange(length, device=device)

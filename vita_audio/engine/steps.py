@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, silu
+from torch.nn.functional import embedding
 
-from vita_audio.engine.kernels import attend
+from vita_audio.engine.kernels import attend, gate, rotate
 from vita_audio.engine.state import State, Window, window_of
 from vita_audio.engine.weights import Layer, Weights
 
@@ -27,22 +27,18 @@ def run_layer(weights: Weights, layer: Layer, cache: Tensor, x: Tensor, window: 
     """
     rows, width = window.positions.shape
     queries, kv, size, length = weights.queries, weights.kv, weights.head_size, window.length
-    groups = queries // kv
     qkv = layer.qkv(layer.input_norm(x)).view(-1, queries + 2 * kv, size)
-    # Values have cos 1 and sin 0: one operation less than to take them apart first.
-    qkv = torch.addcmul(qkv * window.cos, qkv.roll(size // 2, -1), window.sin)
-    cache.view(-1, size).index_copy_(0, window.cache_places, qkv[:, queries:].reshape(-1, size))
-    query = qkv[:, :queries].view(rows, width, kv, groups, size).permute(0, 2, 3, 1, 4)
+    query, keys_values = rotate(qkv, window.cos, window.sin, rows, width, queries, kv)
+    cache.view(-1, size).index_copy_(0, window.cache_places, keys_values)
     heard = attend(
-        query.reshape(rows, kv, groups * width, size),
+        query,
         cache[0, window.rows, :, :length],
         cache[1, window.rows, :, :length],
         window.masks[layer.window],
     )
-    heard = heard.view(rows, kv, groups, width, size).permute(0, 3, 1, 2, 4).reshape(-1, queries * size)
-    x = layer.out(heard, add=x)
-    gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, dim=-1)
-    return layer.down(silu(gate).mul_(up), add=x)
+    heard = heard.view(rows, kv, queries // kv, width, size).permute(0, 3, 1, 2, 4)
+    x = layer.out(heard.reshape(-1, queries * size), add=x)
+    return layer.down(gate(layer.gate_up(layer.mlp_norm(x))), add=x)
 
 
 def run_backbone(weights: Weights, state: State, x: Tensor, window: Window) -> Tensor:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
 
-from vita_audio.engine.kernels import Product
+from vita_audio.engine.kernels import Product, normalize
 
 if TYPE_CHECKING:
     from vita_audio.models import Qwen2MTPForCausalLM
@@ -26,7 +25,7 @@ class Norm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return normalize(x, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,8 @@ class Weights:
         self.queries = config.num_attention_heads
         self.kv = config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or self.d // self.queries
-        self.embedding: Tensor = model.get_input_embeddings().weight.detach()
+        embeddings: Any = model.get_input_embeddings()
+        self.embedding: Tensor = embeddings.weight.detach()
         self.vocab_size = len(self.embedding)
         self.norm = _norm(model.model.norm)
         layers: Any = model.model.layers
@@ -144,6 +144,11 @@ class Weights:
         projection = self.lm_head if self.audio_head is None else self.audio_head
         return head.proj.num_bytes + head.layer.num_bytes + projection.num_bytes
 
+    @property
+    def draft_cost(self) -> float:
+        """A draft's share of the backbone's pass, by the bytes that both read."""
+        return self.head_bytes / self.backbone_bytes
+
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin, (length, d_head) each, of positions 0 … length - 1.
 
@@ -171,3 +176,17 @@ def _layer(module: Any, config: Any, layer_type: str) -> Layer:
         down=Product([mlp.down_proj.weight]),
         window=config.sliding_window if layer_type == "sliding_attention" else None,
     )
+
+
+def can_run(model: Qwen2MTPForCausalLM) -> bool:
+    """Whether the engine supports a model."""
+    parameters: Any = model.config.rope_parameters
+    return parameters.get("rope_type", "default") in STATIC_ROPE
+
+
+def row_bytes(model: Qwen2MTPForCausalLM, length: int) -> int:
+    """Bytes of the caches of one row of ``length`` tokens."""
+    config: Any = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * size + config.hidden_size
+    return length * per_token * torch.empty((), dtype=model.dtype).element_size()

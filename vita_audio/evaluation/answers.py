@@ -56,8 +56,8 @@ def answer_words(text: str) -> list[str]:
     """The tokens of the strict rule: lower-case words without punctuation, numbers as digits.
 
     "One hundred and twenty", "120" and "一百二十" are all ``["120"]``; "北京" is two words. "Twenty-first" is "21st"
-    and holds neither "20" nor "21"; "-5" is "minus five"; "50%" is "fifty percent". Signs that nobody sees, such as
-    zero-width spaces, and vowel marks of Arabic and Hebrew do not count.
+    and holds neither "20" nor "21"; "-5" is "minus five"; "50%" is "fifty percent". Invisible
+    characters, such as zero-width spaces, and vowel marks of Arabic and Hebrew are ignored.
     """
     text = nfc(text.translate(_HALF_WIDTH)).casefold().replace("’", "'").replace("i\u0307", "i")
     text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")

@@ -37,11 +37,11 @@ _DECODING = Column("decoding", "decoding", "")
 _WIDTH = 80
 
 LEGEND = (
-    "ASR: the model's text. TTS: what the recogniser hears in the model's speech; the codec floor is what it "
-    "hears in the reference recordings after encoding and decoding, natural in the recordings themselves. "
-    "Replies without speech count as wholly wrong. QA: the answer occurs in the text (S→T, T→T) or is heard in "
-    "the speech (S→S, T→S), as the published rule counts, and by whole words. Speed: one reply at a time after "
-    "a warm-up; first chunk: from the finished prompt to the codes of the first audio chunk; first sound: from "
+    "ASR: the model's text. TTS: the recogniser's transcript of the model's speech; codec floor: of the reference "
+    "recordings after encoding and decoding; natural: of the recordings themselves. Replies without speech count "
+    "as wholly wrong. QA: the answer occurs in the text (S→T, T→T) or in the transcript of the speech (S→S, T→S), "
+    "by the published rule and by whole words. Speed: one reply at a time after a warm-up; "
+    "first chunk: from the finished prompt to the codes of the first audio chunk; first sound: from "
     "the question to the first samples."
 )
 

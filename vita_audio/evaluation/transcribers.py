@@ -186,7 +186,7 @@ _SETTINGS = "every clip afresh"
 def _find_weights(model: str) -> Path:
     """The folder of a model that is given as a folder or as the hub name of a cached model."""
     if (Path(model) / "config.json").is_file():
-        return Path(model)
+        return _with_weights(Path(model))
     # A name on the hub has two parts; others the hub library refuses to look up.
     is_name = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model, re.ASCII) is not None
     try:
@@ -198,7 +198,13 @@ def _find_weights(model: str) -> Path:
             f"{model}: not a folder with Whisper's config.json, and not in the local cache; download it with "
             f"'hf download {WHISPER}' or give --transcriber_path a folder"
         )
-    return Path(cached).parent
+    return _with_weights(Path(cached).parent)
+
+
+def _with_weights(folder: Path) -> Path:
+    if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+        raise ValueError(f"{folder}: holds Whisper's config.json but no weights; copy the complete folder")
+    return folder
 
 
 class TranscriberPool:

@@ -10,17 +10,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vita_audio.chat import Conversation, prompts
-from vita_audio.inference.backend import (
-    AudioChunk,
-    Backend,
-    Event,
-    ReferenceBackend,
-    Reply,
-    Request,
-    TextDelta,
-    Timings,
-    collect,
-)
+from vita_audio.inference.backend import Backend, ReferenceBackend, collect
+from vita_audio.inference.engine_backend import EngineBackend
 from vita_audio.inference.options import (
     AUTO_SYSTEM,
     CodecOptions,
@@ -29,6 +20,8 @@ from vita_audio.inference.options import (
     default_system,
 )
 from vita_audio.inference.pipeline import SpeechPipeline
+from vita_audio.inference.replies import AudioChunk, Event, Reply, Request, TextDelta, Timings
+from vita_audio.inference.session import ChatSession
 from vita_audio.lazy import LazyClass, when_imported
 from vita_audio.models import (
     SCHEDULES,
@@ -46,8 +39,10 @@ __all__ = [
     "SCHEDULES",
     "AudioChunk",
     "Backend",
+    "ChatSession",
     "CodecOptions",
     "Conversation",
+    "EngineBackend",
     "Event",
     "GenerationOptions",
     "ReferenceBackend",

@@ -5,7 +5,8 @@ is its collected stream (:func:`collect`). The model emits one row of ids in whi
 :class:`~vita_audio.chat.reply.ReplyParser` separates them. In Boost and Turbo the prefill round produces the first
 chunk of speech.
 
-:class:`ReferenceBackend` runs the decoding loop of ``model.generate``.
+:class:`ReferenceBackend` runs the decoding loop of ``model.generate``,
+:class:`~vita_audio.inference.engine_backend.EngineBackend` the engine.
 """
 
 from __future__ import annotations
@@ -14,122 +15,30 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vita_audio.audio import AudioStream, AudioTokenizer
-from vita_audio.chat import ChatTokens, Example, ReplyParser
-from vita_audio.inference.options import CHECKPOINT_OPTIONS, GenerationOptions
+from vita_audio.audio import AudioTokenizer
+from vita_audio.chat import ChatTokens, Example
+from vita_audio.inference.options import GenerationOptions
+from vita_audio.inference.replies import Event, Reply, ReplyAssembly, Request
+from vita_audio.models.configuration import num_positions
 
 if TYPE_CHECKING:
+    from transformers.configuration_utils import PreTrainedConfig
+
     from vita_audio.models import Qwen2MTPForCausalLM
-
-Sound = Literal["streamed", "whole", "none"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt to be answered.
-
-    Attributes:
-        prompt: token ids, and features with their positions for continuous input.
-        options: how the reply is generated.
-        sound: decode speech during generation, in one piece at the end, or not at all.
-        asked: ``time.perf_counter()`` when the question was asked; None: when the stream starts.
-    """
-
-    prompt: Example
-    options: GenerationOptions = CHECKPOINT_OPTIONS
-    sound: Sound = "streamed"
-    asked: float | None = None
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    """The next piece of text; ``seconds`` since the question was asked."""
-
-    text: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class AudioChunk:
-    """The next piece of speech.
-
-    Attributes:
-        samples: (samples,) float32; empty while the decoder holds back its first codes, and always
-            empty if speech is not decoded during generation.
-        codes: the codes this chunk was decoded from.
-        seconds: since the question was asked, including decoding.
-    """
-
-    samples: Tensor
-    codes: tuple[int, ...]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds since the question was asked; None for events that did not happen.
-
-    Attributes:
-        prompt: the prompt was ready, its audio encoded.
-        first_token: the first token left the model.
-        first_chunk: the codes of the first audio chunk were complete.
-        first_sound: the first samples left the decoder.
-        generated: the last token left the model.
-        total: the reply was complete.
-        new_tokens: tokens generated, including markers and the stop token.
-    """
-
-    prompt: float
-    first_token: float | None
-    first_chunk: float | None
-    first_sound: float | None
-    generated: float
-    total: float
-    new_tokens: int
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Speed of generation, from the finished prompt to the last token."""
-        return self.new_tokens / max(self.generated - self.prompt, 1e-9)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The model's answer; the last event of a stream.
-
-    Attributes:
-        text: without special tokens.
-        codes: the speech, in ``[0, codebook_size)``.
-        waveform: (samples,) float32; None if there are no codes or decoding was not requested.
-        sample_rate: sample rate of ``waveform``, in Hz.
-        token_ids: as generated, without the token that ended the reply.
-        timings: the time of each step.
-        options: how the reply was generated, fully resolved.
-        system: the system message of the prompt; None if it had none.
-    """
-
-    text: str
-    codes: list[int]
-    waveform: Tensor | None
-    sample_rate: int
-    token_ids: list[int]
-    timings: Timings
-    options: GenerationOptions
-    system: str | None = None
-
-
-Event = TextDelta | AudioChunk | Reply
 
 
 class Backend(ABC):
     """Generates replies."""
+
+    @abstractmethod
+    def tokens(self, request: Request) -> Generator[int, None, None]:
+        """Ids of one reply as they are generated, including the stop token. Closing ends generation at once."""
 
     @abstractmethod
     def stream_many(self, requests: Sequence[Request]) -> Generator[tuple[int, Event], None, None]:
@@ -138,7 +47,7 @@ class Backend(ABC):
         The last event of each reply is a :class:`Reply`. Closing the iterator ends generation at once.
 
         Raises:
-            ValueError: the options of a request are not supported.
+            ValueError: the options of a request are not supported, or prompt and reply exceed the model's positions.
         """
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
@@ -175,7 +84,7 @@ class ReferenceBackend(Backend):
             return
         options = self._shared_options(requests)
         rows = [
-            _Row(request, replace(options, seed=request.options.seed), self._tokenizer, self._codec)
+            ReplyAssembly(request, replace(options, seed=request.options.seed), self._tokenizer, self._codec)
             for request in requests
         ]
         with closing(self._steps(requests, options)) as steps:
@@ -196,7 +105,7 @@ class ReferenceBackend(Backend):
                     yield index, event
 
     def tokens(self, request: Request) -> Generator[int, None, None]:
-        """Ids of one reply as they are generated, including the stop token. Closing ends generation at once."""
+        """See :meth:`Backend.tokens`."""
         options = self._shared_options([request])
         with closing(self._steps([request], options)) as steps:
             for (token,) in steps:
@@ -215,7 +124,10 @@ class ReferenceBackend(Backend):
         }
         if len(resolved) != 1:
             raise ValueError(f"requests of one batch must share their options, got {', '.join(resolved)}")
-        return next(iter(resolved.values()))
+        options = next(iter(resolved.values()))
+        if options.lossless or options.audio_rows != "off":
+            raise ValueError("lossless and audio_rows need the engine; open the pipeline with engine=True")
+        return options
 
     # A decorated generator is in inference mode only while it runs, not while it waits for its caller.
     @torch.inference_mode()
@@ -223,6 +135,8 @@ class ReferenceBackend(Backend):
         self, requests: Sequence[Request], options: GenerationOptions
     ) -> Generator[list[int], None, None]:
         """The token of each row, step by step."""
+        for request in requests:
+            check_length(self._model.config, len(request.prompt.input_ids), options.max_new_tokens)
         seeds = [request.options.seed for request in requests]
         generators = None
         if options.do_sample and any(seed is not None for seed in seeds):
@@ -242,110 +156,22 @@ class ReferenceBackend(Backend):
         return None if seed is None else torch.Generator(self._model.device).manual_seed(seed)
 
 
-class _Row:
-    """One reply during generation."""
+def check_length(config: PreTrainedConfig, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Refuse a prompt and a reply that exceed the model's positions together.
 
-    def __init__(
-        self,
-        request: Request,
-        options: GenerationOptions,
-        tokenizer: PreTrainedTokenizerBase,
-        codec: AudioTokenizer,
-    ) -> None:
-        ready = time.perf_counter()
-        self.ended = False
-        self._request = request
-        self._options = options
-        self._codec = codec
-        self._parser = ReplyParser(tokenizer)
-        self._sound: AudioStream | None = codec.stream() if request.sound == "streamed" else None
-        self._asked = ready if request.asked is None else request.asked
-        self._prompt_seconds = ready - self._asked
-        self._record = _Record()
-
-    def push(self, token: int, now: float, ends: bool) -> Iterator[Event]:
-        """Add one token, generated at ``now``. Returns the events that it completes."""
-        seconds = now - self._asked
-        self._record.times.append(seconds)
-        if ends:
-            return
-        self._record.ids.append(token)
-        piece = self._parser.push(token)
-        if isinstance(piece, str):
-            yield self._text(piece, seconds)
-        elif piece:
-            yield self._speech(piece, seconds)
-
-    def end(self) -> Iterator[Event]:
-        """The remaining events, ending with the reply."""
-        self.ended = True
-        record = self._record
-        seconds = time.perf_counter() - self._asked
-        text, codes = self._parser.flush()
-        if text:
-            yield self._text(text, seconds)
-        if codes or (self._sound is not None and record.codes):
-            yield self._speech(codes, seconds, last=True)
-        yield self._reply()
-
-    def _text(self, text: str, seconds: float) -> TextDelta:
-        self._record.text += text
-        return TextDelta(text, seconds)
-
-    def _speech(self, codes: tuple[int, ...], seconds: float, last: bool = False) -> AudioChunk:
-        record = self._record
-        if record.first_chunk is None:
-            record.first_chunk = seconds
-        record.codes += codes
-        samples = torch.empty(0) if self._sound is None else self._sound.push(codes, last=last)
-        return AudioChunk(samples, codes, self._hear(samples))
-
-    def _hear(self, samples: Tensor) -> float:
-        """Record decoded samples. Returns the seconds since the question was asked."""
-        seconds = time.perf_counter() - self._asked
-        self._record.samples.append(samples)
-        if len(samples) and self._record.first_sound is None:
-            self._record.first_sound = seconds
-        return seconds
-
-    def _reply(self) -> Reply:
-        record = self._record
-        waveform = None
-        if record.codes and self._request.sound == "whole":
-            waveform = self._codec.decode(record.codes)
-            self._hear(waveform)
-        elif record.codes and self._sound is not None:
-            waveform = torch.cat(record.samples)
-        return Reply(
-            text=record.text,
-            codes=record.codes,
-            waveform=waveform,
-            sample_rate=self._codec.sample_rate,
-            token_ids=record.ids,
-            timings=Timings(
-                prompt=self._prompt_seconds,
-                first_token=record.times[0] if record.times else None,
-                first_chunk=record.first_chunk,
-                first_sound=record.first_sound,
-                generated=record.times[-1] if record.times else self._prompt_seconds,
-                total=time.perf_counter() - self._asked,
-                new_tokens=len(record.times),
-            ),
-            options=self._options,
+    Raises:
+        ValueError: they do.
+    """
+    positions = num_positions(config)
+    if prompt_tokens >= positions:
+        raise ValueError(
+            f"the prompt has {prompt_tokens} tokens, the model {positions} positions; shorten the prompt"
         )
-
-
-@dataclass
-class _Record:
-    """The parts of one reply so far; times in seconds since the question was asked."""
-
-    ids: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    text: str = ""
-    codes: list[int] = field(default_factory=list)
-    samples: list[Tensor] = field(default_factory=list)
-    first_chunk: float | None = None
-    first_sound: float | None = None
+    if prompt_tokens + max_new_tokens > positions:
+        raise ValueError(
+            f"the prompt has {prompt_tokens} tokens, the model {positions} positions; give max_new_tokens="
+            f"{positions - prompt_tokens} or less, not {max_new_tokens}, or shorten the prompt"
+        )
 
 
 def collate_prompts(prompts: Sequence[Example], pad_id: int, device: torch.device) -> dict[str, Any]:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from vita_audio.audio import check_kind
 from vita_audio.chat.prompts import SYSTEM_PROMPTS
 from vita_audio.constants import OMNI_SYSTEM_PROMPT
+from vita_audio.engine.requests import AudioRowsMode
 from vita_audio.models.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -43,7 +45,10 @@ class GenerationOptions:
         do_sample: draw tokens instead of taking the most likely one.
         temperature, top_k, top_p: shape of the distribution drawn from; ``top_k=0`` keeps all tokens.
         repetition_penalty: above 1 discourages tokens already generated.
-        seed: seed of the draws; each reply gets its own generator. None: torch's global generator.
+        seed: seed of the draws; each reply gets its own generator. None: a new one each time.
+        lossless: the heads draft and the backbone decides: vanilla's reply, faster. The mode is not used then.
+        audio_rows: read only the vocabulary's rows of speech: ``off`` never, ``auto`` between the markers of speech,
+            ``on`` there and for all tokens of the heads. See the engine's page of the documentation.
 
     Raises:
         ValueError: a value that is not a number, or out of range.
@@ -57,6 +62,8 @@ class GenerationOptions:
     top_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
+    lossless: bool = False
+    audio_rows: AudioRowsMode = "off"
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -71,6 +78,8 @@ class GenerationOptions:
                 raise ValueError(f"{name}={value!r}: give a whole number of {least} or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p!r}: give a share above 0 and up to 1")
+        if self.audio_rows not in get_args(AudioRowsMode):
+            raise ValueError(f"audio_rows={self.audio_rows!r}: use {', '.join(get_args(AudioRowsMode))}")
         if self.do_sample not in (None, True, False):
             raise ValueError(f"do_sample={self.do_sample!r}: give True or False")
 
@@ -141,12 +150,18 @@ class CodecOptions:
         audio_tokenizer_path: folder of the speech tokenizer's weights.
         flow_path: folder of the decoder's weights, for codecs that keep them apart.
         frontend_path: SenseVoice folder with am.mvn, for ``sensevoice_*`` kinds.
+
+    Raises:
+        ValueError: there is no such kind.
     """
 
     audio_tokenizer_type: str = "glm4voice"
     audio_tokenizer_path: str | PathLike[str] | None = None
     flow_path: str | PathLike[str] | None = None
     frontend_path: str | PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_kind(self.audio_tokenizer_type)
 
 
 @dataclass(frozen=True)
@@ -157,11 +172,14 @@ class RuntimeOptions:
         device: ``cpu``, ``cuda`` or ``cuda:N``; defaults to this process's GPU, else the CPU.
         dtype: ``float32``, ``bfloat16`` or ``float16``; ``auto`` is the checkpoint's own.
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2`` or ``flex_attention``.
+        engine: generate with the engine, which copies the weights, or with the loop of ``model.generate``; the
+            engine is the default where it can run the model.
     """
 
     device: str | None = None
     dtype: str | torch.dtype = "auto"
     attn_implementation: str | None = None
+    engine: bool | None = None
 
 
 def default_system(config: PreTrainedConfig) -> str | None:

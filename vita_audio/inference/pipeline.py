@@ -30,7 +30,9 @@ from vita_audio import models
 from vita_audio.audio import AudioLike, AudioTokenizer, get_audio_tokenizer, is_continuous_kind
 from vita_audio.chat import ChatTokens, Conversation, Example, build_prompt, prompts
 from vita_audio.distributed import local_rank
-from vita_audio.inference.backend import Event, ReferenceBackend, Reply, Request, Sound, collect
+from vita_audio.engine import can_run
+from vita_audio.inference.backend import Backend, ReferenceBackend, collect
+from vita_audio.inference.engine_backend import EngineBackend
 from vita_audio.inference.options import (
     AUTO_SYSTEM,
     CHECKPOINT_OPTIONS,
@@ -39,6 +41,8 @@ from vita_audio.inference.options import (
     RuntimeOptions,
     system_message,
 )
+from vita_audio.inference.replies import Event, Reply, Request, Sound
+from vita_audio.inference.session import ChatSession
 from vita_audio.models.configuration import Qwen2MTPConfig
 
 if TYPE_CHECKING:
@@ -52,17 +56,25 @@ class SpeechPipeline:
         model: any causal LM of the family, on its device.
         tokenizer: the text tokenizer saved with it, audio tokens included.
         codec: turns speech into the model's input, and codes into sound.
+        engine: see :class:`~vita_audio.inference.options.RuntimeOptions`.
 
     Raises:
         ValueError: model, tokenizer and codec do not match.
     """
 
-    def __init__(self, model: Qwen2MTPForCausalLM, tokenizer: PreTrainedTokenizerBase, codec: AudioTokenizer):
+    def __init__(
+        self,
+        model: Qwen2MTPForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        codec: AudioTokenizer,
+        engine: bool | None = RuntimeOptions.engine,
+    ):
         check_fit(model.config, tokenizer, codec)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.codec = codec
-        self.backend = ReferenceBackend(self.model, tokenizer, codec)
+        chosen = EngineBackend if engine or (engine is None and can_run(model)) else ReferenceBackend
+        self.backend: Backend = chosen(self.model, tokenizer, codec)
 
     @classmethod
     def from_pretrained(
@@ -119,7 +131,7 @@ class SpeechPipeline:
         model = models.open_model(
             model_dir, dtype=runtime.dtype, attn_implementation=runtime.attn_implementation, device=device
         )
-        return cls(model, tokenizer, opened)
+        return cls(model, tokenizer, opened, runtime.engine)
 
     def chat(
         self,
@@ -169,6 +181,10 @@ class SpeechPipeline:
         """A conversation prepared for the backend; its clock starts now."""
         asked = time.perf_counter()
         return Request(self.prompt(conversation), options, sound, asked)
+
+    def session(self, system: str | None = AUTO_SYSTEM) -> ChatSession:
+        """A conversation over several turns. ``system`` as in :meth:`chat`."""
+        return ChatSession(self, system)
 
     def stream(
         self, conversation: Conversation, options: GenerationOptions = CHECKPOINT_OPTIONS

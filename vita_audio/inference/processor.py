@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import dropwhile, islice
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from vita_audio.audio import AudioLike, AudioTokenizer, get_audio_tokenizer
-from vita_audio.chat import ChatTokens, Conversation, build_prompt, split_reply
+from vita_audio.chat import ChatTokens, Conversation, build_prompt, check_token_id, split_reply
 from vita_audio.chat.content import as_clip, read_chatml, read_content, write_chatml
 from vita_audio.inference.backend import collate_prompts
 from vita_audio.inference.pipeline import check_codec
@@ -261,13 +262,20 @@ class VitaAudioProcessor(ProcessorMixin):
             skip_special_tokens: omit special tokens and speech codes, which leaves the text of a reply;
                 otherwise decode everything as the tokenizer does.
             options: options of the tokenizer.
+
+        Raises:
+            ValueError: an id is negative, such as -100 in labels.
         """
-        if not skip_special_tokens:
-            return self.tokenizer.decode(token_ids, **options)
         ids = _to_list(token_ids)
         if ids and isinstance(ids[0], list):
-            return [self.decode(row, skip_special_tokens=True) for row in ids]
-        return split_reply(ids, self.tokenizer)[0]
+            return [self.decode(row, skip_special_tokens, **options) for row in ids]
+        for token in ids:
+            check_token_id(token)
+        return (
+            split_reply(ids, self.tokenizer)[0]
+            if skip_special_tokens
+            else self.tokenizer.decode(ids, **options)
+        )
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **options: Any) -> list[str]:
         """Texts of several sequences; see :meth:`decode`."""
@@ -280,7 +288,8 @@ class VitaAudioProcessor(ProcessorMixin):
             token_ids: (time,), the generated ids, without the prompt.
 
         Raises:
-            ValueError: the ids are a batch, or include the prompt, whose speech is not part of the reply.
+            ValueError: the ids are a batch, include the prompt, whose speech is not part of the reply, or
+                include a negative number.
         """
         ids = _to_list(token_ids)
         if ids and isinstance(ids[0], list):
@@ -372,5 +381,7 @@ def _to_list(token_ids: Any) -> list[Any]:
     """Ids as Python lists, nested for a batch."""
     if isinstance(token_ids, Tensor | np.ndarray):
         nested: list[Any] = token_ids.tolist()
-        return nested
+        return nested if token_ids.ndim else [nested]
+    if isinstance(token_ids, Integral):
+        return [token_ids]
     return [_to_list(one) if isinstance(one, (list, tuple, Tensor, np.ndarray)) else one for one in token_ids]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -22,9 +23,10 @@ from vita_audio.audio.resampling import resample
 from vita_audio.chat import Conversation, Message, prompts, split_reply
 from vita_audio.chat.prompts import SYSTEM_PROMPTS
 from vita_audio.constants import VOICE_PROMPT
-from vita_audio.inference.backend import Request
 from vita_audio.inference.options import AUTO_SYSTEM, CodecOptions, GenerationOptions
 from vita_audio.inference.pipeline import SpeechPipeline
+from vita_audio.inference.replies import Request
+from vita_audio.models.configuration import num_positions
 from vita_audio.tokenizer import find_frontend
 
 SPEECH_RATE = 22_050
@@ -54,10 +56,9 @@ class S2SInference:
         audio_tokenizer_type: str,
         flow_path: str | PathLike[str] | None = None,
     ) -> None:
-        frontend = None
+        codec = CodecOptions(audio_tokenizer_type, audio_tokenizer_path, flow_path)
         if is_continuous_kind(audio_tokenizer_type):
-            frontend = find_frontend(audio_tokenizer_path, model_name_or_path)
-        codec = CodecOptions(audio_tokenizer_type, audio_tokenizer_path, flow_path, frontend)
+            codec = replace(codec, frontend_path=find_frontend(audio_tokenizer_path, model_name_or_path))
         self.pipeline = SpeechPipeline.open(model_name_or_path, codec)
 
     def run_infer(
@@ -83,7 +84,7 @@ class S2SInference:
         Args:
             audio_path: the spoken question.
             prompt_audio_path: speech in the voice to answer with; replaces the system message.
-            max_returned_tokens: maximum length of the reply.
+            max_returned_tokens: maximum length of the reply, which also ends where the model's positions end.
             audio_feats: not supported.
             message: a typed question, or an instruction before the spoken one.
             mode: ``"luke"`` for the Luke system message, None for the model's default.
@@ -95,7 +96,7 @@ class S2SInference:
             22,050 Hz, or None if the reply holds none.
 
         Raises:
-            ValueError: there is no question, or an argument is not supported.
+            ValueError: there is no question or a too long one, or an argument is not supported.
         """
         request = self._request(
             audio_path, prompt_audio_path, max_returned_tokens, audio_feats, message, mode, do_sample,
@@ -172,7 +173,9 @@ class S2SInference:
         else:
             conversation = prompts.chat(message, system)
         options = GenerationOptions(schedule, max_new_tokens, do_sample)
-        return self.pipeline.request(conversation, options, sound="none")
+        request = self.pipeline.request(conversation, options, sound="none")
+        room = num_positions(self.pipeline.model.config) - len(request.prompt.input_ids)
+        return replace(request, options=replace(options, max_new_tokens=min(max_new_tokens, max(room, 1))))
 
     def _decode(self, ids: Sequence[int]) -> str:
         decoded = self.pipeline.tokenizer.decode(

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from vita_audio.models.compat import CACHE
 from vita_audio.models.configuration import Qwen2MTPConfig
 
-__all__ = ["CACHE", "HeadCache", "MCTPCache", "cache_length"]
+__all__ = ["CACHE", "HeadCache", "MCTPCache", "cache_length", "check_continues"]
 
 
 class HeadCache(DynamicCache):
@@ -190,3 +190,17 @@ class MCTPCache(DynamicCache):
 def cache_length(cache: Cache | None) -> int:
     """Positions that a cache holds; 0 for None."""
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def check_continues(cache: Cache | None, prompt_length: int) -> None:
+    """Refuse a cache that a prompt cannot continue, judging by its length: its ids are not stored.
+
+    Raises:
+        ValueError: the cache holds as many positions as the prompt, or more.
+    """
+    held = cache_length(cache)
+    if held and held >= prompt_length:
+        raise ValueError(
+            f"{CACHE}: the cache already holds {held} positions and the prompt has {prompt_length}; pass the whole "
+            "conversation so far, or shorten the cache with cache.crop(-n)"
+        )

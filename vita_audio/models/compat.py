@@ -1,4 +1,4 @@
-"""Private and moving names of transformers and DeepSpeed, in one place.
+"""Private and changing names of transformers and DeepSpeed, in one place.
 
 Both libraries change such names between minor releases. Each is used once, here, under our own name and with
 a sentence that explains why it is needed. ``tests/models/test_compat.py`` holds a contract for each: after an upgrade,
@@ -77,6 +77,14 @@ def checkpointing_function(module: nn.Module) -> Callable[..., Any] | None:
         return None
     function: Callable[..., Any] = module._gradient_checkpointing_func  # type: ignore[assignment]
     return function
+
+
+def enable_checkpointing(module: PreTrainedModel) -> None:
+    """Turn gradient checkpointing on, non-reentrant. transformers 5.23 renames the method; 5.17 knows the old name."""
+    enable: Any = (
+        getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
 
 
 def keep_initialized_mark(old: nn.Module, new: nn.Module) -> None:

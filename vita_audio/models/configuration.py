@@ -7,10 +7,12 @@ config.json loads unchanged; code reads ``num_backbone_layers``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config
+from transformers.configuration_utils import PreTrainedConfig
 
 from vita_audio.audio.sensevoice.checkpoint import SenseVoiceEncoderConfig
 
@@ -101,3 +103,10 @@ class Qwen2MTPSenseVoiceConfig(Qwen2MTPConfig):
     def continuous_input(self) -> bool:
         """See :class:`Qwen2MTPConfig`."""
         return True
+
+
+def num_positions(config: PreTrainedConfig) -> int:
+    """The number of positions that a model can distinguish; rotary scaling extends those that it was trained with."""
+    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    trained = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    return max(config.max_position_embeddings, int(trained * (rope.get("factor") or 1)))

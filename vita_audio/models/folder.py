@@ -30,7 +30,7 @@ SAMPLING_FIELDS = (
     "eta_cutoff",
 )
 _TRAINING_STATE = ("training_args.", "optimizer.", "scheduler.", "rng_state")
-"""How files begin that lie beside the weights of a checkpoint and are none."""
+"""Prefixes of files next to a checkpoint's weights that are not weights themselves."""
 _COMPARED_BYTES = 2**24
 
 

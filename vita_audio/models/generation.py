@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vita_audio.models.attention import attention_masks
-from vita_audio.models.cache import CACHE, HeadCache, MCTPCache, cache_length
+from vita_audio.models.cache import CACHE, HeadCache, MCTPCache, cache_length, check_continues
 from vita_audio.models.compat import (
     GenerationHooks,
     detach_from_model_config,
@@ -69,7 +69,8 @@ class MTPGenerationMixin(GenerationHooks, GenerationMixin):
 
         Raises:
             ValueError: the schedule is malformed, or asks for heads in a mode (beam search, assisted
-                decoding) that must be able to discard tokens, or with a prefill in chunks.
+                decoding) that must be able to discard tokens, or with a prefill in chunks; or the given cache
+                holds as many positions as the prompt, or more.
         """
         if mtp_inference_mode is not None:
             kwargs["mtp_inference_mode"] = mtp_inference_mode
@@ -158,6 +159,8 @@ class MTPGenerationMixin(GenerationHooks, GenerationMixin):
         """Greedy search and sampling. If the schedule uses no heads, transformers' own loop runs."""
         keeps_heads = isinstance(kwargs.get(CACHE), MCTPCache)
         if not self._uses_heads(kwargs["generation_config"]) and not keeps_heads:
+            if kwargs.get("inputs_embeds") is None:
+                check_continues(kwargs.get(CACHE), input_ids.shape[1])
             return decode(input_ids, *args, **kwargs)
         return last_value(decode_in_rounds(self, input_ids, *args, **kwargs))
 
@@ -380,7 +383,7 @@ def prepare_rounds(model: Any, input_ids: Tensor, num_heads: int, model_kwargs: 
 
     Raises:
         ValueError: the prompt was given as embeddings without its token ids, or the given cache lacks the
-            state of the heads.
+            state of the heads or does not end before the prompt.
     """
     cache = model_kwargs.get(CACHE) if model_kwargs.get("use_cache", True) else None
     if isinstance(cache, MCTPCache):
@@ -392,6 +395,7 @@ def prepare_rounds(model: Any, input_ids: Tensor, num_heads: int, model_kwargs: 
                 "MCTPCache(model.config) that an earlier generate() call filled, or mtp_inference_mode=[8192, 0]"
             )
         head_caches = [HeadCache() for _ in range(num_heads)]
+    check_continues(cache, input_ids.shape[1])
     prompt_embeds = model_kwargs.get("inputs_embeds")
     if prompt_embeds is not None and prompt_embeds.shape[1] != input_ids.shape[1]:
         raise ValueError(

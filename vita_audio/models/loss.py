@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -31,7 +31,12 @@ class LanguageModelHead(nn.Linear):
 
     The loss is part of this module's ``forward`` so that ZeRO-3 gathers the weight for it as for
     any other call.
+
+    Attributes:
+        chunk_logits: logits computed at a time. None: as many as suit the device.
     """
+
+    chunk_logits: int | None = None
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, targets: Tensor | None = None, scales: Tensor | None = None
@@ -51,7 +56,7 @@ class LanguageModelHead(nn.Linear):
             return super().forward(hidden)
         # Under no_grad an autograd function still sees requires_grad and would compute an unused gradient.
         weight = self.weight if torch.is_grad_enabled() else self.weight.detach()
-        return LinearCrossEntropy.apply(hidden, weight, targets, scales)
+        return LinearCrossEntropy.apply(hidden, weight, targets, scales, self.chunk_logits)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -59,14 +64,21 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scales: Tensor,
+        chunk_logits: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         # Liger cannot cut zero rows (a batch without supervision) into chunks.
         use_liger = device == "cuda" and len(targets) > 0 and liger_forward() is not None
-        compute = liger_losses if use_liger else chunked_losses
+        compute: Callable[..., Any] = liger_losses if use_liger else chunked_losses
+        if chunk_logits is not None:
+            compute = partial(chunked_losses, chunk_logits=chunk_logits)
         with torch.autocast(device, enabled=False):
             losses, grad_hidden, grad_weight = compute(
                 hidden.to(dtype),
@@ -86,19 +98,26 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_total: Tensor, _grad_losses: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = (
             None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
         )
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def chunked_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor, needs_grad: bool, needs_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scales: Tensor,
+    needs_grad: bool,
+    needs_weight: bool,
+    chunk_logits: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (rows,) and the gradients of their scaled sum: hidden (rows, d), weight (vocabulary, d) in float32."""
     rows, vocabulary = len(targets), len(weight)
-    chunk_logits = CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else CHUNK_LOGITS_GPU
+    if chunk_logits is None:
+        chunk_logits = CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else CHUNK_LOGITS_GPU
     chunk_rows = min(rows, max(1, chunk_logits // vocabulary))
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if needs_grad else None

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from vita_audio.audio.sensevoice.checkpoint import read_sizes
 from vita_audio.audio.sensevoice.encoder import SenseVoiceEncoder
+from vita_audio.models.configuration import Qwen2MTPConfig
 from vita_audio.models.folder import (
     CheckpointError,
     check_vocabulary,
@@ -139,6 +140,15 @@ def load_with_heads(
     return _open(folder, config, num_heads, sensevoice, audio_model_path, **from_pretrained_kwargs)
 
 
+def config_with_heads(
+    config: PreTrainedConfig, num_heads: int, *, sensevoice: bool = False
+) -> Qwen2MTPConfig:
+    """The configuration of the model that :func:`load_with_heads` makes from a folder with ``config``."""
+    continuous = sensevoice or getattr(config, "continuous_input", False)
+    model_class = Qwen2MTPSenseVoiceForCausalLM if continuous else Qwen2MTPForCausalLM
+    return _with_heads(config, model_class, num_heads, None)
+
+
 def locate(path: str | PathLike[str]) -> Path:
     """The local folder of a path or name. Only ``hf://`` uses the network.
 
@@ -230,7 +240,7 @@ def _with_heads(
     model_class: type[Qwen2MTPForCausalLM],
     num_heads: int,
     audio_encoder: Mapping[str, Any] | None,
-) -> PreTrainedConfig:
+) -> Qwen2MTPConfig:
     """The configuration of a model of ``model_class`` with ``num_heads`` heads on the same backbone."""
     values = config.to_dict()
     values.pop("model_type", None)

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 _LONGEST_ROW = 2**24
-"""Tokens. A row that no memory holds would be filled for hours first."""
+"""Tokens. A longer row would be filled for hours before it turned out not to fit any memory."""
 
 
 class ArgumentError(ValueError):
@@ -256,6 +256,14 @@ class StageArguments(TrainingArguments):
             "gradients averaged over ranks (rank, as published)."
         },
     )
+    save_at: float | None = field(
+        default=None,
+        metadata={"help": "Also save a checkpoint whenever so many minutes have passed since the last one."},
+    )
+    hang_minutes: float = field(
+        default=60,
+        metadata={"help": "End a process, with its stacks, that makes no progress for so long; 0: never."},
+    )
     # Rows are already tensors and the loader shards itself, so nothing may be dropped or split again.
     remove_unused_columns: bool = field(default=False)
     ignore_data_skip: bool = field(
@@ -272,6 +280,10 @@ class StageArguments(TrainingArguments):
             )
         if self.loss_average not in ("global", "rank"):
             raise ArgumentError(f"--loss_average {self.loss_average}: give global or rank")
+        if self.save_at is not None and not self.save_at > 0:
+            raise ArgumentError(f"--save_at {self.save_at}: give minutes, more than 0")
+        if not self.hang_minutes >= 0:
+            raise ArgumentError(f"--hang_minutes {self.hang_minutes}: give minutes, or 0 for no limit")
         if self.loss_average == "rank":  # also if the arguments were already processed once
             self.average_tokens_across_devices = True
         problem = find_out_of_range(self) or find_unserved(self)

@@ -46,7 +46,7 @@ def parse_arguments(
     groups: list[Any] = [ModelArguments, DataArguments, StageArguments]
     parser = _Parser(groups, prog="finetune_sts.py", allow_abbrev=False)
     try:
-        rest = [word for flag, values in _flags(words) for word in _without_built_in(flag, values)]
+        rest = [word for flag, values in flag_values(words) for word in _without_built_in(flag, values)]
         model, data, stage = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
     except ArgumentError:
         raise
@@ -65,7 +65,7 @@ class _Parser(HfArgumentParser):
         raise ArgumentError(message)
 
 
-def _flags(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def flag_values(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Flags without leading dashes and with underscores, each with the words up to the next flag."""
     flag, values = None, []
     for word in words:

@@ -96,11 +96,11 @@ def check_deepspeed_config(config: dict[str, Any], name: str, *, half_precision:
 
 
 def check_values(config: dict[str, Any], name: str) -> None:
-    """Let DeepSpeed itself look at the values, which it would do after the model is loaded and in many lines.
+    """Let DeepSpeed validate the values now; otherwise it does so after the model is loaded, in many lines.
 
     Args:
-        config: with the flags filled in; what is still ``"auto"`` waits for the model.
-        name: how messages call it.
+        config: with the flags filled in; values that are still ``"auto"`` depend on the model and are not checked.
+        name: its name in messages.
 
     Raises:
         DeepSpeedConfigError: DeepSpeed refuses it.
@@ -116,7 +116,7 @@ def check_values(config: dict[str, Any], name: str) -> None:
                 )
             if _section(config, "zero_optimization").get("stage") and not config.get(_UNTESTED):
                 raise DeepSpeedConfigError(
-                    f"--deepspeed {name}: {optimizer} is not tried with ZeRO; give AdamW, or set {_UNTESTED} to true"
+                    f"--deepspeed {name}: {optimizer} is not tested with ZeRO; give AdamW, or set {_UNTESTED} to true"
                 )
     known = _without_auto(config)
     known.pop("train_batch_size", None)  # follows from the others and the number of processes

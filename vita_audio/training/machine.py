@@ -24,7 +24,7 @@ def check_devices(backend: str | None, use_cpu: bool) -> None:
     gpus = 0 if use_cpu else torch.cuda.device_count()
     if backend == "nccl" and not gpus:
         raise MachineError(
-            "--ddp_backend nccl: this machine shows no NVIDIA GPU (see nvidia-smi and CUDA_VISIBLE_DEVICES); "
+            "--ddp_backend nccl: this machine has no visible NVIDIA GPU (see nvidia-smi and CUDA_VISIBLE_DEVICES); "
             "to train on CPUs give --use_cpu True --ddp_backend gloo"
         )
     if gpus and local_rank() >= gpus:

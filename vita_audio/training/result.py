@@ -52,14 +52,14 @@ def check_result(folder: str | Path) -> None:
 
 
 def check_checkpoint(checkpoint: str | Path, *, deepspeed: bool) -> None:
-    """All that a run needs to go on from a checkpoint must be there, and no file may be cut short.
+    """Check that a checkpoint holds everything a run needs to continue, and that no file is truncated.
 
     Args:
         checkpoint: its folder.
         deepspeed: whether DeepSpeed reads it.
 
     Raises:
-        ResultError: something is missing or cut short; the message says what, and what to do.
+        ResultError: a file is missing or truncated; the message names it and what to do.
     """
     checkpoint = Path(checkpoint)
     problem = _problem_of_training_state(checkpoint, deepspeed)
@@ -82,16 +82,16 @@ def _problem_of_training_state(checkpoint: Path, deepspeed: bool) -> str | None:
     if deepspeed:
         named = needed[0].read_text(encoding="utf-8", errors="replace").strip()
         if not named or not (checkpoint / named).is_dir():
-            return f"{needed[0]}: names {named!r}, and there is no such folder"
+            return f"{needed[0]}: names {named!r}, which does not exist"
     for file in sorted(checkpoint.rglob("*")):
-        # training_args.bin says for people what was run; nothing reads it.
+        # Nothing reads training_args.bin.
         if file.suffix in _TORCH_SUFFIXES and file.name != "training_args.bin" and not _is_whole(file):
-            return f"{file}: damaged or cut short"
+            return f"{file}: damaged or truncated"
     return None
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether what torch.save wrote, a ZIP archive, is all there; of a large one the end alone is looked at."""
+    """Whether a file that torch.save wrote, a ZIP archive, is complete; of a large one only the end is read."""
     try:
         with zipfile.ZipFile(file) as archive:
             return file.stat().st_size > _READ_WHOLE or archive.testzip() is None

@@ -34,7 +34,7 @@ class Range:
     Attributes:
         low: the lowest.
         high: what it must stay below.
-        without_low: whether ``low`` itself is left out.
+        without_low: whether ``low`` itself is excluded.
     """
 
     low: float
@@ -42,7 +42,7 @@ class Range:
     without_low: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a number lies in it; one that is not a number never does."""
+        """Whether it contains a number; it never contains NaN."""
         return self.low <= value < self.high and not (self.without_low and value == self.low)
 
     def __str__(self) -> str:
@@ -61,12 +61,12 @@ RANGES = {
     **dict.fromkeys(("save_steps", "logging_steps"), Range(0, without_low=True)),
     "seed": Range(0, 2**32),  # NumPy's
 }
-"""What transformers and PyTorch take without a look, or refuse after the model is loaded."""
+"""Ranges that transformers and PyTorch do not check, or check only after the model is loaded."""
 _INTERVALS = {"save_steps": "save_strategy", "logging_steps": "logging_strategy"}
 
 
 def find_out_of_range(arguments: TrainingArguments) -> str | None:
-    """One line about the first number that makes no sense; None if there is none."""
+    """An error message about the first number out of range; None if there is none."""
     for name, range_ in RANGES.items():
         value = getattr(arguments, name)
         if value is None or (name in _INTERVALS and _plain(getattr(arguments, _INTERVALS[name])) == "no"):

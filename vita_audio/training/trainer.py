@@ -49,12 +49,13 @@ from vita_audio.training.checkpoints import (
     save_loader_state,
 )
 from vita_audio.training.continuation import PlannedRates
+from vita_audio.training.interruption import HangDump, Interruption
 from vita_audio.training.model_card import write_model_card
 from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
 
 _TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")
-"""In the messages of torch.save where it cannot write; they have no type of their own."""
+"""Part of torch.save's message when it cannot write; the error has no type of its own."""
 
 
 class ResumableLoader(Protocol):
@@ -95,12 +96,21 @@ class SpeechTrainer(Trainer):
         self.add_callback(
             StopOnBadGradients(lambda: self.model_wrapped if self.is_deepspeed_enabled else None)
         )
+        self._interruption = Interruption(self.args.save_at)
+        self.add_callback(self._interruption)
+        if self.args.hang_minutes:
+            self.add_callback(HangDump(self.args.hang_minutes))
         for theirs, ours in (
             (ProgressCallback, ContinuedProgress),
             (TensorBoardCallback, ContinuedTensorBoard),
         ):
             if self.pop_callback(theirs) is not None:
                 self.add_callback(ours())
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The signal after which the run has saved and stopped early; None if none came."""
+        return self._interruption.stopped_by
 
     # -- data ---------------------------------------------------------------------------------------------
 
@@ -118,7 +128,7 @@ class SpeechTrainer(Trainer):
         self.add_callback(loaded)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
-        except Exception as error:  # any error of a reader, as long as the checkpoint is being read
+        except Exception as error:  # any error while the checkpoint is being read
             if loaded.reached or isinstance(error, CheckpointStateError) or machine_fault(error) is not None:
                 raise
             raise CheckpointStateError(
@@ -255,7 +265,7 @@ class SpeechTrainer(Trainer):
 
 @contextmanager
 def _writing(folder: str | Path) -> Iterator[None]:
-    """A disk that fails or is full, as one line.
+    """Report a failed or full disk in one line.
 
     Raises:
         MachineError: the folder cannot be written.
@@ -268,8 +278,8 @@ def _writing(folder: str | Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
             raise
         raise MachineError(
-            f"{folder}: cannot be written: {first_line(error)}; make room there, and start the stage again: it "
-            "continues from its last whole checkpoint"
+            f"{folder}: cannot be written: {first_line(error)}; free some space there and start the stage "
+            "again; it continues from its last complete checkpoint"
         ) from error
 
 

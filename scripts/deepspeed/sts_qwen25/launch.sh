@@ -9,8 +9,12 @@
 # SEQ_LENGTH defaults to 32768 and TIMESTAMP to the date and hour, as in the published scripts. The paper's rows have
 # 8192 tokens in stages 1 to 3 and 2048 in stage 4. Give the same TIMESTAMP to all stages of a run: they find
 # each other by it.
+#
+# DRY_RUN=1 prints the command, every hyperparameter with its source, what trains, the data and the plan, and starts
+# nothing. PREFLIGHT=1 checks the cluster first and trains if all is well; scripts/preflight.sh only checks.
 set -euo pipefail
 
+TYPED=("$@")
 SEQ_LENGTH=
 TIMESTAMP=
 for positional in SEQ_LENGTH TIMESTAMP; do
@@ -89,10 +93,59 @@ read -r -a RATIO <<<"${TEXT_AUDIO_INTERVAL_RATIO:-1 10 4 10}"
 
 OPTIONAL_FLAGS=()
 [[ -n ${AUDIO_TOKEN_CACHE:-} ]] && OPTIONAL_FLAGS+=(--audio_token_cache "$AUDIO_TOKEN_CACHE")
+[[ -n ${SAVE_AT:-} ]] && OPTIONAL_FLAGS+=(--save_at "$SAVE_AT")
+[[ -n ${HANG_MINUTES:-} ]] && OPTIONAL_FLAGS+=(--hang_minutes "$HANG_MINUTES")
 [[ -n ${LR_SCHEDULER_KWARGS:-} ]] && OPTIONAL_FLAGS+=(--lr_scheduler_kwargs "$LR_SCHEDULER_KWARGS")
 [[ -n ${AUDIO_FEATURE_CACHE:-} ]] && OPTIONAL_FLAGS+=(--audio_feature_cache "$AUDIO_FEATURE_CACHE")
 AUDIO_MODEL_NAME_OR_PATH=${AUDIO_MODEL_NAME_OR_PATH:-${DEFAULT_AUDIO_MODEL:+$ROOT_PATH/$DEFAULT_AUDIO_MODEL}}
 [[ -n $AUDIO_MODEL_NAME_OR_PATH ]] && OPTIONAL_FLAGS+=(--audio_model_name_or_path "$AUDIO_MODEL_NAME_OR_PATH")
+
+COMMAND=(
+  "$PYTHON" "$REPOSITORY/vita_audio/cli/launch.py" "${RENDEZVOUS[@]}" --nproc_per_node "$NPROC_PER_NODE"
+  "$REPOSITORY/tools/finetune_sts.py"
+  --model_name_or_path "$MODEL_NAME_OR_PATH"
+  --num_nextn_predict_layers "$NUM_HEADS"
+  --language_model_freeze "$LANGUAGE_MODEL_FREEZE"
+  --audio_model_freeze "${AUDIO_MODEL_FREEZE:-True}"
+  --attn_implementation "${ATTN_IMPLEMENTATION:-auto}"
+  --audio_tokenizer_type "${AUDIO_TOKENIZER_TYPE:-$DEFAULT_AUDIO_TOKENIZER_TYPE}"
+  --audio_tokenizer_path "$AUDIO_TOKENIZER_PATH"
+  --text_audio_interval_ratio "${RATIO[@]}"
+  --dataset_name "$DATASET_NAME"
+  --data_root "$DATA_ROOT"
+  --model_max_length "$SEQ_LENGTH"
+  --max_error_share "${MAX_ERROR_SHARE:-0.05}"
+  --output_dir "$OUTPUT_DIR"
+  --deepspeed "$DEEPSPEED_CONFIG"
+  --max_steps "$MAX_STEPS"
+  --learning_rate "$LEARNING_RATE"
+  --mtp_learning_rate_multiplier "${MTP_LEARNING_RATE_MULTIPLIER:-1}"
+  --weight_decay "$WEIGHT_DECAY" --decay_norms "${DECAY_NORMS:-False}"
+  --loss_average "${LOSS_AVERAGE:-global}"
+  --per_device_train_batch_size "${PER_DEVICE_TRAIN_BATCH_SIZE:-1}"
+  --gradient_accumulation_steps "${GRADIENT_ACCUMULATION_STEPS:-16}"
+  --adam_beta1 "${ADAM_BETA1:-0.9}" --adam_beta2 "${ADAM_BETA2:-0.95}" --adam_epsilon "${ADAM_EPSILON:-1e-8}"
+  --max_grad_norm "${MAX_GRAD_NORM:-1.0}"
+  --lr_scheduler_type "$LR_SCHEDULER_TYPE"
+  --warmup_ratio "${WARMUP_RATIO:-0.03}"
+  --bf16 "${BF16:-True}"
+  --gradient_checkpointing "${GRADIENT_CHECKPOINTING:-True}"
+  --gradient_checkpointing_kwargs '{"use_reentrant": false}'
+  --seed "${SEED:-42}" --data_seed "${DATA_SEED:-42}"
+  --dataloader_num_workers "${DATALOADER_NUM_WORKERS:-$DEFAULT_DATALOADER_NUM_WORKERS}"
+  --save_strategy steps --save_steps "${SAVE_STEPS:-0.1}" --save_total_limit "${SAVE_TOTAL_LIMIT:-2}"
+  --logging_steps "${LOGGING_STEPS:-1}" --report_to "${REPORT_TO:-tensorboard}"
+  --ddp_timeout "${DDP_TIMEOUT:-7200}"
+  "${DEVICE_FLAGS[@]}" "${OPTIONAL_FLAGS[@]}" "$@"
+)
+if [[ ${DRY_RUN:-0} == 1 ]]; then
+  exec "$PYTHON" -m vita_audio.cli.dry_run "${TYPED[@]}" -- "${COMMAND[@]}"
+fi
+
+if [[ -n ${PREFLIGHT:-} && ${PREFLIGHT:-} != 0 ]]; then
+  "${COMMAND[@]/#"$REPOSITORY/tools/finetune_sts.py"/"$REPOSITORY/tools/preflight.py"}"
+  [[ $PREFLIGHT != only ]] || exit 0
+fi
 
 # The output folder also keeps the settings of the run and, for each node, all printed output.
 if ! mkdir -p "$OUTPUT_DIR" 2>/dev/null; then
@@ -110,39 +163,4 @@ LOG_FILE=$OUTPUT_DIR/log_node$NODE_RANK.txt
 exec > >(trap '' INT TERM HUP && exec tee -a "$LOG_FILE") 2> >(trap '' INT TERM HUP && exec tee -a "$LOG_FILE" >&2)
 echo "$STAGE_NAME: $MODEL_NAME_OR_PATH -> $OUTPUT_DIR ($NNODES x $NPROC_PER_NODE processes)"
 
-exec "$PYTHON" "$REPOSITORY/vita_audio/cli/launch.py" "${RENDEZVOUS[@]}" --nproc_per_node "$NPROC_PER_NODE" \
-  "$REPOSITORY/tools/finetune_sts.py" \
-  --model_name_or_path "$MODEL_NAME_OR_PATH" \
-  --num_nextn_predict_layers "$NUM_HEADS" \
-  --language_model_freeze "$LANGUAGE_MODEL_FREEZE" \
-  --audio_model_freeze "${AUDIO_MODEL_FREEZE:-True}" \
-  --attn_implementation "${ATTN_IMPLEMENTATION:-auto}" \
-  --audio_tokenizer_type "${AUDIO_TOKENIZER_TYPE:-$DEFAULT_AUDIO_TOKENIZER_TYPE}" \
-  --audio_tokenizer_path "$AUDIO_TOKENIZER_PATH" \
-  --text_audio_interval_ratio "${RATIO[@]}" \
-  --dataset_name "$DATASET_NAME" \
-  --data_root "$DATA_ROOT" \
-  --model_max_length "$SEQ_LENGTH" \
-  --max_error_share "${MAX_ERROR_SHARE:-0.05}" \
-  --output_dir "$OUTPUT_DIR" \
-  --deepspeed "$DEEPSPEED_CONFIG" \
-  --max_steps "$MAX_STEPS" \
-  --learning_rate "$LEARNING_RATE" \
-  --mtp_learning_rate_multiplier "${MTP_LEARNING_RATE_MULTIPLIER:-1}" \
-  --weight_decay "$WEIGHT_DECAY" --decay_norms "${DECAY_NORMS:-False}" \
-  --loss_average "${LOSS_AVERAGE:-global}" \
-  --per_device_train_batch_size "${PER_DEVICE_TRAIN_BATCH_SIZE:-1}" \
-  --gradient_accumulation_steps "${GRADIENT_ACCUMULATION_STEPS:-16}" \
-  --adam_beta1 "${ADAM_BETA1:-0.9}" --adam_beta2 "${ADAM_BETA2:-0.95}" --adam_epsilon "${ADAM_EPSILON:-1e-8}" \
-  --max_grad_norm "${MAX_GRAD_NORM:-1.0}" \
-  --lr_scheduler_type "$LR_SCHEDULER_TYPE" \
-  --warmup_ratio "${WARMUP_RATIO:-0.03}" \
-  --bf16 "${BF16:-True}" \
-  --gradient_checkpointing "${GRADIENT_CHECKPOINTING:-True}" \
-  --gradient_checkpointing_kwargs '{"use_reentrant": false}' \
-  --seed "${SEED:-42}" --data_seed "${DATA_SEED:-42}" \
-  --dataloader_num_workers "${DATALOADER_NUM_WORKERS:-$DEFAULT_DATALOADER_NUM_WORKERS}" \
-  --save_strategy steps --save_steps "${SAVE_STEPS:-0.1}" --save_total_limit "${SAVE_TOTAL_LIMIT:-2}" \
-  --logging_steps "${LOGGING_STEPS:-1}" --report_to "${REPORT_TO:-tensorboard}" \
-  --ddp_timeout "${DDP_TIMEOUT:-7200}" \
-  "${DEVICE_FLAGS[@]}" "${OPTIONAL_FLAGS[@]}" "$@"
+exec "${COMMAND[@]}"

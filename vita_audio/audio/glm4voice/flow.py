@@ -7,7 +7,9 @@ their known mel, the new mel continues the earlier speech.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,6 +26,12 @@ from vita_audio.audio.glm4voice.weights import find_weights, load_strictly, read
 
 DEFAULT_SEED = 42
 """The reference's seed before each call; the default seed of every generator here."""
+
+ROWS_PER_PASS = 4
+"""Rows of a pass that several replies share. Twice as many would make a new reply wait longer (docs/log.md)."""
+
+FRAMES_PER_BUCKET = 128
+"""Their mel frames are padded to a multiple of this many."""
 
 
 @dataclass
@@ -85,6 +93,11 @@ class FlowDecoder(nn.Module):
         return self.encoder_proj.weight.device
 
     @property
+    def shares_passes(self) -> bool:
+        """Whether :meth:`generate` solves several rows in one pass."""
+        return self.device.type != "cpu"
+
+    @property
     def estimator(self) -> Estimator:
         """The velocity network."""
         estimator = self.decoder["estimator"]
@@ -96,6 +109,12 @@ class FlowDecoder(nn.Module):
         config = self.config
         seconds = np.float32(tokens) / np.float32(config.input_frame_rate)
         return int(seconds * np.float32(config.mel_sampling_rate) / np.float32(config.mel_hop_size))
+
+    def _most_codes(self, frames: int) -> int:
+        """Codes of a row that has this many mel frames, at most; the start of its window is rounded down by frames."""
+        config = self.config
+        frames_per_code = config.mel_sampling_rate / config.mel_hop_size / config.input_frame_rate
+        return math.ceil((frames + 1) / frames_per_code)
 
     @torch.no_grad()
     def forward(
@@ -109,7 +128,7 @@ class FlowDecoder(nn.Module):
         z: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Mel of new codes.
+        """Mel of new codes, in one pass.
 
         Args:
             token: codes (rows, codes) or (codes,).
@@ -137,12 +156,40 @@ class FlowDecoder(nn.Module):
         inputs = [
             FlowInput(token[row], sources, z[row], prompt_feat[row].T, speakers[row]) for row in range(rows)
         ]
-        return torch.stack(self.generate(inputs, steps))
+        return torch.stack(self.solve_rows(inputs, steps))
 
     @torch.no_grad()
     def generate(self, inputs: Sequence[FlowInput], steps: int) -> list[Tensor]:
-        """Mel of several rows of any lengths in one batch, prompt frames dropped; each (80, new frames)."""
-        mu, frame_mask = self.condition([row.tokens for row in inputs], [row.sources for row in inputs])
+        """Mel of several rows of any lengths, prompt frames dropped; each (80, new frames).
+
+        A row's mel is the same, bit for bit, in any company. The order in which a matrix product or a convolution adds
+        depends on the shape of its batch, so the shape of the pass that a row takes part in depends on that row only:
+
+        * On a CPU each row has its own pass. Rows would share nothing but weights there, and arithmetic is the limit.
+        * Elsewhere rows share passes of :data:`ROWS_PER_PASS` rows, padded to a multiple of :data:`FRAMES_PER_BUCKET`
+          frames. A pass of fewer rows repeats one of them; on an H100 it takes at most 1.4 times as long as that row.
+        """
+        if not self.shares_passes:
+            return [self.solve_rows([row], steps)[0] for row in inputs]
+        mels: dict[int, Tensor] = {}
+        for frames, members in _shared_passes([row.frames for row in inputs]):
+            rows = [inputs[index] for index in members]
+            rows += rows[:1] * (ROWS_PER_PASS - len(rows))
+            mels |= dict(zip(members, self.solve_rows(rows, steps, frames), strict=False))
+        return [mels[index] for index in range(len(inputs))]
+
+    def solve_rows(
+        self, inputs: Sequence[FlowInput], steps: int, padded_frames: int | None = None
+    ) -> list[Tensor]:
+        """:meth:`generate` in one pass.
+
+        Args:
+            inputs: rows of any lengths.
+            steps: Euler steps.
+            padded_frames: mel frames that each row is padded to; None: the longest row's.
+        """
+        tokens, sources = [row.tokens for row in inputs], [row.sources for row in inputs]
+        mu, frame_mask = self.condition(tokens, sources, padded_frames)
         z, cond = torch.zeros_like(mu), torch.zeros_like(mu)
         for index, row in enumerate(inputs):
             z[index, :, : row.frames] = row.noise
@@ -155,24 +202,31 @@ class FlowDecoder(nn.Module):
 
     @torch.no_grad()
     def condition(
-        self, tokens: Sequence[Tensor], sources: Sequence[Tensor] | None = None
+        self,
+        tokens: Sequence[Tensor],
+        sources: Sequence[Tensor] | None = None,
+        padded_frames: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Encode codes and stretch them to mel rate.
 
         Args:
             tokens: rows of codes, each (codes,).
             sources: index of the code that each mel frame repeats; defaults to nearest interpolation to :meth:`frames`.
+            padded_frames: mel frames that each row is padded to, and its codes in proportion; None: the longest row's.
 
         Returns:
-            mu (rows, 80, most frames) and the frame mask (rows, 1, most frames), None when all are equal.
+            mu (rows, 80, frames) and the frame mask (rows, 1, frames); no mask if rows are equal and not padded.
         """
         counts = [len(row) for row in tokens]
         sources = sources or [nearest_indices(count, self.frames(count)) for count in counts]
         frames = [len(row) for row in sources]
-        padded = nn.utils.rnn.pad_sequence([row.to(self.device) for row in tokens], batch_first=True)
-        encoded = self.encode(padded, _length_mask(counts, self.device))
-        frame_mask = _length_mask(frames, self.device)
-        stretched = encoded.new_zeros(len(frames), encoded.shape[2], max(frames))
+        padded_codes = None if padded_frames is None else self._most_codes(padded_frames)
+        padded = torch.zeros(len(counts), padded_codes or max(counts), dtype=torch.long, device=self.device)
+        for index, row in enumerate(tokens):
+            padded[index, : len(row)] = row
+        encoded = self.encode(padded, _length_mask(counts, padded_codes, self.device))
+        frame_mask = _length_mask(frames, padded_frames, self.device)
+        stretched = encoded.new_zeros(len(frames), encoded.shape[2], padded_frames or max(frames))
         for index, source in enumerate(sources):
             stretched[index, :, : len(source)] = encoded[index, source.to(self.device)].T
         mask = None if frame_mask is None else frame_mask[:, None].to(stretched)
@@ -258,8 +312,19 @@ def draw_normal(shape: tuple[int, ...], generator: torch.Generator | None) -> Te
     return torch.randn(shape, generator=generator, device=generator.device)
 
 
-def _length_mask(lengths: Sequence[int], device: torch.device) -> Tensor | None:
-    """(rows, longest), True inside each row; None when all are equal."""
-    if min(lengths) == max(lengths):
+def _shared_passes(frames: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Padded length and rows, given by index, of each pass; ``frames`` is the length of each row."""
+    buckets: dict[int, list[int]] = defaultdict(list)
+    for index, length in enumerate(frames):
+        buckets[-(-length // FRAMES_PER_BUCKET) * FRAMES_PER_BUCKET].append(index)
+    for padded, members in buckets.items():
+        for first in range(0, len(members), ROWS_PER_PASS):
+            yield padded, members[first : first + ROWS_PER_PASS]
+
+
+def _length_mask(lengths: Sequence[int], padded: int | None, device: torch.device) -> Tensor | None:
+    """(rows, padded length), True inside each row; None if rows are equal and there is no padded length."""
+    if padded is None and min(lengths) == max(lengths):
         return None
-    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    positions = torch.arange(padded or max(lengths), device=device)
+    return positions < torch.tensor(lengths, device=device)[:, None]

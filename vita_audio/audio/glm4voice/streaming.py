@@ -12,7 +12,7 @@ with ``prompt_tokens=None`` the window is unbounded and the results equal the re
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -33,8 +33,7 @@ class StreamSchedule:
     """How a reply is split into chunks, and how far each chunk looks back. First chunks are small and fast.
 
     Attributes:
-        chunks: (codes, solver steps) of each chunk in turn; the last pair repeats. The steps increase as in
-            the public demo.
+        chunks: (codes, solver steps) of each chunk in turn; the last pair repeats. Defaults to the public demo's.
         prompt_tokens: codes of history that condition a chunk; None for all of them.
     """
 
@@ -56,6 +55,10 @@ class StreamSchedule:
         return self.chunks[min(index, len(self.chunks) - 1)]
 
 
+REPLY_SCHEDULE = StreamSchedule(((8, 1), (8, 3), (16, 5), (24, 7), (32, 9), (48, 10)))
+"""The default of a codec. The model speaks in groups of eight codes, so a chunk is full when a group is complete."""
+
+
 class NoiseSource:
     """Random numbers of one stream, in the reference's order: the mel's noise, phases, the source's noise.
 
@@ -67,6 +70,16 @@ class NoiseSource:
     def __init__(self, generator: torch.Generator | None = None):
         self._given = generator
         self._current = generator
+
+    def saved(self) -> Callable[[], None]:
+        """A function that takes back all draws from now on."""
+        generator, drawn = self._given, None if self._given is None else self._given.get_state()
+
+        def restore() -> None:
+            if generator is not None and drawn is not None:
+                generator.set_state(drawn)
+
+        return restore
 
     def begin_chunk(self) -> None:
         """Called before each chunk's draws."""
@@ -173,7 +186,7 @@ class StreamingDecoder:
                 mel = torch.cat([state.cached_mel, mel], dim=1)
             keep = mel.shape[1] - (0 if final else self.overlap_frames)
             vocoded.append((mel[:, :keep], None if final else mel[:, keep:]))
-        sounds = self._vocode(states, [mel for mel, _ in vocoded])
+        sounds = [self._vocode(state, mel) for state, (mel, _) in zip(states, vocoded, strict=True)]
         return [
             self._advance(*arguments) for arguments in zip(states, chunks, vocoded, sounds, last, strict=True)
         ]
@@ -216,28 +229,20 @@ class StreamingDecoder:
         mixed = start + overlap * self._fade_out.to(mel.device)
         return torch.cat([mixed.to(mel.dtype), mel[:, self.overlap_frames :]], dim=1)
 
-    def _vocode(self, states: Sequence[StreamState], mels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Waveform and source of each mel; mels of equal length share a pass."""
+    def _vocode(self, state: StreamState, mel: Tensor) -> tuple[Tensor, Tensor]:
+        """Waveform and source of one reply's mel.
+
+        Replies do not share passes here: the vocoder integrates the pitch, so the rounding of another batch shape would
+        grow to an audible phase, and one reply fills a device well enough.
+        """
+        frames = mel.shape[1]
+        if frames == 0:
+            return mel.new_zeros(0), mel.new_zeros(0)
         harmonics = self.vocoder.config.nb_harmonics + 1
-        groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
-        for index, (state, mel) in enumerate(zip(states, mels, strict=True)):
-            groups[mel.shape[1], state.cached_source is not None].append(index)
-        sounds: dict[int, tuple[Tensor, Tensor]] = {}
-        for (frames, cached), members in groups.items():
-            if frames == 0:
-                sounds |= {index: (mels[index].new_zeros(0),) * 2 for index in members}
-                continue
-            samples = frames * self.vocoder.samples_per_frame
-            draws = [states[index].noise.source(harmonics, samples) for index in members]
-            kept = [one for index in members if (one := states[index].cached_source) is not None]
-            waves, sources = self.vocoder(
-                torch.stack([mels[index] for index in members]),
-                torch.stack(kept)[:, None] if cached else None,
-                phase=torch.stack([phase for phase, _ in draws]),
-                noise=torch.stack([noise for _, noise in draws]),
-            )
-            sounds |= dict(zip(members, zip(waves, sources[:, 0], strict=True), strict=True))
-        return [sounds[index] for index in range(len(states))]
+        phase, noise = state.noise.source(harmonics, frames * self.vocoder.samples_per_frame)
+        cached = None if state.cached_source is None else state.cached_source[None, None]
+        wave, source = self.vocoder(mel[None], cached, phase=phase[None], noise=noise[None])
+        return wave[0], source[0, 0]
 
     def _advance(
         self,
@@ -287,9 +292,31 @@ class GLM4VoiceStream(AudioStream):
         """See :meth:`AudioStream.push`; returns no samples until the first chunk is full."""
         return push_many([self], [tokens], [last])[0]
 
-    def _next_chunk(self) -> tuple[Tensor, bool, int] | None:
-        """(codes, last, steps) of the next chunk that is due, if any."""
-        size, steps = self.schedule[self.chunks_done]
+    @property
+    def missing(self) -> int:
+        """See :attr:`AudioStream.missing`."""
+        return self.schedule[self.chunks_done][0] - len(self.pending)
+
+    @property
+    def pass_key(self) -> tuple[int, int | None]:
+        """Solver steps and prompt window of the next chunk; chunks of equal keys share passes."""
+        return self.schedule[self.chunks_done][1], self.decoder.prompt_tokens
+
+    def saved(self) -> Callable[[], None]:
+        """A function that restores the stream as it is now."""
+        mine, state = {**self.__dict__, "pending": [*self.pending]}, dict(self.state.__dict__)
+        undo_draws = self.state.noise.saved()
+
+        def restore() -> None:
+            self.__dict__.update(mine)
+            self.state.__dict__.update(state)
+            undo_draws()
+
+        return restore
+
+    def _next_chunk(self) -> tuple[Tensor, bool] | None:
+        """Codes of the next chunk that is due, if any, and whether it is the last."""
+        size, _ = self.schedule[self.chunks_done]
         final = self.ending and len(self.pending) <= size
         if len(self.pending) < size and not final:
             return None
@@ -297,14 +324,13 @@ class GLM4VoiceStream(AudioStream):
         self.chunks_done += 1
         if final:
             self.ending, self.chunks_done = False, 0
-        return torch.tensor(codes, dtype=torch.long), final, steps
+        return torch.tensor(codes, dtype=torch.long), final
 
 
-@torch.no_grad()
 def push_many(
     streams: Sequence[GLM4VoiceStream], tokens: Sequence[Sequence[int]], last: Sequence[bool]
 ) -> list[Tensor]:
-    """:meth:`GLM4VoiceStream.push` for several streams of one decoder, in shared batches.
+    """:meth:`GLM4VoiceStream.push` for several streams of one decoder, in shared passes.
 
     Args:
         streams: distinct streams of the same codec.
@@ -312,30 +338,42 @@ def push_many(
         last: whether each reply ends here.
 
     Returns:
-        New samples of each, (samples,).
+        New samples of each, (samples,). They do not depend on the other streams, see :meth:`FlowDecoder.generate`.
 
     Raises:
-        ValueError: a code is outside the vocabulary.
+        ValueError: a code is outside the vocabulary. After this or any other error the streams are unchanged.
     """
-    waves: list[list[Tensor]] = [[] for _ in streams]
     for stream, codes in zip(streams, tokens, strict=True):
         check_codes(codes, stream.decoder.flow.config.vocab_size)
-    for stream, codes, final in zip(streams, tokens, last, strict=True):
-        stream.pending += [int(code) for code in codes]
-        stream.ending = bool(final)
+    before = [stream.saved() for stream in streams]
+    try:
+        for stream, codes, final in zip(streams, tokens, last, strict=True):
+            stream.pending += [int(code) for code in codes]
+            stream.ending = bool(final)
+        return _decode_due(streams)
+    except BaseException:
+        for restore in before:
+            restore()
+        raise
+
+
+@torch.no_grad()
+def _decode_due(streams: Sequence[GLM4VoiceStream]) -> list[Tensor]:
+    """Decode every chunk that is due. Returns the new samples of each stream."""
+    waves: list[list[Tensor]] = [[] for _ in streams]
     while True:
         # Chunks with equal solver steps and prompt windows are decoded together.
         due: dict[tuple[int, int | None], list[tuple[int, Tensor, bool]]] = defaultdict(list)
         for index, stream in enumerate(streams):
+            key = stream.pass_key
             chunk = stream._next_chunk()
             if chunk is not None:
-                ready, final, steps = chunk
-                due[steps, stream.decoder.prompt_tokens].append((index, ready, final))
+                due[key].append((index, *chunk))
         if not due:
             return [torch.cat([torch.empty(0), *parts]) for parts in waves]
         for (steps, _), members in due.items():
-            indices, ready_codes, finals = zip(*members, strict=True)
+            indices, codes, finals = zip(*members, strict=True)
             decoder = streams[indices[0]].decoder
-            outputs = decoder.decode([streams[i].state for i in indices], ready_codes, finals, steps)
+            outputs = decoder.decode([streams[i].state for i in indices], codes, finals, steps)
             for index, output in zip(indices, outputs, strict=True):
                 waves[index].append(output.wave.float())

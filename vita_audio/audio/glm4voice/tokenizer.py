@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from vita_audio.audio.base import AudioLike, AudioStream, AudioTokenizer, check_codes
 from vita_audio.audio.folders import GLM4VOICE_DECODER, GLM4VOICE_TOKENIZER, check_folder
 from vita_audio.audio.glm4voice.config import CONFIG_FILES, load_decoder_config
-from vita_audio.audio.glm4voice.flow import DEFAULT_SEED, FlowDecoder
+from vita_audio.audio.glm4voice.flow import DEFAULT_SEED, ROWS_PER_PASS, FlowDecoder
 from vita_audio.audio.glm4voice.streaming import (
+    REPLY_SCHEDULE,
     GLM4VoiceStream,
     StreamingDecoder,
     StreamSchedule,
@@ -48,7 +49,7 @@ class GLM4VoiceTokenizer(AudioTokenizer):
             encode only.
         device: device of the networks.
         encoder_dtype: data type of the tokenizer network.
-        schedule: chunks and steps of streaming decoding.
+        schedule: chunks and steps of streaming decoding; defaults to :data:`REPLY_SCHEDULE`.
     """
 
     kind = "glm4voice"
@@ -66,7 +67,7 @@ class GLM4VoiceTokenizer(AudioTokenizer):
         self.flow_path = None if flow_path is None else Path(flow_path)
         self.device = torch.device(device)
         self.encoder_dtype = encoder_dtype
-        self.schedule = schedule or StreamSchedule()
+        self.schedule = schedule or REPLY_SCHEDULE
         self._parts: dict[type[nn.Module], nn.Module] = {}
         self._lock = threading.Lock()
 
@@ -197,6 +198,12 @@ class GLM4VoiceTokenizer(AudioTokenizer):
         if len(own) != len(streams):
             raise TypeError("push_many accepts only streams returned by this codec's stream()")
         return push_many(own, tokens, last)
+
+    def sharing(self, streams: Sequence[AudioStream]) -> Sequence[AudioStream]:
+        """See :meth:`AudioTokenizer.sharing`; on a CPU nothing is shared, see :meth:`FlowDecoder.generate`."""
+        own = [stream for stream in streams if isinstance(stream, GLM4VoiceStream)]
+        rows = ROWS_PER_PASS if self.flow.shares_passes else 1
+        return [stream for stream in own if stream.pass_key == own[0].pass_key][:rows]
 
     def _encoder_folder(self) -> Path:
         if self.path is None:

@@ -127,7 +127,7 @@ class FrontendStream(FeatureStream):
         return self._frontend.normalize(stacked)
 
     def _start(self) -> None:
-        self._heard = torch.empty(0)  # samples from the first window that is not computed yet
+        self._heard = torch.empty(0)  # samples from the start of the first window not yet computed
         self._windows: torch.Tensor | None = None  # needed by further frames, (windows, 80)
         self._first = 0  # index of the first of them
         self._frames = 0  # already returned
@@ -183,8 +183,8 @@ def filter_bank(waveform: torch.Tensor, dither: float = 0.0) -> torch.Tensor:
 def stack_frames(frames: torch.Tensor) -> torch.Tensor:
     """Low frame rate: (windows, 80) to (ceil(windows / 6), 560) (SPEC 2.3).
 
-    Stacked frame ``t`` holds source frames ``6t - 3 … 6t + 3``; beyond the ends the first and
-    last are repeated.
+    Stacked frame ``t`` holds source frames ``6t - 3 … 6t + 3``; beyond the ends, the first
+    and last frames are repeated.
     """
     count = -(-len(frames) // FRAME_STRIDE)
     centres = torch.arange(count)[:, None] * FRAME_STRIDE
@@ -193,7 +193,7 @@ def stack_frames(frames: torch.Tensor) -> torch.Tensor:
 
 
 def read_cmvn(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shift (the negative mean) and scale of Kaldi's text form, (560,) each (SPEC 2.4).
+    """Shift (the negative mean) and scale from a file in Kaldi's text format, (560,) each (SPEC 2.4).
 
     Raises:
         ValueError: a part is missing or does not hold 560 numbers.
@@ -210,7 +210,7 @@ def read_cmvn(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
                 try:
                     return torch.tensor([float(number) for number in numbers])
                 except ValueError as error:
-                    raise ValueError(f"{path}: {tag} holds something that is not a number: {error}") from None
+                    raise ValueError(f"{path}: {tag} holds a value that is not a number: {error}") from None
         raise ValueError(f"{path}: no {tag} section; expected SenseVoice's am.mvn")
 
     return values_after("<AddShift>"), values_after("<Rescale>")
@@ -240,7 +240,7 @@ def estimate_cmvn(audios: Iterable[AudioLike]) -> tuple[torch.Tensor, torch.Tens
 
 
 def write_cmvn(path: Path, shift: torch.Tensor, scale: torch.Tensor) -> None:
-    """Write what :func:`read_cmvn` reads."""
+    """Write a normalisation file that :func:`read_cmvn` reads."""
 
     def section(tag: str, values: torch.Tensor) -> str:
         numbers = " ".join(f"{value:.6f}" for value in values.tolist())

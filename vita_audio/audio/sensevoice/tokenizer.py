@@ -46,10 +46,11 @@ class SenseVoiceInputTokenizer(AudioTokenizer):
         self.input_sample_rate = discrete.input_sample_rate
         self.frame_rate = discrete.frame_rate
         self.codebook_size = discrete.codebook_size
+        self.device = discrete.device
 
     @property
     def frontend(self) -> Frontend:
-        """What makes features.
+        """The feature front end.
 
         Raises:
             ValueError: the codec was opened without one.
@@ -97,3 +98,6 @@ class SenseVoiceInputTokenizer(AudioTokenizer):
         self, streams: Sequence[AudioStream], tokens: Sequence[Sequence[int]], last: Sequence[bool]
     ) -> list[Tensor]:
         return self.discrete.push_many(streams, tokens, last)
+
+    def sharing(self, streams: Sequence[AudioStream]) -> Sequence[AudioStream]:
+        return self.discrete.sharing(streams)

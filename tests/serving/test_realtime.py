@@ -1,0 +1,326 @@
+"""``/v1/realtime`` through the official client: turns, speech detection, interruption, history."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import websockets.sync.client
+from openai.types import realtime as kinds
+from pydantic import TypeAdapter
+
+from vita_audio.audio import load_audio
+from vita_audio.inference import GenerationOptions
+from vita_audio.inference.session import heard_part
+from vita_audio.serving.sounds import RATE, to_pcm
+
+SERVER_EVENT = TypeAdapter(kinds.RealtimeServerEvent)
+
+
+class Talk:
+    """A connection of the official client."""
+
+    def __init__(self, connection):
+        self.connection = connection
+        self.events: list = []
+
+    def next(self):
+        event = self.connection.recv()
+        SERVER_EVENT.validate_python(event.model_dump(exclude_unset=True))
+        self.events.append(event)
+        return event
+
+    def until(self, kind: str):
+        while (event := self.next()).type != kind:
+            assert event.type != "error" or kind == "error", event
+        return event
+
+    def update(self, **session):
+        self.connection.session.update(session={"type": "realtime", **session})
+        return self.until("session.updated").session
+
+    def say(self, pcm: bytes, piece: int = RATE // 25 * 2) -> None:
+        for start in range(0, len(pcm), piece):
+            audio = base64.b64encode(pcm[start : start + piece]).decode()
+            self.connection.input_audio_buffer.append(audio=audio)
+
+    def ask(self, pcm: bytes) -> None:
+        self.say(pcm)
+        self.connection.input_audio_buffer.commit()
+        self.connection.response.create()
+
+    def answer(self) -> tuple[str, bytes]:
+        """Transcript and sound of the next reply."""
+        start = len(self.events)
+        self.until("response.done")
+        sound = [each.delta for each in self.events[start:] if each.type == "response.output_audio.delta"]
+        text = [
+            each.delta
+            for each in self.events[start:]
+            if each.type == "response.output_audio_transcript.delta"
+        ]
+        return "".join(text), b"".join(map(base64.b64decode, sound))
+
+
+@contextmanager
+def talking(running, **session) -> Iterator[Talk]:
+    with running.client().realtime.connect(model="tiny") as connection:
+        talk = Talk(connection)
+        talk.until("session.created")
+        talk.update(**{"temperature": 0, **session})
+        yield talk
+
+
+BY_HAND = {"audio": {"input": {"turn_detection": None}}}
+
+
+@pytest.fixture(scope="module")
+def question(tiny_world) -> bytes:
+    return to_pcm(load_audio(tiny_world.audio("question.wav"), RATE)[0])
+
+
+@pytest.fixture
+def dialogues(monkeypatch) -> list:
+    """The histories of the connections that are opened in a test."""
+    from vita_audio.serving import realtime, turns
+
+    made = []
+
+    def make(pipeline):
+        made.append(turns.Dialogue(pipeline))
+        return made[-1]
+
+    monkeypatch.setattr(realtime, "Dialogue", make)
+    return made
+
+
+def test_a_spoken_turn_is_answered_aloud(running, question):
+    with talking(running, **BY_HAND) as talk:
+        talk.ask(question)
+        text, sound = talk.answer()
+        assert text.strip() == "blue"
+        assert len(sound) > RATE
+        order = [event.type for event in talk.events]
+        for before, after in (
+            ("input_audio_buffer.committed", "conversation.item.done"),
+            ("response.created", "response.output_item.added"),
+            ("response.content_part.added", "response.output_audio.delta"),
+            ("response.output_audio.delta", "response.output_audio.done"),
+            ("response.content_part.done", "response.output_item.done"),
+        ):
+            assert order.index(before) < order.index(after)
+        done = talk.events[-1].response
+        assert done.status == "completed"
+        assert done.usage.total_tokens == done.usage.input_tokens + done.usage.output_tokens
+
+
+def test_a_reply_does_not_depend_on_how_speech_is_cut_into_pieces(running, question):
+    answers = []
+    for piece in (480, 4800, len(question)):
+        with talking(running, **BY_HAND) as talk:
+            talk.say(question, piece)
+            talk.connection.input_audio_buffer.commit()
+            talk.connection.response.create()
+            answers.append(talk.answer())
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_the_second_turn_has_the_first_as_its_history(running, question, pipeline):
+    with talking(running, **BY_HAND) as talk:
+        talk.ask(question)
+        talk.answer()
+        first = talk.events[-1].response.usage
+        talk.ask(question)
+        talk.answer()
+        second = talk.events[-1].response.usage
+        assert second.input_tokens > first.input_tokens + first.output_tokens
+
+
+def test_typed_items_and_text_replies(running, pipeline):
+    with talking(running, output_modalities=["text"], **BY_HAND) as talk:
+        content = [{"type": "input_text", "text": "hello"}]
+        talk.connection.conversation.item.create(item={"type": "message", "role": "user", "content": content})
+        added = talk.until("conversation.item.done").item
+        talk.connection.response.create(response={"max_output_tokens": 4})
+        done = talk.until("response.done").response
+        deltas = [each.delta for each in talk.events if each.type == "response.output_text.delta"]
+        assert done.output[0].content[0].text == "".join(deltas)
+        assert done.usage.output_tokens <= 4
+        talk.connection.conversation.item.retrieve(item_id=added.id)
+        assert talk.until("conversation.item.retrieved").item.content[0].text == "hello"
+        talk.connection.conversation.item.delete(item_id=added.id)
+        assert talk.until("conversation.item.deleted").item_id == added.id
+
+
+def test_the_users_words_are_sent_where_they_are_asked_for(running, question):
+    audio = {"input": {"turn_detection": None, "transcription": {"model": "tiny"}}}
+    with talking(running, audio=audio) as talk:
+        talk.ask(question)
+        said = talk.until("conversation.item.input_audio_transcription.completed")
+        assert said.transcript == "the blue key"
+
+
+def test_a_reply_that_is_cut_is_a_history_of_what_was_heard(
+    running, question, pipeline, dialogues, tiny_world
+):
+    """After the cut, the next reply equals that to a prompt which holds only the part that was heard."""
+    with talking(running, **BY_HAND) as talk:
+        talk.ask(question)
+        talk.answer()
+        (dialogue,) = dialogues
+        item = dialogue.items[-1]
+        whole = list(item.reply)
+        talk.connection.conversation.item.truncate(item_id=item.id, content_index=0, audio_end_ms=800)
+        talk.until("conversation.item.truncated")
+        codes = int(0.8 * pipeline.codec.frame_rate)
+        assert item.reply == heard_part(whole, codes, dialogue._tokens)
+        assert 0 < len(item.reply) < len(whole)
+        talk.ask(question)
+        talk.answer()
+        second = dialogue.items[-1]
+        request = dialogue.request(second, GenerationOptions(do_sample=False, max_new_tokens=1024), "none")
+        alone = type(request)(request.prompt, request.options, "none")
+        *_, reply = pipeline.backend.stream(alone)
+        assert reply.token_ids == second.reply
+
+
+@pytest.fixture
+def speech_detector(monkeypatch):
+    """Loud windows are speech: the tiny model's sounds are no speech that a real detector knows."""
+    from vita_audio.serving import detection
+
+    monkeypatch.setattr(
+        detection, "load_model", lambda: lambda window, rate: float(window.abs().mean() > 0.02)
+    )
+
+
+SILENCE = bytes(2 * RATE)
+
+
+def test_the_server_finds_the_turns(running, question, speech_detector):
+    with talking(running) as talk:
+        talk.say(SILENCE + question + SILENCE)
+        started = talk.until("input_audio_buffer.speech_started")
+        stopped = talk.until("input_audio_buffer.speech_stopped")
+        assert abs(started.audio_start_ms - 1000) < 100
+        assert abs(stopped.audio_end_ms - 1000 - len(question) / 2 / RATE * 1000) < 150
+        committed = talk.until("input_audio_buffer.committed")
+        assert committed.item_id == started.item_id
+        assert len(talk.answer()[1]) > 0
+
+
+def test_speaking_interrupts_the_reply(running, question, speech_detector, dialogues):
+    """The sound ends with the event that reports speech, and the history with what can have been heard."""
+    with talking(running) as talk:
+        talk.say(question + SILENCE)
+        talk.until("response.done")
+        first_sound = time.perf_counter()
+        item = dialogues[0].items[-1]
+        whole = list(item.reply)
+        assert item.seconds > 1
+        talk.say(question[: RATE // 2])
+        talk.until("input_audio_buffer.speech_started")
+        cut = talk.until("conversation.item.truncated")
+        assert cut.item_id == item.id
+        assert cut.audio_end_ms <= 1000 * (time.perf_counter() - first_sound) + 1000
+        assert len(item.reply) < len(whole)
+
+
+def test_no_sound_follows_an_interruption(running, question, speech_detector, monkeypatch):
+    """A reply that is still generated when the user speaks ends as cancelled."""
+    stream = running.service.pipeline.backend.stream
+
+    def slow(request):
+        for event in stream(request):
+            time.sleep(0.1)
+            yield event
+
+    monkeypatch.setattr(running.service.pipeline.backend, "stream", slow)
+    with talking(running) as talk:
+        talk.say(question + SILENCE)
+        talk.until("response.output_audio.delta")
+        talk.say(question[: RATE // 2])
+        talk.until("input_audio_buffer.speech_started")
+        place = len(talk.events)
+        done = talk.until("response.done").response
+        assert (done.status, done.status_details.reason) == ("cancelled", "turn_detected")
+        assert "response.output_audio.delta" not in [event.type for event in talk.events[place:]]
+    assert running.service.pipeline.backend.engine.num_rows == 0
+
+
+def test_a_client_cancels_a_reply(running, question, monkeypatch):
+    stream = running.service.pipeline.backend.stream
+
+    def slow(request):
+        for event in stream(request):
+            time.sleep(0.1)
+            yield event
+
+    monkeypatch.setattr(running.service.pipeline.backend, "stream", slow)
+    with talking(running, **BY_HAND) as talk:
+        talk.ask(question)
+        talk.until("response.output_audio.delta")
+        talk.connection.response.cancel()
+        done = talk.until("response.done").response
+        assert (done.status, done.status_details.reason) == ("cancelled", "client_cancelled")
+        talk.connection.response.cancel()
+        assert talk.until("error").error.code == "response_cancel_not_active"
+
+
+@pytest.mark.parametrize(
+    ("event", "param"),
+    [
+        ("{", None),
+        ("[]", None),
+        ('{"type": "no.such.event"}', "type"),
+        ('{"type": "response.create", "extra": 1}', "extra"),
+        ('{"type": "session.update", "session": {"audio": {"output": {"speed": 2}}}}', "session.audio.output.speed"),
+        ('{"type": "session.update", "session": {"tools": [{}]}}', "session.tools"),
+        ('{"type": "session.update", "session": {"model": "other"}}', "model"),
+        ('{"type": "input_audio_buffer.append", "audio": "?"}', "audio"),
+        ('{"type": "input_audio_buffer.append", "audio": "AAAA"}', "audio"),
+        ('{"type": "input_audio_buffer.commit"}', None),
+        ('{"type": "conversation.item.delete", "item_id": "x"}', "item_id"),
+        ('{"type": "conversation.item.truncate", "item_id": "x", "audio_end_ms": -1}', "audio_end_ms"),
+        ('{"type": "conversation.item.create", "item": {"type": "message", "role": "user"}}', "item.content"),
+    ],
+)  # fmt: skip
+def test_a_wrong_event_gets_an_error_and_the_connection_goes_on(running, event, param):
+    address = running.address.replace("http", "ws") + "/v1/realtime?model=tiny"
+    with websockets.sync.client.connect(address) as socket:
+        assert json.loads(socket.recv())["type"] == "session.created"
+        socket.send(event)
+        answer = json.loads(socket.recv())
+        assert answer["type"] == "error"
+        assert answer["error"]["param"] == param
+        socket.send('{"type": "input_audio_buffer.clear"}')
+        assert json.loads(socket.recv())["type"] == "input_audio_buffer.cleared"
+
+
+def test_the_detector_leaves_torchs_threads_alone():
+    from vita_audio.serving.detection import TurnDetector
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        detector = TurnDetector()
+        assert detector.push(torch.zeros(16_000)) == []
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_connection_that_ends_leaves_nothing(running, question):
+    with talking(running, **BY_HAND) as talk:
+        talk.ask(question)
+        talk.until("response.created")
+    deadline = time.monotonic() + 20
+    while not running.service.idle and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert running.service.idle
+    assert running.service.pipeline.backend.engine.num_rows == 0

@@ -1,0 +1,129 @@
+"""The plan of a stage against the model itself: operations as torch counts them, memory as DeepSpeed keeps it."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vita_audio.cli import plan_run
+from vita_audio.models import Qwen2MTPConfig, Qwen2MTPForCausalLM
+from vita_audio.models.compat import enable_checkpointing
+from vita_audio.training.planner import Setup, Zero, make_plan, step_flops
+from vita_audio.training.stages import apply_stage
+from vita_audio.training.step_memory import Batch, step_memory
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 5,
+    "num_nextn_predict_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+CONFIG = Qwen2MTPConfig(**SIZES)
+EVERY = list(itertools.product((False, True), (False, True), (1, 3)))
+
+
+@pytest.mark.parametrize(("frozen", "checkpointing", "documents"), EVERY)
+def test_operations_of_a_step_equal_torchs_count(frozen, checkpointing, documents):
+    model = Qwen2MTPForCausalLM(CONFIG).train()
+    apply_stage(model, language_model_freeze=frozen)
+    if checkpointing:
+        enable_checkpointing(model)
+    positions = (torch.arange(documents * 16) % 16)[None]
+    ids = torch.randint(96, positions.shape)
+    labels = ids.masked_fill(positions < 8, -100)
+    # torch counts no fused kernel of the CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(ids, position_ids=positions, labels=labels).loss.backward()
+    batch = Batch(1, documents * 16, 16, supervised=0.5)
+    setup = Setup(language_model_freeze=frozen, batch=batch, checkpointing=checkpointing)
+    needed, recomputed = step_flops(CONFIG, setup)
+    assert needed + recomputed == counter.get_total_flops()
+    assert bool(recomputed) is checkpointing
+
+
+def test_activations_grow_with_tokens_and_checkpointing_saves_most_of_them():
+    config = Qwen2MTPConfig(**{**SIZES, "hidden_size": 64, "num_hidden_layers": 10})
+    peaks = {
+        (length, checkpointing): step_memory(
+            config,
+            Batch(1, length, length),
+            language_model_freeze=False,
+            dtype=torch.float32,
+            checkpointing=checkpointing,
+            held_gradient=0,
+        )[0]
+        for length in (128, 256)
+        for checkpointing in (False, True)
+    }
+    assert peaks[128, True] < peaks[128, False] / 2
+    assert 1.8 < peaks[256, False] / peaks[128, False] < 2.2
+
+
+def test_gradients_of_earlier_batches_stand_beside_the_activations():
+    settings = {"language_model_freeze": False, "dtype": torch.float32, "held_gradient": 1.0}
+    batch = Batch(1, 64, 64)
+    alone, gradients = step_memory(CONFIG, batch, **settings)
+    added, _ = step_memory(CONFIG, batch, **settings, earlier_gradients=True)
+    model = Qwen2MTPForCausalLM(CONFIG)
+    assert gradients == sum(parameter.nbytes for parameter in model.parameters())
+    assert alone < added <= alone + gradients
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_more_gpus_hold_less_each_as_the_zero_stage_says(stage):
+    plans = [
+        make_plan(CONFIG, Setup(gpus=gpus, batch=Batch(1, 32, 32)), Zero(stage=stage)) for gpus in (1, 4)
+    ]
+    assert plans[0].states["optimizer"] == 4 * plans[1].states["optimizer"] == 12 * plans[0].trained
+    ratio = plans[0].backward["gradients"] / plans[1].backward["gradients"]
+    assert ratio == pytest.approx(4 if stage > 1 else 1, rel=0.01)
+    assert (plans[0].states["weights"] > plans[1].states["weights"]) is (stage == 3)
+    assert plans[1].flops_per_step == 4 * plans[0].flops_per_step
+    assert plans[1].hours(1e12, 0.5) == plans[0].hours(1e12, 0.5)
+
+
+def test_a_frozen_backbone_has_no_optimizer_states():
+    plan = make_plan(CONFIG, Setup(language_model_freeze=True, gpus=1, batch=Batch(1, 32, 32)), Zero())
+    heads = plan.parameters["heads"][0]
+    assert plan.parameters["language model"][0] == 0
+    assert plan.states["optimizer"] == 12 * heads
+    assert plan.trained == heads
+
+
+@pytest.mark.parametrize(
+    "name", ["zero1", "zero2", "zero2_no_optimizer", "zero2_offload", "zero3", "zero3_offload"]
+)
+def test_every_published_deepspeed_config_can_be_planned(name):
+    file = plan_run.REPOSITORY / f"scripts/deepspeed/ds_config_{name}.json"
+    zero = Zero.from_config(plan_run.read_deepspeed_config(str(file)))
+    assert zero.stage == int(name[4])
+    assert zero.offload_optimizer is name.endswith("offload")
+    plan = make_plan(CONFIG, Setup(batch=Batch(1, 32, 32)), zero)
+    assert (plan.host_bytes > 0) is name.endswith("offload")
+    assert ("optimizer" in plan.states and plan.states["optimizer"] == 0) is name.endswith("offload")
+
+
+def test_the_command_prints_the_published_stage_and_a_larger_row_costs_more(capsys):
+    small = str(plan_run.REPOSITORY / "configs/models/qwen2.5_0.5b_mtp0.json")
+    shown = {}
+    for seq in (1024, 2048):
+        plan_run.main(["--stage", "3", "--config", small, "--gpus", "4", "--seq", str(seq)])
+        shown[seq] = capsys.readouterr().out
+        assert f"{4 * 16 * seq:,} tokens" in shown[seq]
+        assert "8,000 steps" in shown[seq]
+    assert shown[1024].splitlines()[3].split()[:3] == ["language", "model", "0"]
+    peaks = [float(text.split("\n  peak")[1].split()[0]) for text in shown.values()]
+    assert peaks[0] < peaks[1]
+
+
+def test_numbers_that_make_no_plan_are_refused_in_one_line(capsys):
+    for wrong in (["--gpus", "0"], ["--mfu", "2"], ["--supervised", "0"]):
+        with pytest.raises(SystemExit):
+            plan_run.main(wrong)
+        assert capsys.readouterr().err.startswith(f"error: {wrong[0]}")

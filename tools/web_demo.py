@@ -1,0 +1,10 @@
+"""A page to talk to; the original's name for tools/serve.py.
+
+python tools/web_demo.py --help
+"""
+
+from vita_audio.cli.arguments import run_command
+from vita_audio.cli.serve import main
+
+if __name__ == "__main__":
+    run_command(main)

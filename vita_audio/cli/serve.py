@@ -1,0 +1,99 @@
+"""Serve a model: OpenAI's protocols over HTTP and websockets, and a page to talk to.
+
+    python tools/serve.py --model_name_or_path DIR --audio_tokenizer_type mel_vq --audio_tokenizer_path DIR
+
+Without a model it serves the quickstart's. The server listens on this machine only unless --host says otherwise;
+give --api_key_file then. SIGTERM or Ctrl-C lets running replies end. docs/serving.md describes the protocols.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vita_audio.cli.arguments import CODEC, RUNTIME, OptionGroup, command_parser
+from vita_audio.inference import CodecOptions, SpeechPipeline
+from vita_audio.serving import Service, create_app
+from vita_audio.serving.config import ServeOptions, read_keys
+from vita_audio.serving.server import Server
+
+SERVING = OptionGroup("server", ServeOptions)
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "quickstart"
+NO_MODEL = """\
+serve needs a model: --model_name_or_path DIR --audio_tokenizer_type KIND --audio_tokenizer_path DIR [--flow_path DIR].
+No weights yet? bash scripts/quickstart.sh trains a small model; after that no flag is needed. All flags: --help"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until a signal.
+
+    Raises:
+        ValueError: a folder, file, device or option cannot be used; the message is one line.
+        OSError: the address cannot be used.
+    """
+    args = parse(argv)
+    options = SERVING.read(args)
+    keys = read_keys(options.api_key_file)
+    folder, codec = choose_model(args)
+    pipeline = SpeechPipeline.open(folder, codec, RUNTIME.read(args))
+    service = Service(pipeline, options, Path(folder).resolve().name)
+    if not options.on_loopback and not keys:
+        print(
+            "warning: everybody who reaches this address can use the server; see --api_key_file",
+            file=sys.stderr,
+        )
+    asyncio.run(serve(service, keys))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read a command line."""
+    parser = command_parser(__doc__)
+    parser.add_argument(
+        "--model_name_or_path", metavar="DIR", help="checkpoint folder (default: the quickstart's)"
+    )
+    CODEC.add_to(parser)
+    RUNTIME.add_to(parser)
+    SERVING.add_to(parser)
+    return parser.parse_args(argv)
+
+
+def choose_model(args: argparse.Namespace) -> tuple[str | Path, CodecOptions]:
+    """The folder of the model, and its codec; the quickstart's if no model is given.
+
+    Raises:
+        SystemExit: there is no model.
+    """
+    if args.model_name_or_path is not None:
+        return args.model_name_or_path, CODEC.read(args)
+    model = QUICKSTART / "stages/finetune_glm4voice_mtp10_stage2/quickstart"
+    if not (model / "config.json").is_file():
+        sys.exit(NO_MODEL)
+    return model, CodecOptions("mel_vq", QUICKSTART / "codec")
+
+
+async def serve(service: Service, keys: Sequence[str]) -> None:
+    """Run the server; print how to use it as soon as it is ready."""
+    server = Server(create_app(service, keys), service)
+    running = asyncio.create_task(server.serve())
+    while not server.started and not running.done():
+        await asyncio.sleep(0.05)
+    if server.started:
+        print(welcome(server.address, service.name, bool(keys)), flush=True)
+    await running
+    if not server.started:
+        raise OSError("the server did not start; its log says why")
+
+
+def welcome(address: str, name: str, needs_key: bool) -> str:
+    """What to do with a server that is ready."""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
+    body = shlex.quote(f'{{"model": "{name}", "input": "one two three", "response_format": "wav"}}')
+    return f"""\
+serving {name} at {address}/v1
+talk to it: {address}/
+try it:     curl {address}/v1/audio/speech{key} -H 'Content-Type: application/json' -d {body} -o speech.wav"""

@@ -1,0 +1,93 @@
+"""Options of the server; every limit of a request is here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How the server listens, and what it accepts.
+
+    Attributes:
+        host: address to listen on; the default is reachable from this machine only.
+        port: port to listen on; 0 takes a free one.
+        served_name: name of the model for clients; defaults to the checkpoint's folder.
+        voices_dir: folder of voice prompts; each sound file is a voice of its name.
+        api_key_file: file of accepted API keys, one a line; without it no key is needed.
+        cors_origins: origins of web pages that may use the server, besides its own page.
+        slots: replies at once.
+        queue: requests that may wait for a slot; more are refused.
+        sessions_per_key: open realtime connections of one API key, or of all clients if there are no keys.
+        body_megabytes: largest body of a request, in MB.
+        audio_seconds: longest clip, in seconds.
+        text_characters: longest text of a request.
+        new_tokens: longest reply, in tokens; a request may ask for fewer.
+        reply_seconds: longest time that a request may take.
+        idle_seconds: a realtime connection without any event is closed after this time.
+        session_seconds: longest realtime connection.
+        drain_seconds: longest wait for running replies before the server ends.
+        log_content: write the text of requests and replies to the log.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_name: str | None = None
+    voices_dir: Path | None = None
+    api_key_file: Path | None = None
+    cors_origins: list[str] = field(default_factory=list)
+    slots: int = 8
+    queue: int = 32
+    sessions_per_key: int = 8
+    body_megabytes: float = 25.0
+    audio_seconds: float = 120.0
+    text_characters: int = 4096
+    new_tokens: int = 1024
+    reply_seconds: float = 120.0
+    idle_seconds: float = 300.0
+    session_seconds: float = 3600.0
+    drain_seconds: float = 30.0
+    log_content: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port={self.port}: give 0 to 65535")
+        for entry in fields(self):
+            value, least = getattr(self, entry.name), 0 if entry.name in ("queue", "port") else 1
+            if entry.type == "int" and value < least:
+                raise ValueError(f"{entry.name}={value}: give {least} or more")
+            if entry.type == "float" and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{entry.name}={value}: give a number above 0")
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return self.host in LOOPBACK
+
+    @property
+    def body_bytes(self) -> int:
+        """Largest body of a request, in bytes."""
+        return int(self.body_megabytes * 1_000_000)
+
+
+def read_keys(file: Path | None) -> tuple[str, ...]:
+    """The API keys of a file, one a line; blank lines and lines that begin with ``#`` do not count.
+
+    Raises:
+        ValueError: the file holds no key.
+        OSError: it cannot be read.
+    """
+    if file is None:
+        return ()
+    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ValueError(f"{file}: holds no API key; write one a line")
+    return keys

@@ -1,0 +1,83 @@
+"""Runs the application with uvicorn. SIGTERM or Ctrl-C lets running replies end; a second one ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from vita_audio.serving.service import Service
+
+_logger = logging.getLogger("vita_audio.serving")
+
+_LARGEST_FRAME = 1 << 20
+
+
+class Server(uvicorn.Server):
+    """Serves one application until a signal, then drains.
+
+    Args:
+        app: made by :func:`~vita_audio.serving.app.create_app`.
+        service: the same.
+    """
+
+    def __init__(self, app: FastAPI, service: Service):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=service.options.host,
+                port=service.options.port,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                ws_max_size=_LARGEST_FRAME,
+                timeout_graceful_shutdown=5,
+                lifespan="on",
+            )
+        )
+        self._service = service
+        self._drain: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def address(self) -> str:
+        """The address that clients use; known when :attr:`started`."""
+        bound = self.servers[0].sockets[0]
+        host, port = bound.getsockname()[:2]
+        return f"http://[{host}]:{port}" if bound.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See the base class.
+
+        Raises:
+            OSError: the address cannot be used.
+        """
+        self._loop = asyncio.get_running_loop()
+        try:
+            await super().startup(sockets)
+        except SystemExit as error:  # uvicorn has logged why
+            options = self._service.options
+            raise OSError(f"the server cannot listen on {options.host}:{options.port}") from error
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; end at once at the second signal, or before the server has started."""
+        if self._loop is None or not self.started or self._service.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._loop.call_soon_threadsafe(self.drain)
+
+    def drain(self) -> None:
+        """Refuse new replies; end the server when the running ones have ended."""
+        self._service.draining = True
+        self._drain = asyncio.get_running_loop().create_task(self._end_when_idle())
+
+    async def _end_when_idle(self) -> None:
+        _logger.info("shutting down: running replies end first")
+        deadline = asyncio.get_running_loop().time() + self._service.options.drain_seconds
+        while not self._service.idle and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        self.should_exit = True
