@@ -16,13 +16,13 @@ import pytest
 
 from vita_audio.audio import AudioError
 from vita_audio.cli.evaluate import main
+from vita_audio.evaluation import bench
 from vita_audio.evaluation.bench import Bench, _batches
 from vita_audio.evaluation.items import BenchmarkItem
 from vita_audio.evaluation.journal import Journal, Utterance
 from vita_audio.evaluation.settings import Settings
 from vita_audio.evaluation.tasks import SpeechRecognition
-from vita_audio.inference import GenerationOptions, SpeechPipeline
-from vita_audio.inference.backend import ReferenceBackend
+from vita_audio.inference import GenerationOptions, SpeechPipeline, collect
 
 COUNT = 6
 
@@ -46,13 +46,13 @@ def flags(tiny_world, tmp_path, write_lines) -> list[str]:
 @pytest.fixture
 def asked(monkeypatch) -> list[int]:
     """The number of requests in each call of the model."""
-    calls, stream_many = [], ReferenceBackend.stream_many
+    calls: list[int] = []
 
-    def note(self, requests):
-        calls.append(len(requests))
-        return stream_many(self, requests)
+    def note(events, count):
+        calls.append(count)
+        return collect(events, count)
 
-    monkeypatch.setattr(ReferenceBackend, "stream_many", note)
+    monkeypatch.setattr(bench, "collect", note)
     return calls
 
 
@@ -97,16 +97,15 @@ def test_a_failed_item_is_named_counted_and_not_scored_and_tried_again(
 
 def test_a_batch_that_fails_is_tried_item_by_item(flags, tmp_path, monkeypatch):
     """As when memory runs out."""
-    stream_many = ReferenceBackend.stream_many
 
-    def small(self, requests):
-        if len(requests) > 1:
+    def small(events, count):
+        if count > 1:
             raise RuntimeError("out of memory")
-        return stream_many(self, requests)
+        return collect(events, count)
 
     main(flags)
     expected = utterances(tmp_path)
-    monkeypatch.setattr(ReferenceBackend, "stream_many", small)
+    monkeypatch.setattr(bench, "collect", small)
     main([*flags, "--output_dir", str(tmp_path / "again")])
     again = (tmp_path / "again/tiny-turbo/asr.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in again] == expected
@@ -116,14 +115,14 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(flags, tmp_path, as
     main([*flags, "--output_dir", str(tmp_path / "whole")])
     whole = (tmp_path / "whole/tiny-turbo/asr.jsonl").read_text()
     asked.clear()
-    noted = ReferenceBackend.stream_many
+    noted = bench.collect
 
-    def killed(self, requests):
+    def killed(events, count):
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return noted(self, requests)
+        return noted(events, count)
 
-    monkeypatch.setattr(ReferenceBackend, "stream_many", killed)
+    monkeypatch.setattr(bench, "collect", killed)
     with pytest.raises(KeyboardInterrupt):
         main(flags)
     assert not (tmp_path / "out/tiny-turbo/asr.jsonl").exists()
@@ -132,7 +131,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(flags, tmp_path, as
     with journal.open("a") as file:
         file.write('{"id": "item_0", "refer')  # the kill cut a line off
 
-    monkeypatch.setattr(ReferenceBackend, "stream_many", noted)
+    monkeypatch.setattr(bench, "collect", noted)
     asked.clear()
     main(flags)
     assert sum(asked) == COUNT - 4
@@ -162,14 +161,14 @@ def test_replies_of_a_batch_end_at_their_own_limits(tiny_world, tmp_path):
     short = len(pipeline.prompt(item.conversation))
     said = {}
     for size in (1, 2):
-        bench = Bench(
+        setup = Bench(
             pipeline,
             tmp_path / str(size),
             "set",
             options=GenerationOptions.greedy("vanilla"),
             batch_size=size,
         )
-        utterances = bench.written(
+        utterances = setup.written(
             [item, longer], lambda one: one.answer, lambda prompt: 1 if prompt == short else 9
         )
         said[size] = {one.id: one.text for one in utterances}
@@ -250,8 +249,8 @@ def test_items_are_dealt_by_length_without_reading_damaged_audio(tiny_world, tmp
     pipeline = SpeechPipeline.from_pretrained(
         tiny_world.model_dir, "mel_vq", tiny_world.codec_dir, device="cpu"
     )
-    bench = Bench(pipeline, tmp_path, "set", options=GenerationOptions.greedy("turbo"))
-    good, bad = SpeechRecognition().run(bench, [item, broken])
+    setup = Bench(pipeline, tmp_path, "set", options=GenerationOptions.greedy("turbo"))
+    good, bad = SpeechRecognition().run(setup, [item, broken])
     assert (good.failure, good.text) == (None, "the blue key")
     assert "broken.wav" in bad.failure
 
