@@ -44,8 +44,10 @@ QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "matplotlib", "soxr"]
 SERVE = [
     "fastapi>=0.130",
     "prometheus-client",
+    "pydantic>=2",
     "python-multipart",
     "silero-vad>=6.2",
+    "starlette",
     "uvicorn>=0.40",
     "websockets>=15",
 ]
@@ -91,6 +93,7 @@ setup(
             *CORPORA,
             *DOCS,
             "coverage>=7.10",
+            "httpx2",
             "hypothesis",
             "import-linter",
             "mypy",

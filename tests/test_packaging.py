@@ -22,6 +22,8 @@ USED_WITHOUT_IMPORT = {
     "accelerate": "transformers' Trainer needs it",
     "tensorboard": "the Trainer writes its files",
     "flash-attn": "transformers' flash_attention_2 needs it",
+    "python-multipart": "fastapi's forms need it",
+    "websockets": "uvicorn's websockets need it",
     "textgrid": "lhotse's recipe for AISHELL-4 needs it",
 }
 OPTIONAL = {"faster-whisper", "funasr"}
@@ -45,7 +47,11 @@ def names(requirements) -> set[str]:
 
 def used_extras(packaging: dict) -> list[str]:
     """Requirements of the extras that vita_audio and its tools need."""
-    return [line for extra in ("quickstart", "corpora", "gpu") for line in packaging["extras_require"][extra]]
+    return [
+        line
+        for extra in ("quickstart", "corpora", "serve", "gpu")
+        for line in packaging["extras_require"][extra]
+    ]
 
 
 def pins(file: str) -> dict[str, set[str]]:

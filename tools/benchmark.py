@@ -24,6 +24,7 @@ BENCHMARKS = {
     "codec-streams": "codec_streams",
     "memory": "memory",
     "sts": "sts",
+    "serve": "serve",
     "benchmark_llm": "generate",
     "benchmark_sts": "sts",
 }

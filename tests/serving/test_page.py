@@ -37,7 +37,7 @@ def page(running, microphone):
         page.on("pageerror", lambda error: page.faults.append(str(error)))
         page.on("console", lambda said: page.faults.append(said.text) if said.type == "error" else None)
         page.goto(running.address)
-        page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+        page.wait_for_selector("#model:has-text('tiny')")
         yield page
         assert page.faults == []
         browser.close()
@@ -69,6 +69,21 @@ def test_a_question_can_be_typed_with_the_keyboard_alone(page):
     page.keyboard.press("Enter")
     page.wait_for_selector("li.model", timeout=30_000)
     assert page.inner_text("li.you .said") == "hello"
+
+
+def test_earlier_turns_are_forgotten_where_they_are_not_wanted(page):
+    page.uncheck("#remember")
+    deleted = []
+    page.on(
+        "websocket",
+        lambda socket: socket.on("framesent", lambda frame: deleted.append("item.delete" in frame)),
+    )
+    for count in (1, 2):
+        page.fill("#text", "hello")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(f"li.model >> nth={count - 1}")
+        page.wait_for_selector("#interrupt:disabled")
+    assert sum(deleted) == 2
 
 
 def test_nothing_is_wider_than_a_phone(page):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import websockets.exceptions
 import websockets.sync.client
 from openai.types import realtime as kinds
 from pydantic import TypeAdapter
@@ -300,6 +301,33 @@ def test_a_wrong_event_gets_an_error_and_the_connection_goes_on(running, event, 
         assert answer["error"]["param"] == param
         socket.send('{"type": "input_audio_buffer.clear"}')
         assert json.loads(socket.recv())["type"] == "input_audio_buffer.cleared"
+
+
+def test_a_key_has_a_limited_number_of_connections(pipeline, serve):
+    with serve(pipeline, sessions_per_key=1) as narrow, talking(narrow):
+        with narrow.client().realtime.connect(model="tiny") as second:
+            assert Talk(second).until("error").error.code == "too_many_sessions"
+        with narrow.client("other").realtime.connect(model="tiny") as third:
+            Talk(third).until("session.created")
+
+
+def test_an_idle_connection_is_closed(pipeline, serve):
+    with (
+        serve(pipeline, idle_seconds=0.3) as hasty,
+        hasty.client().realtime.connect(model="tiny") as connection,
+    ):
+        talk = Talk(connection)
+        talk.until("session.created")
+        assert talk.until("error").error.code == "idle_timeout"
+
+
+def test_a_page_of_another_site_cannot_connect(running):
+    address = running.address.replace("http", "ws") + "/v1/realtime"
+    with (
+        pytest.raises(websockets.exceptions.InvalidStatus),
+        websockets.sync.client.connect(address, origin="https://evil.example"),
+    ):
+        pass
 
 
 def test_the_detector_leaves_torchs_threads_alone():

@@ -44,9 +44,8 @@ from vita_audio.training import (
 )
 from vita_audio.training.command_line import flag_values, parse_arguments
 from vita_audio.training.deepspeed_config import read_deepspeed_config
-from vita_audio.training.planner import Setup, Zero, make_plan
+from vita_audio.training.planner import Zero, make_plan, stage_setup
 from vita_audio.training.quiet import hush_libraries
-from vita_audio.training.step_memory import Batch
 
 _PROGRAM = "tools/finetune_sts.py"
 _VARIABLES = {
@@ -316,17 +315,8 @@ def _plan(
     dtype: torch.dtype,
 ) -> list[str]:
     """The plan of :mod:`vita_audio.training.planner` for this command."""
-    setup = Setup(
-        language_model_freeze=model.language_model_freeze,
-        audio_model_freeze=model.audio_model_freeze,
-        batch=Batch(stage.per_device_train_batch_size, data.model_max_length),
-        accumulation=stage.gradient_accumulation_steps,
-        steps=stage.max_steps,
-        gpus=run.processes,
-        dtype=dtype,
-        checkpointing=bool(stage.gradient_checkpointing),
-        device="cpu" if run.values.get("use_cpu", Value("False", "")).text == "True" else "cuda",
-    )
+    device = "cpu" if run.values.get("use_cpu", Value("False", "")).text == "True" else "cuda"
+    setup = stage_setup(model, data, stage, gpus=run.processes, dtype=dtype, device=device)
     zero = Zero.from_config(read_deepspeed_config(stage.deepspeed) if stage.deepspeed else None)
     lines = describe_plan(make_plan(config, setup, zero), mfu=0.4)
     if isinstance(config, Qwen2MTPSenseVoiceConfig):

@@ -48,9 +48,8 @@ from vita_audio.provenance import versions
 from vita_audio.training import DataArguments, ModelArguments, StageArguments, apply_stage
 from vita_audio.training.command_line import parse_arguments
 from vita_audio.training.deepspeed_config import read_deepspeed_config
-from vita_audio.training.planner import Plan, Setup, Zero, make_plan
+from vita_audio.training.planner import Plan, Zero, make_plan, stage_setup
 from vita_audio.training.quiet import hush_libraries
-from vita_audio.training.step_memory import Batch
 
 _GROUP_TIMEOUT = timedelta(days=1)
 """Of the group that watches the others; each wait has its own, shorter limit."""
@@ -409,17 +408,8 @@ def plan_of(run: Preflight) -> Plan:
     model, data, stage = run.model_args, run.data_args, run.stage_args
     base = open_config(model.model_name_or_path)
     config = config_with_heads(base, model.num_nextn_predict_layers, sensevoice=data.continuous_input)
-    setup = Setup(
-        language_model_freeze=model.language_model_freeze,
-        audio_model_freeze=model.audio_model_freeze,
-        batch=Batch(stage.per_device_train_batch_size, data.model_max_length),
-        accumulation=stage.gradient_accumulation_steps,
-        steps=stage.max_steps,
-        gpus=world_size(),
-        dtype=run.dtype,
-        checkpointing=bool(stage.gradient_checkpointing),
-        device=run.device.type,
-    )
+    device = run.device.type
+    setup = stage_setup(model, data, stage, gpus=world_size(), dtype=run.dtype, device=device)
     return make_plan(
         config, setup, Zero.from_config(read_deepspeed_config(stage.deepspeed) if stage.deepspeed else None)
     )

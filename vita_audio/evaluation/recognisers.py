@@ -112,8 +112,10 @@ class WhisperTranscriber(Transcriber):
                 dtype=torch.float16 if device.startswith("cuda") else torch.float32,
             )
         except (OSError, ValueError) as error:
+            # The pipeline's message holds a traceback for each class that it tried.
+            cause = (str(error).split("See the original errors")[0].splitlines() or [""])[0]
             raise ValueError(
-                f"{model}: no Whisper weights there; give --transcriber_path a folder"
+                f"{model}: cannot be opened as Whisper: {cause}; give --transcriber_path another folder"
             ) from error
         self._arguments = {"task": "transcribe"} | ({"language": language} if language else {})
 

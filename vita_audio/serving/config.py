@@ -45,7 +45,7 @@ class ServeOptions:
     cors_origins: list[str] = field(default_factory=list)
     slots: int = 8
     queue: int = 32
-    sessions_per_key: int = 8
+    sessions_per_key: int = 32
     body_megabytes: float = 25.0
     audio_seconds: float = 120.0
     text_characters: int = 4096

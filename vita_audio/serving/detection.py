@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -81,15 +83,23 @@ class TurnDetector:
 def load_model() -> Any:
     """The network, with a state of its own.
 
-    The package is not imported: its import sets torch to one thread.
-
     Raises:
         ModuleNotFoundError: silero-vad is not installed.
     """
+    return deepcopy(_network())
+
+
+@lru_cache(maxsize=1)
+def _network() -> Any:
+    """The network as it is copied. The package is not imported: its import sets torch to one thread."""
     with needs_extra("serve"):
         package = find_spec("silero_vad")
         if package is None or not package.submodule_search_locations:
             raise ModuleNotFoundError("silero-vad is not installed", name="silero_vad")
     file = Path(package.submodule_search_locations[0]) / "data" / "silero_vad.jit"
-    model: Any = torch.jit.load(file, map_location="cpu")
-    return model.eval()
+    model: Any = torch.jit.load(file, map_location="cpu").eval()
+    with torch.inference_mode():
+        for _ in range(3):  # the first runs compile it, which would delay the first listener by 0.2 s
+            model(torch.zeros(1, WINDOW), RATE)
+    model.reset_states()
+    return model

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from vita_audio.serving import realtime_fields as fields
 from vita_audio.serving.errors import ApiError, failure, invalid
 from vita_audio.serving.fields import check, voice_name
+from vita_audio.serving.guard import key_of
 from vita_audio.serving.listening import Detection, Heard, Listener, Speech
 from vita_audio.serving.replying import Replies
 from vita_audio.serving.responses import from_base64
@@ -37,16 +38,17 @@ async def converse(service: Service, socket: WebSocket) -> None:
     offered = socket.headers.get("sec-websocket-protocol", "")
     await socket.accept("realtime" if "realtime" in [name.strip() for name in offered.split(",")] else None)
     connection = Connection(service, socket)
-    service.metrics.sessions.inc()
     try:
-        async with asyncio.timeout(service.options.session_seconds):
-            await connection.run()
+        with service.session_of(key_of(socket.headers)):
+            async with asyncio.timeout(service.options.session_seconds):
+                await connection.run()
+    except ApiError as error:
+        await connection.say_error(error)
     except TimeoutError:
         await connection.say_error(ApiError("the connection was open for too long", code="session_expired"))
     except WebSocketDisconnect:
         pass
     finally:
-        service.metrics.sessions.dec()
         await connection.close()
         with contextlib.suppress(RuntimeError, OSError):
             await socket.close()
@@ -308,10 +310,10 @@ class Connection:
             await self.send(kind, item=shown(item), previous_item_id=previous)
 
     def _item(self, item_id: str) -> Item:
-        try:
-            return self._dialogue.items[self._dialogue.index(item_id)]
-        except (KeyError, IndexError):
-            raise _no_item("item_id", item_id) from None
+        for item in self._dialogue.items:
+            if item.id == item_id:
+                return item
+        raise _no_item("item_id", item_id)
 
     def _last_id(self) -> str | None:
         return self._dialogue.items[-1].id if self._dialogue.items else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, nullcontext
@@ -31,6 +32,7 @@ from vita_audio.inference import (
 from vita_audio.inference.engine_backend import LONGEST
 from vita_audio.inference.replies import Sound
 from vita_audio.models.configuration import num_positions
+from vita_audio.serving import detection
 from vita_audio.serving.config import ServeOptions
 from vita_audio.serving.errors import ApiError, draining, failure, overloaded
 from vita_audio.serving.metrics import Metrics, Player
@@ -74,6 +76,7 @@ class Service:
         self.draining = False
         self._threads = ThreadPoolExecutor(options.slots + 4, thread_name_prefix="reply")
         self._free = asyncio.Semaphore(options.slots)
+        self._sessions: Counter[str] = Counter()
         self._waiting = 0
         self._busy = 0
 
@@ -85,6 +88,7 @@ class Service:
         try:
             with engine:
                 self.clips.start()
+                detection.load_model()
                 self.pipeline.synthesize(_WARM_UP, options=GenerationOptions.greedy(max_new_tokens=32))
                 self.ready = True
                 yield
@@ -115,6 +119,26 @@ class Service:
             message = f"{param}: there is no voice {name!r}; known: {', '.join(self.voice_names)}"
             raise ApiError(message, param, code="invalid_value")
         return self.voices[name]
+
+    @contextmanager
+    def session_of(self, key: str) -> Generator[None, None, None]:
+        """Count an open realtime connection of an API key.
+
+        Raises:
+            ApiError: the key has as many as it may have.
+        """
+        most = self.options.sessions_per_key
+        if self._sessions[key] >= most:
+            raise ApiError(f"{most} connections of this key are open already", None, 429, "too_many_sessions")
+        self._sessions[key] += 1
+        self.metrics.sessions.inc()
+        try:
+            yield
+        finally:
+            self.metrics.sessions.dec()
+            self._sessions[key] -= 1
+            if not self._sessions[key]:
+                del self._sessions[key]
 
     def check_model(self, name: str) -> None:
         """Refuse the name of another model.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,6 +34,9 @@ from vita_audio.models.cost import (
 )
 from vita_audio.models.loss import CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU
 from vita_audio.training.step_memory import Batch, step_memory
+
+if TYPE_CHECKING:
+    from vita_audio.training.arguments import DataArguments, ModelArguments, StageArguments
 
 CODES_PER_SECOND = 12.5
 _CONTEXT_BYTES = 2_000_000_000
@@ -199,6 +202,29 @@ class Plan:
     def speech_hours(self, speech_share: float = 1.0) -> float:
         """Hours of speech that the stage sees when this share of all positions are speech tokens."""
         return self.steps * self.tokens_per_step * speech_share / CODES_PER_SECOND / 3600
+
+
+def stage_setup(
+    model: ModelArguments,
+    data: DataArguments,
+    stage: StageArguments,
+    *,
+    gpus: int,
+    dtype: torch.dtype,
+    device: str,
+) -> Setup:
+    """The set-up that a stage's arguments describe."""
+    return Setup(
+        language_model_freeze=model.language_model_freeze,
+        audio_model_freeze=model.audio_model_freeze,
+        batch=Batch(stage.per_device_train_batch_size, data.model_max_length),
+        accumulation=stage.gradient_accumulation_steps,
+        steps=stage.max_steps,
+        gpus=gpus,
+        dtype=dtype,
+        checkpointing=bool(stage.gradient_checkpointing),
+        device=device,
+    )
 
 
 def make_plan(config: Qwen2MTPConfig, setup: Setup, zero: Zero) -> Plan:

@@ -3,6 +3,7 @@ import { Player, RATE, fromBase64, toBase64 } from "/page/player.js";
 
 const at = (id) => document.getElementById(id);
 const turns = new Map(); // item id -> its list entry
+const remembered = []; // ids of the items that the server holds
 let key = sessionStorage.getItem("key") ?? "";
 let model, socket, context, microphone, player, stoppedAt, itemPlaying;
 
@@ -97,6 +98,7 @@ async function sendText() {
     return say(error.message, true);
   }
   interrupt();
+  forget();
   at("text").value = "";
   send("conversation.item.create", { item: { type: "message", role: "user", content: [{ type: "input_text", text }] } });
   stoppedAt = performance.now();
@@ -121,9 +123,10 @@ function silence(tell) {
 
 function hear(event) {
   const handlers = {
-    "input_audio_buffer.speech_started": () => { silence(true); say("Listening …"); show(event.item_id, "you").textContent = "…"; },
+    "input_audio_buffer.speech_started": () => { silence(true); forget(); say("Listening …"); show(event.item_id, "you").textContent = "…"; },
     "input_audio_buffer.speech_stopped": () => { stoppedAt = performance.now(); say("Answering …"); },
     "conversation.item.added": () => {
+      remembered.push(event.item.id);
       const [content] = event.item.content;
       if (event.item.role === "user") show(event.item.id, "you").textContent = content.text ?? "…";
     },
@@ -151,6 +154,12 @@ function hear(event) {
     error: () => { if (event.error.code !== "response_cancel_not_active") say(event.error.message, true); },
   };
   handlers[event.type]?.();
+}
+
+// Deletes the earlier turns from the model's history; they stay on the page.
+function forget() {
+  if (at("remember").checked) return;
+  for (const id of remembered.splice(0)) send("conversation.item.delete", { item_id: id });
 }
 
 function send(type, content = {}) {
