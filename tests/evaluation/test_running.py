@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +16,13 @@ import pytest
 
 from vita_audio.audio import AudioError
 from vita_audio.cli.evaluate import main
+from vita_audio.evaluation import bench
 from vita_audio.evaluation.bench import Bench, _batches
 from vita_audio.evaluation.items import BenchmarkItem
 from vita_audio.evaluation.journal import Journal, Utterance
 from vita_audio.evaluation.settings import Settings
 from vita_audio.evaluation.tasks import SpeechRecognition
-from vita_audio.inference import EngineBackend, GenerationOptions, SpeechPipeline
+from vita_audio.inference import GenerationOptions, SpeechPipeline, collect
 
 COUNT = 6
 
@@ -40,13 +46,13 @@ def flags(tiny_world, tmp_path, write_lines) -> list[str]:
 @pytest.fixture
 def asked(monkeypatch) -> list[int]:
     """The number of requests in each call of the model."""
-    calls, stream_many = [], EngineBackend.stream_many
+    calls: list[int] = []
 
-    def note(self, requests):
-        calls.append(len(requests))
-        return stream_many(self, requests)
+    def note(events, count):
+        calls.append(count)
+        return collect(events, count)
 
-    monkeypatch.setattr(EngineBackend, "stream_many", note)
+    monkeypatch.setattr(bench, "collect", note)
     return calls
 
 
@@ -91,16 +97,15 @@ def test_a_failed_item_is_named_counted_and_not_scored_and_tried_again(
 
 def test_a_batch_that_fails_is_tried_item_by_item(flags, tmp_path, monkeypatch):
     """As when memory runs out."""
-    stream_many = EngineBackend.stream_many
 
-    def small(self, requests):
-        if len(requests) > 1:
+    def small(events, count):
+        if count > 1:
             raise RuntimeError("out of memory")
-        return stream_many(self, requests)
+        return collect(events, count)
 
     main(flags)
     expected = utterances(tmp_path)
-    monkeypatch.setattr(EngineBackend, "stream_many", small)
+    monkeypatch.setattr(bench, "collect", small)
     main([*flags, "--output_dir", str(tmp_path / "again")])
     again = (tmp_path / "again/tiny-turbo/asr.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in again] == expected
@@ -110,14 +115,14 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(flags, tmp_path, as
     main([*flags, "--output_dir", str(tmp_path / "whole")])
     whole = (tmp_path / "whole/tiny-turbo/asr.jsonl").read_text()
     asked.clear()
-    noted = EngineBackend.stream_many
+    noted = bench.collect
 
-    def killed(self, requests):
+    def killed(events, count):
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return noted(self, requests)
+        return noted(events, count)
 
-    monkeypatch.setattr(EngineBackend, "stream_many", killed)
+    monkeypatch.setattr(bench, "collect", killed)
     with pytest.raises(KeyboardInterrupt):
         main(flags)
     assert not (tmp_path / "out/tiny-turbo/asr.jsonl").exists()
@@ -126,7 +131,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(flags, tmp_path, as
     with journal.open("a") as file:
         file.write('{"id": "item_0", "refer')  # the kill cut a line off
 
-    monkeypatch.setattr(EngineBackend, "stream_many", noted)
+    monkeypatch.setattr(bench, "collect", noted)
     asked.clear()
     main(flags)
     assert sum(asked) == COUNT - 4
@@ -153,20 +158,22 @@ def test_replies_of_a_batch_end_at_their_own_limits(tiny_world, tmp_path):
     longer = replace(
         item, id="b", conversation=replace(item.conversation, audios=(tiny_world.audio("reading.wav"),))
     )
+    short = len(pipeline.prompt(item.conversation))
     said = {}
     for size in (1, 2):
-        bench = Bench(
+        setup = Bench(
             pipeline,
             tmp_path / str(size),
             "set",
             options=GenerationOptions.greedy("vanilla"),
             batch_size=size,
         )
-        said[size] = [
-            one.text
-            for one in bench.written([item, longer], lambda one: one.answer, lambda prompt: prompt % 7)
-        ]
+        utterances = setup.written(
+            [item, longer], lambda one: one.answer, lambda prompt: 1 if prompt == short else 9
+        )
+        said[size] = {one.id: one.text for one in utterances}
     assert said[1] == said[2]
+    assert len(said[1][item.id]) < len("the blue key")
 
 
 def test_the_last_batches_of_several_processes_are_small():
@@ -219,7 +226,10 @@ def test_several_draws_give_a_mean_and_a_spread(flags, tiny_world, tmp_path, cap
         drawn.append(above / below)
     assert found["tts_wer"] == pytest.approx(statistics.mean(drawn))
     assert facts["spread"]["tts_wer"] == pytest.approx(statistics.stdev(drawn))
-    texts = {(place / f"{name}.jsonl").read_text() for name in ("tts", "tts_sample2", "tts_sample3")}
+    texts = {
+        json.loads((place / f"{name}.jsonl").read_text())["text"]
+        for name in ("tts", "tts_sample2", "tts_sample3")
+    }
     assert len(texts) == 3, "each draw has its own seeds"
     assert "means of 3 draws" in capsys.readouterr().out
 
@@ -239,7 +249,53 @@ def test_items_are_dealt_by_length_without_reading_damaged_audio(tiny_world, tmp
     pipeline = SpeechPipeline.from_pretrained(
         tiny_world.model_dir, "mel_vq", tiny_world.codec_dir, device="cpu"
     )
-    bench = Bench(pipeline, tmp_path, "set", options=GenerationOptions.greedy("turbo"))
-    good, bad = SpeechRecognition().run(bench, [item, broken])
+    setup = Bench(pipeline, tmp_path, "set", options=GenerationOptions.greedy("turbo"))
+    good, bad = SpeechRecognition().run(setup, [item, broken])
     assert (good.failure, good.text) == (None, "the blue key")
     assert "broken.wav" in bad.failure
+
+
+@pytest.mark.slow
+def test_two_processes_killed_in_the_middle_and_started_again_give_the_scores_of_one(
+    tiny_world, tmp_path, write_lines
+):
+    samples = [
+        {"id": f"{number:02}"}
+        | tiny_world.samples["asr"]
+        | {"audios": [tiny_world.audio(("question", "answer", "reading")[number % 3] + ".wav")]}
+        for number in range(60)
+    ]
+    variables = os.environ | {
+        "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "MODEL_NAME_OR_PATH": f"tiny={tiny_world.model_dir}@vanilla",
+        "AUDIO_TOKENIZER_TYPE": "mel_vq", "AUDIO_TOKENIZER_PATH": str(tiny_world.codec_dir), "BATCH_SIZE": "1",
+        "ASR_JSON": str(write_lines(tmp_path / "asr.jsonl", samples)), "SPEED_ITEMS": "0", "MASTER_PORT": "34573",
+    }  # fmt: skip
+    script = Path(__file__).parents[2] / "scripts" / "deepspeed" / "evaluate_sts.sh"
+
+    def start(name: str, processes: int) -> subprocess.Popen:
+        more = {"OUTPUT_DIR": str(tmp_path / name), "EVALUATION_PROCESSES": str(processes)}
+        return subprocess.Popen(
+            ["bash", str(script)],
+            env=variables | more,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    assert start("one", 1).wait(timeout=300) == 0
+    killed = start("two", 2)
+    place = tmp_path / "two" / "tiny-vanilla"
+
+    def written() -> int:
+        return sum(path.read_text().count('"id"') for path in place.glob(".asr.*.jsonl"))
+
+    while written() < 5 and killed.poll() is None:
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait(timeout=60)
+    before = written()
+    assert 0 < before < len(samples), "it was killed in the middle"
+    assert start("two", 2).wait(timeout=300) == 0
+    for name in ("asr.jsonl", "asr_scores.json"):
+        results = [(tmp_path / run / "tiny-vanilla" / name).read_text() for run in ("one", "two")]
+        assert results[0] == results[1]

@@ -175,6 +175,9 @@ def test_replies_without_speech_stay_in_the_denominator():
     assert (scores["sqa_s2t_accuracy"], scores["sqa_s2s_accuracy"]) == (1.0, 0.5)
     assert (scores["sqa_s2t_accuracy_whole_words"], scores["sqa_s2s_accuracy_whole_words"]) == (1.0, 0.0)
     assert scores["sqa_without_audio"] == 1
+    assert scores["sqa_s2s_accuracy_answered"] == 1.0, "as published, those without speech left out"
+    wrong = Utterance("3", ["two"], "two", heard="three", wav="3.wav")
+    assert SPEECH_QA.score([spoken, silent, wrong])["sqa_s2s_accuracy_answered"] == 0.5
 
     scores = TTS.score([Utterance("1", "a b", "", heard="a b"), Utterance("2", "c d", "")])
     assert (scores["tts_wer"], scores["tts_wer_answered"], scores["tts_without_audio"]) == (0.5, 0.0, 1)
