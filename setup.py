@@ -36,8 +36,10 @@ QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "jinja2", "matplotlib", "soxr"]
 SERVE = [
     "fastapi>=0.130",
     "prometheus-client",
+    "pydantic>=2.9",
     "python-multipart",
     "silero-vad>=6.2",
+    "starlette>=1.0",
     "uvicorn>=0.40",
     "websockets>=15",
 ]
@@ -83,6 +85,7 @@ setup(
             *CORPORA,
             *DOCS,
             "coverage>=7.10",
+            "httpx2",
             "hypothesis",
             "import-linter",
             "openai>=3.50",

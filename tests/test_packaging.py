@@ -21,6 +21,9 @@ INFERENCE_PACKAGES = ("audio", "chat", "engine", "inference", "models")
 USED_WITHOUT_IMPORT = {
     "accelerate": "transformers' Trainer needs it",
     "tensorboard": "the Trainer writes its files",
+    "python-multipart": "the server's framework reads forms with it",
+    "silero-vad": "only its weights are loaded",
+    "websockets": "uvicorn needs it",
     "flash-attn": "transformers' flash_attention_2 needs it",
     "textgrid": "lhotse's recipe for AISHELL-4 needs it",
 }
@@ -45,7 +48,11 @@ def names(requirements) -> set[str]:
 
 def used_extras(packaging: dict) -> list[str]:
     """Requirements of the extras that vita_audio and its tools need."""
-    return [line for extra in ("quickstart", "corpora", "gpu") for line in packaging["extras_require"][extra]]
+    return [
+        line
+        for extra in ("quickstart", "serve", "corpora", "gpu")
+        for line in packaging["extras_require"][extra]
+    ]
 
 
 def pins(file: str) -> dict[str, set[str]]:
@@ -157,7 +164,7 @@ print(reply.text.strip(), len(reply.waveform) > 0)
     assert run_with_the_plain_install(packaging, code) == "blue True"
 
 
-@pytest.mark.parametrize(("part", "extra"), [("data", "train"), ("evaluation", "eval")])
+@pytest.mark.parametrize(("part", "extra"), [("data", "train"), ("evaluation", "eval"), ("serving", "serve")])
 def test_a_part_that_needs_an_extra_names_it(packaging, part, extra):
     code = f"""
 try:
