@@ -45,10 +45,10 @@ QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "soxr"]
 SERVE = [
     "fastapi>=0.130",
     "prometheus-client",
-    "pydantic>=2",
+    "pydantic>=2.9",
     "python-multipart",
     "silero-vad>=6.2",
-    "starlette",
+    "starlette>=1.0",
     "uvicorn>=0.40",
     "websockets>=15",
 ]

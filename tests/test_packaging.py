@@ -21,10 +21,10 @@ INFERENCE_PACKAGES = ("audio", "chat", "engine", "inference", "models")
 USED_WITHOUT_IMPORT = {
     "accelerate": "transformers' Trainer needs it",
     "tensorboard": "the Trainer writes its files",
+    "python-multipart": "the server's framework reads forms with it",
+    "silero-vad": "only its weights are loaded",
+    "websockets": "uvicorn needs it",
     "flash-attn": "transformers' flash_attention_2 needs it",
-    "silero-vad": "serving loads its model file without importing it",
-    "python-multipart": "fastapi's forms need it",
-    "websockets": "uvicorn's websockets need it",
     "textgrid": "lhotse's recipe for AISHELL-4 needs it",
 }
 OPTIONAL = {"faster-whisper", "funasr"}
@@ -164,7 +164,7 @@ print(reply.text.strip(), len(reply.waveform) > 0)
     assert run_with_the_plain_install(packaging, code) == "blue True"
 
 
-@pytest.mark.parametrize(("part", "extra"), [("data", "train"), ("evaluation", "eval")])
+@pytest.mark.parametrize(("part", "extra"), [("data", "train"), ("evaluation", "eval"), ("serving", "serve")])
 def test_a_part_that_needs_an_extra_names_it(packaging, part, extra):
     code = f"""
 try:
