@@ -111,5 +111,5 @@ def test_a_stage_with_preflight_is_checked_and_then_trained(tiny_world):
     assert (tiny_world.result("stage1") / "stage.complete").is_file()
     settings = {"MODEL_NAME_OR_PATH": base, "PREFLIGHT": "1", "OUTPUT_ROOT": str(tiny_world.root / "none")}
     refused = tiny_world.run_stage("stage1", "--save_total_limit", "100000000", **settings)
-    assert refused.returncode == 78
+    assert refused.returncode == 78, refused.stdout + refused.stderr
     assert not (tiny_world.root / "none").exists(), "nothing was trained"
