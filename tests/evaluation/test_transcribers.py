@@ -142,7 +142,7 @@ def test_whisper_hears_the_same_in_batches_and_alone(whisper, monkeypatch):
 
 def test_missing_whisper_weights_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds Whisper's config.json but no weights"):
+    with pytest.raises(ValueError, match=r"holds Whisper's config\.json but no weights"):
         TranscriberConfig("whisper", str(tmp_path)).open()
 
 
