@@ -155,9 +155,7 @@ def test_paraformer_gets_clips_at_its_own_rate(tmp_path, monkeypatch):
     funasr = module_from_spec(spec)
     spec.loader.exec_module(funasr)
     monkeypatch.setitem(sys.modules, "funasr", funasr)
-    with pytest.raises(
-        ValueError, match=r"nowhere: no such folder; give one with the weights of paraformer$"
-    ):
+    with pytest.raises(ValueError, match=r"nowhere: no such folder; give one with Paraformer's weights$"):
         TranscriberConfig("paraformer", "nowhere").check()
     save_audio(tmp_path / "a.wav", torch.zeros(22_050), 44_100)
     with TranscriberPool(TranscriberConfig("paraformer"), processes=0) as pool:

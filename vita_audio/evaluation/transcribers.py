@@ -97,10 +97,9 @@ class TranscriberConfig:
         elif self.name in _PACKAGES:
             if find_spec(_PACKAGES[self.name]) is None:
                 raise ValueError(f"the {self.name} transcriber needs {_INSTALL[self.name]}")
-            # faster-whisper also takes the name of a size.
-            folder = self.path is not None and (self.name == "paraformer" or Path(self.path).is_absolute())
-            if folder and not Path(str(self.path)).is_dir():
-                raise ValueError(f"{self.path}: no such folder; give one with the weights of {self.name}")
+            # faster-whisper also takes names of its sizes.
+            if self.name == "paraformer" and self.path is not None and not Path(self.path).is_dir():
+                raise ValueError(f"{self.path}: no such folder; give one with Paraformer's weights")
         elif self.name == "sensevoice":
             if not (Path(self.path or SENSEVOICE) / "am.mvn").is_file():
                 raise ValueError(
