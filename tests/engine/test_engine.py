@@ -356,7 +356,7 @@ def test_a_thousand_requests_that_come_and_go_leave_nothing_and_change_no_other(
 def test_a_thread_of_its_own_serves_many_threads(model):
     engine = Engine(model, max_rows=3, max_length=120)
     expected = reference(model, [4, 5, 6], "boost", 25)
-    results = []
+    results, before = [], set(threading.enumerate())
     with engine.running():
         listeners = [
             threading.Thread(
@@ -373,7 +373,7 @@ def test_a_thread_of_its_own_serves_many_threads(model):
         endless = engine.submit(Request([4], max_new_tokens=100))
     assert results == [expected] * 6
     assert endless.finished.reason in ("cancelled", "length")
-    assert not any(thread.name == "engine" for thread in threading.enumerate())
+    assert set(threading.enumerate()) <= before
 
 
 def test_an_error_in_the_engines_thread_reaches_those_who_wait(model, monkeypatch):
