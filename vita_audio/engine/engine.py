@@ -33,9 +33,6 @@ from vita_audio.models.schedule import Schedule
 if TYPE_CHECKING:
     from vita_audio.models import Qwen2MTPForCausalLM
 
-LARGEST_LAG = 64
-"""Positions that heads may lag behind the backbone before a pass of their own brings them up."""
-
 
 class Engine:
     """Runs the rounds of many requests on one model.

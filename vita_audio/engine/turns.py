@@ -66,7 +66,8 @@ class Turns:
             heads = running.step[1]
             if heads and running.seen - running.seen_heads[heads - 1] > LARGEST_LAG:
                 self._catch_up(row, heads, running.seen)
-        plan = self._plan(first, last, members)
+        prompt = self._prompt_end(members[0][1]) if turn.kind == "first" else None
+        plan = self._plan(first, last, members, prompt)
         state, table, rows = self._state, self._table, plan.rows
         self._set_steps(first, last, members)
         self._draw(members)
@@ -81,9 +82,10 @@ class Turns:
             if table.draft_probabilities is not None and plan.lossless and not plan.drawing.plain
             else None,
             checks=table.checks.of_rows(rows) if table.checks is not None and plan.check else None,
-            prompt=self._prompt_end(members[0][1]) if turn.kind == "first" else None,
+            prompt=prompt,
         )
-        self._graphs.run(self._shapes.key("read", plan), work.read)
+        # A recording would read the same prompt again.
+        self._graphs.run(self._shapes.key("read", plan) if prompt is None else None, work.read)
         self._graphs.run(self._shapes.key("go_on", plan), work.go_on)
         return self._collect(first, last, members)
 
@@ -120,7 +122,9 @@ class Turns:
             return next(running.rounds)
         return 1, running.draft_length.best()
 
-    def _plan(self, first: int, last: int, members: Sequence[tuple[int, Running]]) -> Plan:
+    def _plan(
+        self, first: int, last: int, members: Sequence[tuple[int, Running]], prompt: Tensor | None
+    ) -> Plan:
         ends, widths, head_widths = [], [], []
         for _, running in members:
             known = len(running.tokens) + running.drafts
@@ -135,7 +139,7 @@ class Turns:
         return Plan(
             first,
             last,
-            width=self._shapes.width(max(widths)),
+            width=self._shapes.width(max(widths)) if prompt is None else max(widths),
             head_width=self._shapes.head_width(max(head_widths, default=0)),
             length=self._shapes.length(max(ends)),
             backbone_steps=max(running.step[0] for _, running in members),
@@ -179,10 +183,10 @@ class Turns:
             verified = max(running.seen - self._weights.num_heads, 0) if lossless else running.seen
             running.seen_heads[:heads] = [verified] * heads
             accepted = len(ids) - 1 if lossless else None
-            if running.draft_length is not None:
-                running.draft_length.update(running.drafts, len(ids) - 1)
+            if running.draft_length is not None and accepted is not None:
+                running.draft_length.update(running.drafts, accepted)
                 running.handle.stats.drafts += running.drafts
-                running.handle.stats.accepted += len(ids) - 1
+                running.handle.stats.accepted += accepted
                 running.drafts = heads
             if not running.started:
                 running.started = True
