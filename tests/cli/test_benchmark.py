@@ -67,3 +67,9 @@ def test_the_engine_is_measured_beside_the_plain_loop_in_every_mode(main, tmp_pa
 
 def test_the_benchmark_of_the_engine_asks_for_a_model(main, refusal):
     assert refusal(main, "decode").startswith("give --model or --sizes")
+
+
+@pytest.mark.parametrize("name", ["decode", "generate"])
+def test_a_model_that_is_not_there_is_named(main, name):
+    with pytest.raises(ValueError, match=r"^nowhere\.json: no such file or folder; give a config\.json or"):
+        main([name, "--model", "nowhere.json"])

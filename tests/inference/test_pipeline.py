@@ -322,5 +322,11 @@ def test_an_option_out_of_range_is_refused_in_one_line(choice):
         GenerationOptions(**choice)
 
 
+@pytest.mark.parametrize("changes", [{"lossless": True}, {"audio_rows": "on"}], ids=str)
+def test_what_only_the_engine_can_do_is_refused_without_it(reference, changes):
+    with pytest.raises(ValueError, match=r"^lossless and audio_rows need the engine; leave out engine=False"):
+        reference.synthesize(READING, options=options(**changes))
+
+
 def test_a_batch_of_nothing_gives_no_replies(pipeline):
     assert pipeline.reply_batch([]) == []

@@ -78,6 +78,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def build_model(arguments: argparse.Namespace):
+    if not arguments.model.exists():
+        raise ValueError(f"{arguments.model}: no such file or folder; give a config.json or a model folder")
     options = {"dtype": getattr(torch, arguments.dtype), "attn_implementation": arguments.attention}
     if arguments.model.is_dir():
         model = AutoModelForCausalLM.from_pretrained(arguments.model, **options)
