@@ -126,7 +126,9 @@ class ReferenceBackend(Backend):
             raise ValueError(f"requests of one batch must share their options, got {', '.join(resolved)}")
         options = next(iter(resolved.values()))
         if options.lossless or options.audio_rows != "off":
-            raise ValueError("lossless and audio_rows need the engine; leave out engine=False (--engine false)")
+            raise ValueError(
+                "lossless and audio_rows need the engine; leave out engine=False (--engine false)"
+            )
         return options
 
     # A decorated generator is in inference mode only while it runs, not while it waits for its caller.
