@@ -91,8 +91,9 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         help="samples that an utterance becomes (default: as the published mix most likely uses the set)",
     )  # fmt: skip
     parser.add_argument(
-        "--clips", choices=("tar", "files"), default="tar",
-        help="clips that cannot stay where they are: one tar archive per unit, or single files (default: tar)",
+        "--clips", choices=("tar", "files", "stay"), default="tar",
+        help="clips of compressed archives, Parquet files and long recordings go into one tar archive per unit, or "
+        "into single files; stay: those of Parquet files stay in them (default: tar)",
     )  # fmt: skip
     parser.add_argument("--num_workers", type=int, default=1, help="processes (default: 1)")
     parser.add_argument(

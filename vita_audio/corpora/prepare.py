@@ -51,7 +51,8 @@ class Settings:
 
     Attributes:
         tasks: samples that an utterance becomes; empty: those of the recipe.
-        clips: clips that cannot stay where they are go into one ``tar`` per unit, or into ``files``.
+        clips: clips that cannot stay where they are go into one ``tar`` per unit, or into ``files``; with ``stay``
+            those in Parquet files stay there too, and others go into ``tar``.
         num_workers: processes on this machine; with torchrun, per process of the launch.
     """
 

@@ -141,7 +141,7 @@ class AudioTable(Layout):
     columns: Mapping[str, str]
 
     def read(self, unit: Path, source: Path) -> Iterator[Item]:
-        for name, row in rows_of(unit, list(self.columns.values())):
+        for number, (name, row) in enumerate(rows_of(unit, list(self.columns.values()))):
             if isinstance(row, Broken):
                 yield row
                 continue
@@ -153,21 +153,28 @@ class AudioTable(Layout):
                 continue
             id_ = text_of(row.get(self.columns.get("id", ""))) or name
             speaker = text_of(row.get(self.columns.get("speaker", ""))) or None
-            clip = stored_clip(row[self.columns["audio"]], source)
+            clip = stored_clip(row, self.columns["audio"], source, unit, number)
             if clip is None:
                 yield Broken(id_, Rejection.NO_AUDIO, f"{unit.name}: the row {name} holds no audio")
             else:
                 yield Utterance(id_, text_of(row[self.columns["text"]]), clip, speaker)
 
 
-def stored_clip(stored: Any, source: Path) -> Clip | None:
-    """The clip of an audio column: its content, or a path below SOURCE; None if it has neither."""
+def stored_clip(row: Row, column: str, source: Path, unit: Path, number: int) -> Clip | None:
+    """The clip of an audio column: its content, or a path below SOURCE; None if it has neither.
+
+    Args:
+        number: of the row in its file ``unit``.
+    """
+    stored = row.get(column)
     if not isinstance(stored, Mapping):
         stored = {"bytes": stored} if isinstance(stored, bytes) else {"path": stored}
     content, path = stored.get("bytes"), stored.get("path")
     suffix = PurePath(path).suffix if isinstance(path, str) else ""
     if isinstance(content, bytes) and content:
-        return Clip(content, suffix=suffix)
+        return Clip(
+            content, suffix=suffix, row=f"{unit}/{column}/{number}" if unit.suffix == ".parquet" else ""
+        )
     return Clip(find_below(source, path)) if isinstance(path, str) and path else None
 
 
@@ -210,22 +217,22 @@ class SpokenAnswers(Layout):
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, unit: Path, source: Path) -> Iterator[Item]:
-        for name, row in rows_of(unit, list(self.columns.values())):
+        for number, (name, row) in enumerate(rows_of(unit, list(self.columns.values()))):
             if isinstance(row, Broken):
                 yield row
             elif row.get("messages") or row.get("conversations"):
                 yield _sample(name, row, unit, source)
             else:
-                yield self._answer(name, row, unit, source)
+                yield self._answer(name, row, unit, source, number)
 
-    def _answer(self, name: str, row: Row, unit: Path, source: Path) -> Item:
+    def _answer(self, name: str, row: Row, unit: Path, source: Path, number: int) -> Item:
         columns = self.columns
         absent = next((key for key in ("answer", "question_audio") if columns.get(key) not in row), None)
         if absent is not None:
             return missing_column(name, columns.get(absent, "messages"), row)
         id_ = text_of(row.get(columns.get("id", ""))) or name
-        question = stored_clip(row[columns["question_audio"]], source)
-        answer = stored_clip(row.get(columns.get("answer_audio", "")), source)
+        question = stored_clip(row, columns["question_audio"], source, unit, number)
+        answer = stored_clip(row, columns.get("answer_audio", ""), source, unit, number)
         if question is None:
             return Broken(id_, Rejection.NO_AUDIO, f"{unit.name}: the row {name} holds no spoken question")
         text = text_of(row[columns["answer"]]).strip()
