@@ -36,6 +36,7 @@ from vita_audio.corpora import (
     read_recipes,
 )
 from vita_audio.corpora.cleaning import Recogniser
+from vita_audio.corpora.normalisers import NORMALISERS
 from vita_audio.corpora.own import own_recipe, write_mix
 from vita_audio.corpora.recipes import TASKS, Recipe
 from vita_audio.corpora.text import LANGUAGES
@@ -72,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         recipe = find_recipe(options.name, read_recipes())
     tasks = () if options.name == OWN else tuple(options.tasks)
-    settings = Settings(tasks, options.clips, options.num_workers, CLEANING.read(options))
+    settings = Settings(
+        tasks, tuple(options.normalise), options.clips, options.num_workers, CLEANING.read(options)
+    )
     tallies = prepare(recipe, source, root, settings, checks_of(options))
     if is_first():
         print(summary(tallies))
@@ -89,6 +92,10 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=[],
         help="samples that an utterance becomes (default: as the published mix most likely uses the set)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--normalise", nargs="+", choices=sorted(NORMALISERS), default=[], metavar="NAME",
+        help=f"text normalisers after those of the recipe: {', '.join(sorted(NORMALISERS))} (docs/corpora.md)",
     )  # fmt: skip
     parser.add_argument(
         "--clips", choices=("tar", "files", "stay"), default="tar",
