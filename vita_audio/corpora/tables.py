@@ -52,7 +52,8 @@ def rows_of(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Row 
         if isinstance(row, Mapping):
             yield name, row
         else:
-            yield name, Broken(name, Rejection.BAD_ROW, f"{file}, row {number}: {row}")
+            fault = str(row) if isinstance(row, ValueError) else f"{type(row).__name__}, not an object"
+            yield name, Broken(name, Rejection.BAD_ROW, f"{file}, row {number}: {fault}")
 
 
 def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -101,7 +102,7 @@ def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
+        return ValueError(f"not JSON: {error}")
 
 
 def _table_rows(file: Path) -> Iterator[Any]:
@@ -275,52 +276,67 @@ def _with_audios(row: Row) -> Row:
     return {"id": row.get("id"), "messages": messages, "audios": audios}
 
 
+Turns = str | Sequence[Mapping[str, str]]
+"""A column that holds the conversation, or its turns: see :class:`Texts`."""
+
+
 @dataclass(frozen=True)
 class Texts(Layout):
     """Rows of text, without audio.
 
     Attributes:
         messages: name of the column that holds the conversation, or a list of turns: ``{ROLE: template}`` with columns
-            as ``{NAME}``, or ``{turns: COLUMN}``
-            for all turns of a column. A system message without text is left out.
+            as ``{NAME}``, or ``{turns: COLUMN}`` for all turns of a column; or ``{first_of: [...]}`` of these, of which
+            a row takes the first whose columns it has. A system message without text is left out.
     """
 
-    messages: str | Sequence[Mapping[str, str]]
+    messages: Turns | Mapping[str, Sequence[Turns]]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.messages, Mapping) and list(self.messages) != ["first_of"]:
+            raise TypeError("Texts() messages must be a column, a list of turns, or {first_of: [...]}")
 
     def read(self, unit: Path, source: Path) -> Iterator[Item]:
+        forms = self.messages["first_of"] if isinstance(self.messages, Mapping) else [self.messages]
+        absent = ""
         for name, row in rows_of(unit):
             if isinstance(row, Broken):
                 yield row
                 continue
-            absent = next((column for column in self._columns() if column not in row), None)
-            if absent is not None:
+            for form in forms:
+                absent = next((column for column in _columns(form) if column not in row), "")
+                if not absent:
+                    break
+            if absent:
                 yield missing_column(name, absent, row)
                 continue
             try:
-                yield Dialogue(name, list(self._turns(row)))
+                yield Dialogue(name, list(_turns(form, row)))
             except (TypeError, ValueError, KeyError) as error:
                 yield Broken(name, Rejection.BAD_ROW, f"{unit.name}: {name}: {error}")
 
-    def _columns(self) -> Iterator[str]:
-        if isinstance(self.messages, str):
-            yield self.messages
-            return
-        for turn in self.messages:
-            for role, template in turn.items():
-                yield from [template] if role == "turns" else _FIELD.findall(template)
 
-    def _turns(self, row: Row) -> Iterator[Mapping[str, str]]:
-        if isinstance(self.messages, str):
-            yield from listed_turns(row[self.messages])
-            return
-        for turn in self.messages:
-            for role, template in turn.items():
-                if role == "turns":
-                    yield from listed_turns(row[template])
-                    continue
-                content = _FIELD.sub(lambda match: text_of(row[match[1]]), template).strip()
-                if content or role != "system":
-                    yield {"role": role, "content": re.sub(r"\n{3,}", "\n\n", content)}
+def _columns(form: Turns) -> Iterator[str]:
+    if isinstance(form, str):
+        yield form
+        return
+    for turn in form:
+        for role, template in turn.items():
+            yield from [template] if role == "turns" else _FIELD.findall(template)
+
+
+def _turns(form: Turns, row: Row) -> Iterator[Mapping[str, str]]:
+    if isinstance(form, str):
+        yield from listed_turns(row[form])
+        return
+    for turn in form:
+        for role, template in turn.items():
+            if role == "turns":
+                yield from listed_turns(row[template])
+                continue
+            content = _FIELD.sub(lambda match: text_of(row[match[1]]), template).strip()
+            if content or role != "system":
+                yield {"role": role, "content": re.sub(r"\n{3,}", "\n\n", content)}
 
 
 def listed_turns(value: Any) -> Iterator[Mapping[str, str]]:

@@ -34,6 +34,7 @@ class LineBuilder(datasets.ArrowBasedBuilder):
     """Makes a table of the lines that :func:`vita_audio.chat.sample_lines` finds; options are those of the config."""
 
     BUILDER_CONFIG_CLASS = LineConfig
+    DEFAULT_WRITER_BATCH_SIZE = _BLOCK_ROWS  # else a block is written in parts of a thousand rows
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(features=datasets.Features({LINE: datasets.Value("large_string")}))

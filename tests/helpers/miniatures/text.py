@@ -165,7 +165,7 @@ TEXT_SETS: dict[str, Callable[[Path], Expected]] = {
             "THUDM/LongWriter-6k/long.jsonl": ("THUDM/LongWriter-6k/long.jsonl", [{"messages": roles(Q, A)}]),
             "YeungNLP/LongQLoRA-Dataset/LongQLoRA-SFT-Data-39k.jsonl": (
                 "YeungNLP/LongQLoRA-Dataset/LongQLoRA-SFT-Data-39k.jsonl",
-                [{"conversation_id": 1, "category": "x", "conversation": [{"human": Q, "assistant": A}]}],
+                [{"conversation_id": 1, "category": "x", "input": Q, "output": A}],
             ),
             "Yukang/LongAlpaca-12k/LongAlpaca-12k.jsonl": (
                 "Yukang/LongAlpaca-12k/LongAlpaca-12k.json",
