@@ -21,6 +21,7 @@ BENCHMARKS = {
     "packing": "packing",
     "loader": "loader",
     "mix": "mix",
+    "prepare": "prepare",
     "codec": "codec",
     "codec-streams": "codec_streams",
     "memory": "memory",
