@@ -8,24 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vita_audio.engine.kernels import Product, normalize
+from vita_audio.engine.kernels import Norm, Product
 
 if TYPE_CHECKING:
     from vita_audio.models import Qwen2MTPForCausalLM
 
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 """Rotary embeddings that depend on the position alone."""
-
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm over the last dimension."""
-
-    weight: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return normalize(x, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
@@ -161,7 +150,7 @@ class Weights:
 
 
 def _norm(module: Any) -> Norm:
-    return Norm(module.weight.detach(), module.variance_epsilon)
+    return Norm(module.weight, module.variance_epsilon)
 
 
 def _layer(module: Any, config: Any, layer_type: str) -> Layer:
