@@ -56,6 +56,17 @@ def test_a_text_is_read_aloud_with_the_learnt_codes(pipeline, tiny_world, mode):
     assert reply.codes == tiny_world.codec.encode(tiny_world.audio("reading.wav"))
 
 
+def test_with_weights_in_8_bits_the_words_are_the_same(tiny_world):
+    codec = CodecOptions("mel_vq", tiny_world.codec_dir)
+    small = SpeechPipeline.open(
+        tiny_world.model_dir, codec, RuntimeOptions(device="cpu", quantization="int8")
+    )
+    reply = small.synthesize(READING, options=options())
+    assert reply.text == READING
+    assert reply.codes == tiny_world.codec.encode(tiny_world.audio("reading.wav"))
+    assert not small.model.lm_head.weight.numel()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_only_the_reply_is_decoded(pipeline, tiny_world, mode):
     reply = pipeline.speech_to_speech(tiny_world.audio("question.wav"), options=options(mode))

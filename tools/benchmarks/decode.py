@@ -9,6 +9,7 @@ per token. The ways take turns, and the fastest of their runs counts.
 
 * plain: the loop of ``model.generate``;
 * engine: the same tokens from the engine;
+* engine_int8, with ``--quantization int8``: the engine with weights in 8 bits, with a limit of its own;
 * engine_audio_rows: the heads read only the vocabulary's rows of speech (``audio_rows="on"``).
 
 With random weights the heads' drafts are never accepted, so the lossless row then shows the cost, not the gain.
@@ -24,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -33,10 +34,10 @@ from rich.console import Console
 from rich.table import Table
 
 from vita_audio.cli.arguments import command_parser
-from vita_audio.engine import AudioRows, Engine, Request
+from vita_audio.engine import AudioRows, Engine, Quantization, Request
 from vita_audio.models.schedule import BACKBONE, SCHEDULES, Schedule
 
-WAYS = ("plain", "engine", "engine_audio_rows")
+WAYS = ("plain", "engine", "engine_audio_rows", "engine_int8")
 MODES = (*SCHEDULES, "lossless")
 FIRST = 11
 """Tokens of Turbo's first round."""
@@ -88,6 +89,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument(
+        "--quantization", choices=get_args(Quantization), default="none", help="measure it too"
+    )
     parser.add_argument("--attention", default="sdpa", help="of the plain loop")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--png", type=Path, help="draw the speeds into this file")
@@ -117,15 +121,22 @@ def measure_model(path: Path, arguments: argparse.Namespace, console: Console) -
     model = build_model(arguments)
     speech = model.config.vocab_size - min(SPEECH_ROWS, model.config.vocab_size // 2)
     length = arguments.prompt + arguments.tokens
-    engine = Engine(
-        model, max_rows=max(arguments.rows), max_length=length, speech=AudioRows(speech, speech + 1)
-    )
-    bandwidth = read_speed(engine)
+    rows = AudioRows(speech, speech + 1)
+    engine = Engine(model, max_rows=max(arguments.rows), max_length=length, speech=rows)
+    engines = dict.fromkeys(WAYS[1:], engine)
+    if arguments.quantization != "none":
+        engines["engine_int8"] = Engine(
+            model, max_rows=1, max_length=length, speech=rows, quantization=arguments.quantization
+        )
+    bandwidths = {way: read_speed(each) for way, each in engines.items()}
+    bandwidths["plain"] = bandwidth = bandwidths["engine"]
     runs: dict[tuple[str, str], list[Run]] = {}
     for _ in range(arguments.repeats + 1):  # the first run of each warms up
         for way, mode in ways(arguments):
             run = (
-                plain(model, mode, arguments) if way == "plain" else engine_run(engine, way, mode, arguments)
+                plain(model, mode, arguments)
+                if way == "plain"
+                else engine_run(engines[way], way, mode, arguments)
             )
             runs.setdefault((way, mode), []).append(run)
     table = Table(
@@ -148,17 +159,17 @@ def measure_model(path: Path, arguments: argparse.Namespace, console: Console) -
         best = min(runs[way, mode][1:], key=lambda run: run.seconds)
         first = min(run.first for run in runs[way, mode][1:])
         speed = arguments.tokens / best.seconds
-        size = bytes_read(engine, best, way) / arguments.tokens
+        size = bytes_read(engines.get(way, engine), best, way) / arguments.tokens
         reference = summary["plain"].get("vanilla" if mode == "lossless" else mode)
         summary[way][mode] = {
             "tokens_per_second": round(speed, 2),
             "first_11_seconds": round(first, 4),
-            "share_of_limit": round(speed * size / bandwidth, 3),
+            "share_of_limit": round(speed * size / bandwidths[way], 3),
         }
         gain = "" if reference is None else f"{speed / reference['tokens_per_second']:.2f}"
         table.add_row(
             mode, way, f"{speed:.1f}", gain, f"{1000 * first:.1f}", f"{best.backbone_passes / arguments.tokens:.2f}",
-            f"{size / 1e6:.0f}", f"{speed * size / bandwidth:.0%}",
+            f"{size / 1e6:.0f}", f"{speed * size / bandwidths[way]:.0%}",
         )  # fmt: skip
     console.print(table)
     console.print(f"Weights are read at {bandwidth / 1e9:.1f} GB/s by one row")
@@ -167,7 +178,7 @@ def measure_model(path: Path, arguments: argparse.Namespace, console: Console) -
         seconds = min(together(engine, count, arguments) for _ in range(2))
         summary["rows"][str(count)] = round(count * arguments.tokens / seconds, 2)
         console.print(f"Boost, {count} replies at once: {summary['rows'][str(count)]:.1f} tokens/s in all")
-    del model, engine
+    del model, engine, engines
     gc.collect()
     return summary
 
@@ -175,7 +186,7 @@ def measure_model(path: Path, arguments: argparse.Namespace, console: Console) -
 def ways(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """The measurements in the order of the table."""
     for mode in arguments.modes:
-        for way in WAYS:
+        for way in WAYS if arguments.quantization != "none" else WAYS[:-1]:
             if (way, mode) != ("plain", "lossless"):
                 yield way, mode
 

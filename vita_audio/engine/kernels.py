@@ -29,16 +29,8 @@ class Product:
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None):
-        weight = weights[0].detach() if len(weights) == 1 else torch.cat([each.detach() for each in weights])
-        self.in_features = weight.shape[1]
-        self.out_features = weight.shape[0]
-        self.bias: Tensor | None = None
-        if biases is not None and any(bias is not None for bias in biases):
-            parts = [
-                weights[i].new_zeros(len(weights[i])) if bias is None else bias.detach()
-                for i, bias in enumerate(biases)
-            ]
-            self.bias = torch.cat(parts)
+        weight, self.bias = joined(weights, biases)
+        self.out_features, self.in_features = weight.shape
         self._weight, self._transposed = weight, weight.t()
         self._packed: Tensor | None = pack(weight)
         small = weight.dtype == torch.float32 and weight.numel() * weight.element_size() < SMALLEST_PACKED_ROW
@@ -60,6 +52,18 @@ class Product:
         if add is None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, add, self._packed, self.bias, "add")
+
+
+def joined(weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
+    """One weight (sum of out_i, in) from several, and their biases, zero where one has none; None if none has."""
+    weight = weights[0].detach() if len(weights) == 1 else torch.cat([each.detach() for each in weights])
+    if biases is None or all(bias is None for bias in biases):
+        return weight, None
+    parts = [
+        weights[i].new_zeros(len(weights[i])) if bias is None else bias.detach()
+        for i, bias in enumerate(biases)
+    ]
+    return weight, torch.cat(parts)
 
 
 def pack(weight: Tensor) -> Tensor | None:
