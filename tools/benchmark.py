@@ -23,6 +23,7 @@ BENCHMARKS = {
     "codec": "codec",
     "codec-streams": "codec_streams",
     "memory": "memory",
+    "long-stream": "long_stream",
     "sts": "sts",
     "serve": "serve",
     "benchmark_llm": "generate",
