@@ -124,7 +124,7 @@ class EngineBackend(Backend):
                     if replies[index].ended:
                         open_replies.discard(index)
                 if not happened and open_replies:
-                    self._advance([handles[index] for index in open_replies])
+                    self._advance([(handles[index], replies[index]) for index in open_replies])
         finally:
             for handle in handles:
                 if handle.finished is None:
@@ -153,15 +153,15 @@ class EngineBackend(Backend):
         if handle.finished is not None and not handle.has_events and not reply.speaking:
             yield from reply.end()
 
-    def _advance(self, handles: Sequence[Handle]) -> None:
+    def _advance(self, made: Sequence[tuple[Handle, ReplyAssembly]]) -> None:
         """Decode speech that is due, else run a round; where others do both, wait for them."""
         if self.speech_step():
             return
-        waiting = [handle for handle in handles if handle.finished is None]
+        waiting = [handle for handle, _ in made if handle.finished is None]
         if waiting:
             self.engine.wait(*waiting)
-        else:
-            time.sleep(0.001)  # the codec's thread decodes the rest
+        else:  # the codec's thread decodes the rest
+            self.speech.wait([reply.speech for _, reply in made if reply.speech is not None])
 
     def speech_step(self) -> bool:
         """Decode one chunk in this thread, if the codec has none of its own. Returns whether one was due."""
