@@ -104,6 +104,7 @@ setup(
             "psutil",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "rapidfuzz",
             "ruff==0.17.*",
             "scipy",
