@@ -20,6 +20,7 @@ BENCHMARKS = {
     "decode": "decode",
     "packing": "packing",
     "loader": "loader",
+    "mix": "mix",
     "codec": "codec",
     "codec-streams": "codec_streams",
     "memory": "memory",
