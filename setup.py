@@ -34,6 +34,7 @@ EVAL = [
     "jinja2",
     "jiwer",
     "markupsafe",
+    "matplotlib",
     "pocketsphinx",
     "sentencepiece",
     "whisper-normalizer",
