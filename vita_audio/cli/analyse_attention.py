@@ -11,6 +11,8 @@ hiding and heads as PNG and SVG, and the replies with their WAV files.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,13 @@ from vita_audio.chat import build_example, read_samples
 from vita_audio.cli.arguments import CODEC, RUNTIME, add_system_prompt, command_parser, transcriber_group
 from vita_audio.evaluation.analysis import VISIBLE, Knowledge, hide_text, knowledge, summarise_attention
 from vita_audio.evaluation.bench import with_system
-from vita_audio.evaluation.figures import attention_figure, hiding_figure, knowledge_figure, save_figure
+from vita_audio.evaluation.figures import (
+    ANALYSIS,
+    attention_figure,
+    hiding_figure,
+    knowledge_figure,
+    save_figure,
+)
 from vita_audio.evaluation.items import every_nth, read_test_set
 from vita_audio.evaluation.listening import Listener
 from vita_audio.evaluation.results import checkpoint_fingerprint
@@ -30,7 +38,7 @@ from vita_audio.inference import SpeechPipeline
 from vita_audio.inference.pipeline import default_device
 from vita_audio.provenance import git_revision, versions
 
-PICTURES = ("attention", "hiding", "heads")
+logger = logging.getLogger(__name__)
 _HIDDEN = {"all": "none", "matching": "all but the matching", "none": "all"}
 
 
@@ -38,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Analyse one checkpoint.
 
     Raises:
-        ValueError: the checkpoint, the codec, the recogniser or the test set cannot be used, or no reply has speech.
+        ValueError: the checkpoint, the codec, the recogniser or the test set cannot be used.
     """
     parser = command_parser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, metavar="DIR", help="checkpoint folder")
@@ -90,16 +98,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             neighbours=args.neighbours, max_new_tokens=args.max_new_tokens,
         )  # fmt: skip
     spoken = [one for one in maps if one.weights.numel()]
-    if not spoken:
-        raise ValueError(f"{args.model_name_or_path}: no reply has both text and speech; nothing to analyse")
     known = knowledge(pipeline, _documents(pipeline, args))
 
-    for name, figure in zip(
-        PICTURES,
-        (attention_figure(spoken[0]), hiding_figure(hidden), knowledge_figure(known)),
-        strict=True,
-    ):
-        save_figure(figure, args.output_dir / name)
+    if spoken:
+        save_figure(attention_figure(spoken[0]), args.output_dir / ANALYSIS[0])
+    else:
+        logger.warning("no reply has both text and speech, so there is no picture of the attention")
+    save_figure(hiding_figure(hidden), args.output_dir / ANALYSIS[1])
+    save_figure(knowledge_figure(known), args.output_dir / ANALYSIS[2])
     result = {
         "checkpoint": str(args.model_name_or_path),
         "weights": checkpoint_fingerprint(Path(args.model_name_or_path)),
@@ -111,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": versions(),
         "attention": summarise_attention(spoken),
         "hiding": hidden,
-        "heads": {"accuracy": known.accuracy.tolist(), "positions": known.positions},
+        "heads": {"accuracy": _cells(known), "positions": known.positions},
     }
     write_json(args.output_dir / "analysis.json", result)
     text = _markdown(result, known)
@@ -136,20 +142,25 @@ def _markdown(result: dict[str, Any], known: Knowledge) -> str:
     ]
     heads = [
         f"| {'backbone' if head == 0 else f'head {head}'} | "
-        + " | ".join(f"{100 * value:.0f}" for value in line)
+        + " | ".join("–" if value is None else f"{100 * value:.0f}" for value in line)
         + " |"
-        for head, line in enumerate(known.accuracy.tolist())
+        for head, line in enumerate(_cells(known))
     ]
     distances = range(1, known.accuracy.shape[1] + 1)
     order = "–" if seen["order"] is None else f"{seen['order']:.2f}"
-    return "\n".join(
-        [
-            "### Attention of speech on text",
-            "",
+    attention = ["No reply has both text and speech."]
+    if seen["speech_tokens"]:
+        attention = [
             f"{100 * seen['on_text']:.0f}% of the attention of {seen['speech_tokens']} speech tokens goes to the text,",
             f"{100 * seen['on_matching']:.0f}% of that to one token and its neighbours",
             f"({100 * seen['even']:.0f}% if it were even).",
             f"Correlation of the places in speech and text: {order}.",
+        ]
+    return "\n".join(
+        [
+            "### Attention of speech on text",
+            "",
+            *attention,
             "",
             "### Speech with text hidden",
             "",
@@ -167,6 +178,11 @@ def _markdown(result: dict[str, Any], known: Knowledge) -> str:
             "",
         ]
     )
+
+
+def _cells(known: Knowledge) -> list[list[float | None]]:
+    """The accuracies; None where no speech is so far ahead."""
+    return [[None if math.isnan(value) else value for value in line] for line in known.accuracy.tolist()]
 
 
 def _range(limits: Sequence[float] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from vita_audio.evaluation.analysis import VISIBLE, AttentionMap, Knowledge
 
+ANALYSIS = ("attention", "hiding", "heads")
+"""Names of the figures of an analysis, without suffix."""
 INK, SOFT, ACCENT = "#1d2433", "#5d6880", "#2f6fb3"
 DOTS_PER_INCH = 150
 _LONGEST_LABELS = 60
@@ -73,6 +76,8 @@ def knowledge_figure(known: Knowledge) -> Figure:
     for head in range(heads):
         for distance in range(distances):
             value = float(known.accuracy[head, distance])
+            if math.isnan(value):  # no speech is so far ahead
+                continue
             colour = "white" if value > 0.55 else INK
             panel.text(
                 distance, head, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour
@@ -101,6 +106,56 @@ def tradeoff_figure(panels: Mapping[str, Sequence[Mapping[str, Any]]], speed: st
         panel.set_title(title, **_TITLE)
         panel.grid(color="#e6eaf0")
         panel.set_axisbelow(True)
+    return figure
+
+
+def bar_groups(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, str]]]], label: str) -> Figure:
+    """Grouped bars.
+
+    Args:
+        panels: title of a panel to its series, of each the group and a pair of height and label.
+        label: of the heights.
+    """
+    width = max(len(groups) for series in panels.values() for groups in series.values())
+    figure = Figure(figsize=(max(5.5, 2.6 + 2.4 * width), 3.2 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for panel, (title, series) in zip(axes, panels.items(), strict=True):
+        names = list(dict.fromkeys(name for groups in series.values() for name in groups))
+        share = 0.85 / len(series)
+        for index, (one, groups) in enumerate(series.items()):
+            places = [names.index(name) + share * (index - (len(series) - 1) / 2) for name in groups]
+            heights, labels = zip(*groups.values(), strict=True)
+            bars = panel.bar(places, heights, width=0.92 * share, label=one)
+            panel.bar_label(bars, labels, fontsize=7, padding=2)
+        panel.set_xticks(range(len(names)), names)
+        panel.set_ylabel(label)
+        panel.margins(y=0.18)
+        panel.set_title(title, **_TITLE)
+    found = {
+        label: handle
+        for panel in axes
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        found.values(), found.keys(), loc="outside upper right", frameon=False, fontsize=8, ncols=len(found)
+    )
+    return figure
+
+
+def lines(panels: Mapping[str, Mapping[str, Sequence[float]]], across: str, up: str) -> Figure:
+    """Lines over 1, 2, …: title of a panel to its series."""
+    figure = Figure(figsize=(max(4.8 * len(panels), 5.5), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for panel, (title, series) in zip(axes, panels.items(), strict=True):
+        for name, values in series.items():
+            panel.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=name)
+        panel.set_ylim(bottom=0)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.set_xlabel(across)
+        panel.set_ylabel(up)
+        panel.set_title(title, **_TITLE)
+        panel.grid(color="#e6eaf0")
+        panel.legend(frameon=False, fontsize=8)
     return figure
 
 
