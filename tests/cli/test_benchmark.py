@@ -65,6 +65,32 @@ def test_the_engine_is_measured_beside_the_plain_loop_in_every_mode(main, tmp_pa
     assert (tmp_path / "speeds.png").stat().st_size > 5000
 
 
+def test_speed_is_reported_as_the_paper_does(main, tiny_world, codec_flags, tmp_path, capsys, refusal):
+    size = ["--dtype", "float32", "--tokens", "60", "--warm_up", "11", "--ways", "plain", "engine"]
+    sound = [*codec_flags, "--question", tiny_world.audio("question.wav")]
+    main(["speed", "--model", str(tiny_world.model_dir), *size, *sound, "--output_dir", str(tmp_path)])
+    found = json.loads((tmp_path / "speed.json").read_text())
+    (ways,) = found["models"].values()
+    assert list(ways) == ["plain", "engine"]
+    for way in ways.values():
+        assert set(way["modes"]) >= {"vanilla", "balance", "boost", "turbo"}
+        assert way["modes"]["vanilla"]["speed_up"] == 1
+        for one in way["modes"].values():
+            assert one["seconds"] > one["chunk_seconds"][-1] > one["first_chunk_seconds"] > 0
+            assert len(one["chunk_seconds"]) == 4  # after 11, 25, 39 and 53 tokens
+        times = way["passes"]
+        assert times["head_share"] == pytest.approx(times["head_seconds"] / times["backbone_seconds"])
+    assert set(found["streaming"]) == {"vanilla", "balance", "boost", "turbo"}
+    assert all(one["chunk_seconds"] for one in found["streaming"].values())
+    said = capsys.readouterr().out
+    assert "| model | way | mode | seconds | tokens/s | × Vanilla | first chunk ms |" in said
+    for name in ("speed.png", "speed.svg", "chunks.png", "chunks.svg", "speed.md"):
+        assert (tmp_path / name).stat().st_size > 1000
+    nothing = ["--sizes", "0.5b", "--output_dir", str(tmp_path)]
+    assert refusal(main, "speed", *nothing, "--tokens", "10").startswith("--tokens 10: give 11 or more")
+    assert refusal(main, "speed", *nothing, "--question", "q.wav").startswith("--question needs --model")
+
+
 def test_the_benchmark_of_the_engine_asks_for_a_model(main, refusal):
     assert refusal(main, "decode").startswith("give --model or --sizes")
 
