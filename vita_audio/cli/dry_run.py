@@ -234,7 +234,8 @@ def _complete_values(run: DryRun, config: Qwen2MTPConfig, *groups: Any) -> None:
         value = getattr(config, name, None) or (config.rope_parameters or {}).get(name)
         run.values[name] = Value(str(value), "checkpoint")
     for group in groups:
-        own = type(group).__annotations__
+        ours = [each for each in type(group).__mro__ if each.__module__.startswith("vita_audio.")]
+        own = {name for each in ours for name in each.__annotations__}
         for entry in fields(group):
             if entry.name in run.values or entry.name in _INTERNAL or entry.name not in own:
                 continue

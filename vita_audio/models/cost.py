@@ -28,6 +28,8 @@ AUDIO_ENCODER = "audio encoder"
 AUDIO_ADAPTER = "audio adapter"
 HEADS = "heads"
 LANGUAGE_MODEL = "language model"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear maps of a decoder layer, in the order in which they run."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,15 @@ def head_parameters(config: Qwen2MTPConfig) -> int:
     """Parameters of one MCTP head: a decoder layer, the projection from 2d to d, and two norms."""
     d = config.hidden_size
     return layer_parameters(config) + 2 * d * d + 2 * d
+
+
+def projection_sizes(config: Qwen2MTPConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each of a decoder layer's :data:`PROJECTIONS`."""
+    d, intermediate = config.hidden_size, config.intermediate_size
+    attention, key_value = config.num_attention_heads * _head_size(config), _key_value_size(config)
+    sizes = [(d, attention), (d, key_value), (d, key_value), (attention, d)]
+    sizes += [(d, intermediate), (d, intermediate), (intermediate, d)]
+    return dict(zip(PROJECTIONS, sizes, strict=True))
 
 
 # -- passes ---------------------------------------------------------------------------------------------------
@@ -162,9 +173,7 @@ def _layer_pass(config: Qwen2MTPConfig, new: int, cached: int, rows: int, value_
 
 def _layer_products(config: Qwen2MTPConfig) -> int:
     """Multiply-adds of one position in one layer's linear maps, which is the size of their matrices."""
-    d = config.hidden_size
-    attention = config.num_attention_heads * _head_size(config)
-    return 2 * d * attention + 2 * d * _key_value_size(config) + 3 * d * config.intermediate_size
+    return sum(inputs * outputs for inputs, outputs in projection_sizes(config).values())
 
 
 def _head_size(config: Qwen2MTPConfig) -> int:

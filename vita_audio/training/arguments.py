@@ -34,6 +34,7 @@ from vita_audio.training.deepspeed_config import (
     read_deepspeed_config,
     use_pytorch_adam,
 )
+from vita_audio.training.lora_arguments import LoraArguments
 from vita_audio.training.machine import check_devices
 from vita_audio.training.published import check_architecture, heads_in_config
 from vita_audio.training.scheduler import SCHEDULER_NAMES, WARMUP_COSINE, build_scheduler
@@ -51,7 +52,7 @@ class ArgumentError(ValueError):
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(LoraArguments):
     """The language model and its audio input."""
 
     model_name_or_path: str = field(
@@ -116,6 +117,10 @@ class ModelArguments:
             )
         if self.mtp_loss_weight is not None and not 0 <= self.mtp_loss_weight < math.inf:
             raise ArgumentError(f"--mtp_loss_weight {self.mtp_loss_weight}: give a number 0 or more")
+        try:
+            self.check_lora(language_model_freeze=self.language_model_freeze)
+        except ValueError as error:
+            raise ArgumentError(str(error)) from error
         self._count_heads()
         if self.language_model_freeze and self.num_nextn_predict_layers == 0:
             raise ArgumentError(
