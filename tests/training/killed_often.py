@@ -221,7 +221,8 @@ def disturb(run: Run, draw: random.Random) -> str | None:
     if run.wait() == [0, 0]:
         return None
     who = "both processes" if victim is None else f"process {victim}"
-    return f"{who} killed while {'writing a checkpoint' if torn else 'starting' if moment == 'starting' else 'training'}"
+    when = "writing a checkpoint" if torn else "starting" if moment == "starting" else "training"
+    return f"{who} killed while {when}"
 
 
 if __name__ == "__main__":

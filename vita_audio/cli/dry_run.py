@@ -201,7 +201,9 @@ def _config(run: DryRun, model: ModelArguments, data: DataArguments) -> Qwen2MTP
         )
         try:
             tokenizer = open_tokenizer(model.tokenizer_name_or_path or folder)
-            extend_tokenizer(tokenizer, data.continuous_input, codec.codebook_size())
+            added = extend_tokenizer(tokenizer, data.continuous_input, codec.codebook_size())
+            if model.lora_train_embeddings is None:
+                model.lora_train_embeddings = added > 0
             config.vocab_size = max(config.vocab_size, -len(tokenizer) // 8 * -8)
         except (ValueError, OSError) as error:
             run.problems.append(str(error))

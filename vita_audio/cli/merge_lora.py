@@ -77,7 +77,10 @@ def merge(folder: Path, output_dir: Path, base: str | None = None) -> float:
     difference = (_logits(model, tokens) - before).abs().max().item()
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    for name in ("config.json", "generation_config.json"):  # the run's schedule and loss weight, not the base's
+    for name in (
+        "config.json",
+        "generation_config.json",
+    ):  # the run's schedule and loss weight, not the base's
         shutil.copyfile(folder / name, output_dir / name)
     run = read_json(folder / RUN_FILE) | {"merged": {"adapters": str(folder), "logits": difference}}
     write_json(output_dir / RUN_FILE, run)

@@ -36,7 +36,9 @@ def is_head_parameter(model: nn.Module, name: str) -> bool:
     """Whether a parameter belongs to a head. The shared embedding, final norm and LM head do not."""
     config = cast(Qwen2MTPConfig, model.config)
     heads = range(config.num_nextn_predict_layers)
-    return name.removeprefix(WRAPPED).startswith(tuple(prefix for k in heads for prefix in head_prefixes(config, k)))
+    return name.removeprefix(WRAPPED).startswith(
+        tuple(prefix for k in heads for prefix in head_prefixes(config, k))
+    )
 
 
 def freeze_backbone(model: Model) -> Model:

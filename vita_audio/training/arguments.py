@@ -36,6 +36,7 @@ from vita_audio.training.deepspeed_config import (
 )
 from vita_audio.training.lora_arguments import LoraArguments
 from vita_audio.training.machine import check_devices
+from vita_audio.training.optimizers import check_optimizer
 from vita_audio.training.published import check_architecture, heads_in_config
 from vita_audio.training.scheduler import SCHEDULER_NAMES, WARMUP_COSINE, build_scheduler
 from vita_audio.training.served import find_out_of_range, find_unserved
@@ -298,6 +299,12 @@ class StageArguments(TrainingArguments):
         try:
             self._prepare_deepspeed_and_device()
         except DeepSpeedConfigError as error:
+            raise ArgumentError(str(error)) from error
+        try:
+            builds = isinstance(self.deepspeed, dict) and builds_optimizer(self.deepspeed)
+            optim = getattr(self.optim, "value", self.optim)
+            check_optimizer(optim, use_cpu=self.use_cpu, deepspeed_builds=builds)
+        except ValueError as error:
             raise ArgumentError(str(error)) from error
         self._check_scheduler()
         self._use_current_names()

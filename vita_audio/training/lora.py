@@ -36,6 +36,7 @@ from vita_audio.models.folder import CheckpointError, read_config, read_header, 
 from vita_audio.models.open import locate
 from vita_audio.models.weights import WRAPPED, is_head_parameter
 from vita_audio.provenance import RUN_FILE
+from vita_audio.training.lora_arguments import LoraArguments
 
 if TYPE_CHECKING:
     from vita_audio.training.arguments import ModelArguments
@@ -112,18 +113,23 @@ def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> LoraModel:
         arguments: of the run; ``lora_train_embeddings`` is resolved.
     """
     base = locate(arguments.model_name_or_path)
-    config = LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_scale,
-        lora_dropout=arguments.lora_dropout,
-        target_modules=list(arguments.lora_target_modules),
-        layers_to_transform=list(range(model.config.num_backbone_layers)),
-        layers_pattern="layers",
-        base_model_name_or_path=str(base.resolve()),
-    )
-    wrapped = LoraModel(model, config, train_embeddings=bool(arguments.lora_train_embeddings))
+    wrapped = insert_adapters(model, arguments, str(base.resolve()))
     wrapped.fingerprint = fingerprint(base)
     return wrapped
+
+
+def insert_adapters(model: PreTrainedModel, options: LoraArguments, base: str | None = None) -> LoraModel:
+    """Put fresh adapters into a model; ``base`` is the name that their folder gives."""
+    config = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_scale,
+        lora_dropout=options.lora_dropout,
+        target_modules=list(options.lora_target_modules),
+        layers_to_transform=list(range(model.config.num_backbone_layers)),
+        layers_pattern="layers",
+        base_model_name_or_path=base,
+    )
+    return LoraModel(model, config, train_embeddings=bool(options.lora_train_embeddings))
 
 
 def is_adapter(name: str) -> bool:
@@ -199,7 +205,9 @@ def check_stored(folder: Path, wanted: dict[str, nn.Parameter]) -> None:
     if not file.is_file():
         raise CheckpointError(f"{file}: not found; copy the complete folder")
     stored = {name: tensor.shape for name, tensor in read_header(file).items()}
-    shapes = {stored_name(name): tuple(getattr(each, "ds_shape", each.shape)) for name, each in wanted.items()}
+    shapes = {
+        stored_name(name): tuple(getattr(each, "ds_shape", each.shape)) for name, each in wanted.items()
+    }
     bad = sorted(name for name in stored.keys() | shapes.keys() if stored.get(name) != shapes.get(name))
     if bad:
         raise CheckpointError(

@@ -24,11 +24,15 @@ class LoraArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters' inputs."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: list(PROJECTIONS),
-        metadata={"help": f"Projections of each layer that get an adapter (default: all): {' '.join(PROJECTIONS)}."},
+        metadata={
+            "help": f"Projections of each layer that get an adapter (default: all): {' '.join(PROJECTIONS)}."
+        },
     )
     lora_train_embeddings: bool | None = field(
         default=None,
-        metadata={"help": "Also train token embedding and LM head, whole (default: if the stage adds tokens)."},
+        metadata={
+            "help": "Also train token embedding and LM head, whole (default: if the stage adds tokens)."
+        },
     )
 
     def check_lora(self, *, language_model_freeze: bool) -> None:

@@ -50,8 +50,8 @@ def _load(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         return (
-            f"## Use\n\nThis folder holds LoRA adapters of `{base}` and what was trained beside them. Merge them first:\n"
-            "\n```bash\npython tools/merge_lora.py PATH --output_dir MERGED\n```\n"
+            f"## Use\n\nThis folder holds LoRA adapters of `{base}` and what was trained beside them. "
+            "Merge them first:\n\n```bash\npython tools/merge_lora.py PATH --output_dir MERGED\n```\n"
         )
     return (
         "## Use\n\n```python\n"

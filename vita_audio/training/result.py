@@ -33,7 +33,8 @@ def check_result(folder: str | Path) -> None:
     if (folder / "adapter_config.json").is_file():
         from vita_audio.training.lora import check_adapter_folder  # PEFT takes seconds to import
 
-        return check_adapter_folder(folder)
+        check_adapter_folder(folder)
+        return
     config = read_config(folder)
     stored: dict[str, StoredTensor] = {}
     for file in weight_files(folder):

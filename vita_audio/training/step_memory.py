@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from vita_audio.models import Qwen2MTPConfig
 from vita_audio.models.attention import PackedDocuments
 from vita_audio.models.compat import enable_checkpointing
+from vita_audio.training.lora_arguments import LoraArguments
 from vita_audio.training.stages import apply_stage
 
 
@@ -72,6 +73,7 @@ def step_memory(
     held_gradient: float = 1.0,
     earlier_gradients: bool = False,
     chunk_logits: int | None = None,
+    lora: LoraArguments | None = None,
 ) -> tuple[int, int]:
     """Bytes of a forward and backward pass above the weights.
 
@@ -79,6 +81,7 @@ def step_memory(
         held_gradient: share of each gradient that this rank keeps (one over the ranks with ZeRO-2).
         earlier_gradients: the pass adds to gradients that are there already, as in accumulation.
         chunk_logits: see :class:`vita_audio.models.loss.LanguageModelHead`.
+        lora: options of the adapters. None: no LoRA.
 
     Returns:
         The peak, and the part of it that are gradients kept for the optimizer.
@@ -88,6 +91,10 @@ def step_memory(
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         model.tie_weights()
         apply_stage(model, language_model_freeze=language_model_freeze, audio_model_freeze=audio_model_freeze)
+        if lora is not None:
+            from vita_audio.training.lora import insert_adapters  # PEFT takes seconds to import
+
+            insert_adapters(model, lora)  # changes the model itself
         model.lm_head.chunk_logits = chunk_logits
         if checkpointing:
             enable_checkpointing(model.model)

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -43,7 +43,9 @@ from vita_audio.training.callbacks import (
 )
 from vita_audio.training.checkpoints import (
     CheckpointStateError,
+    checkpoint_step,
     delete_old_checkpoints,
+    last_complete_checkpoint,
     mark_complete,
     mark_incomplete,
     save_loader_state,
@@ -51,6 +53,7 @@ from vita_audio.training.checkpoints import (
 from vita_audio.training.continuation import PlannedRates
 from vita_audio.training.interruption import HangDump, Interruption
 from vita_audio.training.model_card import write_model_card
+from vita_audio.training.optimizers import build_optimizer
 from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
 
@@ -124,7 +127,10 @@ class SpeechTrainer(Trainer):
         """
         if resume_from_checkpoint is None:
             return super().train(None, *args, **kwargs)
-        loaded = _ObeyArguments(self._planned_rates)
+        # The Trainer restores random states (of dropout) only where it skips batches itself.
+        loaded = _ObeyArguments(
+            self._planned_rates, lambda: self._load_rng_state(str(resume_from_checkpoint))
+        )
         self.add_callback(loaded)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -153,11 +159,12 @@ class SpeechTrainer(Trainer):
                 self.args.mtp_learning_rate_multiplier,
                 decay_norms=self.args.decay_norms,
             )
-            self.optimizer = torch.optim.AdamW(
+            self.optimizer = build_optimizer(
+                self.args.optim,
                 groups,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
-                fused=self.args.device.type == "cuda",
+                device=self.args.device,
             )
         return self.optimizer
 
@@ -277,17 +284,21 @@ def _writing(folder: str | Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
             raise
+        run = Path(folder).parent if checkpoint_step(folder) is not None else Path(folder)
+        whole = last_complete_checkpoint(run)
         raise MachineError(
             f"{folder}: cannot be written: {first_line(error)}; free some space there and start the stage "
-            "again; it continues from its last complete checkpoint"
+            f"again; it continues from {'the beginning' if whole is None else f'{whole.name}, which is whole'}"
         ) from error
 
 
 class _ObeyArguments(TrainerCallback):
-    """Restores this run's rates after a checkpoint is loaded and before the first step."""
+    """After a checkpoint is loaded and before the first step: restores this run's rates and the random states."""
 
-    def __init__(self, planned: list[PlannedRates]) -> None:
+    def __init__(self, planned: list[PlannedRates], load_random_states: Callable[[], None]) -> None:
         self._planned = planned
+        self._load_random_states = load_random_states
+        self._continued = False
         self.reached = False
 
     def on_train_begin(
@@ -296,3 +307,10 @@ class _ObeyArguments(TrainerCallback):
         self.reached = True
         for rates in self._planned:
             rates.restore()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._continued:  # not earlier: the loader draws a seed when it starts
+            self._continued = True
+            self._load_random_states()
