@@ -74,8 +74,8 @@ read -r -a old_files <<<"$old_data"
 
 export DATA_ROOT=${DATA_ROOT:-${ROOT_PATH:-$PWD}}
 settings=$("$PYTHON" -m vita_audio.cli.own_voice "${data[@]}" --model "$model" --codec "$codec" \
-  --codec_type "$codec_type" --old_data "${old_files[@]}" --data_root "$DATA_ROOT" --out "$out" --seq_length "$seq_length" \
-  --rows_per_step $((NPROC_PER_NODE * GRADIENT_ACCUMULATION_STEPS)) "${plan[@]}")
+  --codec_type "$codec_type" --old_data "${old_files[@]}" --data_root "$DATA_ROOT" --out "$out" \
+  --seq_length "$seq_length" --rows_per_step $((NPROC_PER_NODE * GRADIENT_ACCUMULATION_STEPS)) "${plan[@]}")
 # shellcheck disable=SC2034  # read by the stage script
 set -a
 eval "$settings"
@@ -103,11 +103,13 @@ flags=(--model_name_or_path "$out/model" --audio_tokenizer_type "$AUDIO_TOKENIZE
 flags+=(--audio_tokenizer_path "$AUDIO_TOKENIZER_PATH")
 [[ -z ${AUDIO_MODEL_NAME_OR_PATH:-} ]] || flags+=(--frontend_path "$AUDIO_MODEL_NAME_OR_PATH")
 [[ -z $flow || $AUDIO_TOKENIZER_TYPE != *glm4voice ]] || flags+=(--flow_path "$flow")
-"$PYTHON" "$REPOSITORY/tools/inference_sts.py" "${flags[@]}" --tts "$SAY" --no_stream --output_dir "$out/spoken" >/dev/null
+"$PYTHON" "$REPOSITORY/tools/inference_sts.py" "${flags[@]}" --tts "$SAY" --no_stream \
+  --output_dir "$out/spoken" >/dev/null
+shown=$(printf '%q ' "${flags[@]}")
 wav=$(find "$out/spoken" -name '*.wav' | sort | head -n 1)
 cat <<END
 "$SAY" is spoken in $wav
 listen to it:      ffplay -nodisp -autoexit "$wav"   (or aplay, afplay, or any player)
-another sentence:  python tools/inference_sts.py ${flags[*]@Q} --tts "…" --output_dir "$out/spoken"
-a page to talk to: bash scripts/serve.sh ${flags[*]@Q}
+another sentence:  python tools/inference_sts.py $shown--tts "…" --output_dir "$out/spoken"
+a page to talk to: bash scripts/serve.sh $shown
 END

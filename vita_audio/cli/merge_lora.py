@@ -37,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         CheckpointError: a folder cannot be used, or the base is another model.
     """
     options = parse_options(argv)
-    difference = merge(locate(options.folder), Path(options.output_dir), options.base)
-    print(f"wrote {options.output_dir}; logits differ from the adapters' by {difference:.1e} at most")
+    difference, largest = merge(locate(options.folder), Path(options.output_dir), options.base)
+    print(
+        f"wrote {options.output_dir}; logits of up to {largest:.1f} differ from the adapters' by {difference:.1e} at most"
+    )
 
 
 def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,7 +51,7 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def merge(folder: Path, output_dir: Path, base: str | None = None) -> float:
+def merge(folder: Path, output_dir: Path, base: str | None = None) -> tuple[float, float]:
     """Write the merged model.
 
     Args:
@@ -58,7 +60,7 @@ def merge(folder: Path, output_dir: Path, base: str | None = None) -> float:
         base: see :func:`vita_audio.training.lora.open_with_adapter`.
 
     Returns:
-        The largest difference of a logit.
+        The largest difference of a logit, and the largest logit.
 
     Raises:
         CheckpointError: a folder cannot be used.
@@ -75,6 +77,7 @@ def merge(folder: Path, output_dir: Path, base: str | None = None) -> float:
     before = _logits(adapted, tokens)
     model = cast(PreTrainedModel, adapted.merge_and_unload())
     difference = (_logits(model, tokens) - before).abs().max().item()
+    largest = before.abs().max().item()
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     for name in (
@@ -85,7 +88,7 @@ def merge(folder: Path, output_dir: Path, base: str | None = None) -> float:
     run = read_json(folder / RUN_FILE) | {"merged": {"adapters": str(folder), "logits": difference}}
     write_json(output_dir / RUN_FILE, run)
     write_model_card(output_dir, run)
-    return difference
+    return difference, largest
 
 
 @torch.no_grad()

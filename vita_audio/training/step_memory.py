@@ -92,9 +92,7 @@ def step_memory(
         model.tie_weights()
         apply_stage(model, language_model_freeze=language_model_freeze, audio_model_freeze=audio_model_freeze)
         if lora is not None:
-            from vita_audio.training.lora import insert_adapters  # PEFT takes seconds to import
-
-            insert_adapters(model, lora)  # changes the model itself
+            _adapt(model, lora)
         model.lm_head.chunk_logits = chunk_logits
         if checkpointing:
             enable_checkpointing(model.model)
@@ -108,6 +106,20 @@ def step_memory(
         with memory:
             _pass(model, batch).backward()
     return memory.peak, gradients
+
+
+def _adapt(model: Any, lora: LoraArguments) -> None:
+    """Put adapters into a model of tensors without data."""
+    from vita_audio.training import lora as adapters  # PEFT takes seconds to import
+
+    # PEFT moves new adapters to their layer, which tensors without data do not support. On meta it leaves them.
+    with torch.device("meta"):
+        adapters.insert_adapters(model, lora)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                empty = torch.empty(parameter.shape, dtype=model.dtype)
+                setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
 
 
 def _hold_gradients(parameters: list[nn.Parameter], memory: _LiveBytes, share: float) -> None:

@@ -56,6 +56,7 @@ from vita_audio.training.model_card import write_model_card
 from vita_audio.training.optimizers import build_optimizer
 from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
+from vita_audio.training.straggler import Straggler
 
 _TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")
 """Part of torch.save's message when it cannot write; the error has no type of its own."""
@@ -93,6 +94,7 @@ class SpeechTrainer(Trainer):
         self._planned_rates: list[PlannedRates] = []
         # We delete old checkpoints ourselves: the Trainer would do so before the new one is complete.
         self._checkpoints_to_keep, self.args.save_total_limit = self.args.save_total_limit, None
+        self._straggler = Straggler(self.args.device)
         self._part_losses: dict[str, torch.Tensor] = {}
         self._micro_batches = 0
         self.add_callback(Continue(lambda: self._loader.counts()["epoch"]))
@@ -144,7 +146,7 @@ class SpeechTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:  # the Trainer's signature expects a DataLoader
         """This rank's loader, which shards and shuffles itself."""
-        return self._loader
+        return _Rows(self._loader, self._straggler)
 
     # -- optimizer ----------------------------------------------------------------------------------------
 
@@ -204,9 +206,10 @@ class SpeechTrainer(Trainer):
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        with self._straggler.working():
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"loss is {loss.item()} at step {self.state.global_step + 1} on rank {self.args.process_index}; "
@@ -236,6 +239,7 @@ class SpeechTrainer(Trainer):
             reduction = "sum" if self.args.loss_average == "global" else "mean"
             for name, total in sorted(self._part_losses.items()):
                 logs[name] = self.accelerator.reduce(total, reduction=reduction).item() / steps
+            self._straggler.report(self.state.global_step, steps)
             self._part_losses.clear()
             self._micro_batches = 0
             logs.update({f"data/{name}": value for name, value in self._loader.counts().items()})
@@ -290,6 +294,17 @@ def _writing(folder: str | Path) -> Iterator[None]:
             f"{folder}: cannot be written: {first_line(error)}; free some space there and start the stage "
             f"again; it continues from {'the beginning' if whole is None else f'{whole.name}, which is whole'}"
         ) from error
+
+
+class _Rows:
+    """The loader, with the time spent on waiting for it counted."""
+
+    def __init__(self, loader: ResumableLoader, straggler: Straggler) -> None:
+        self._loader = loader
+        self._straggler = straggler
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._straggler.rows(self._loader)
 
 
 class _ObeyArguments(TrainerCallback):
