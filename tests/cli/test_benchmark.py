@@ -88,7 +88,9 @@ def test_speed_is_reported_as_the_paper_does(main, tiny_world, codec_flags, tmp_
         assert (tmp_path / name).stat().st_size > 1000
     nothing = ["--sizes", "0.5b", "--output_dir", str(tmp_path)]
     assert refusal(main, "paper-speed", *nothing, "--tokens", "10").startswith("--tokens 10: give 11 or more")
-    assert refusal(main, "paper-speed", *nothing, "--question", "q.wav").startswith("--question needs --model")
+    assert refusal(main, "paper-speed", *nothing, "--question", "q.wav").startswith(
+        "--question needs --model"
+    )
 
 
 def test_the_benchmark_of_the_engine_asks_for_a_model(main, refusal):

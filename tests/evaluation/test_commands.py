@@ -375,14 +375,20 @@ def test_two_processes_and_two_nodes_score_what_one_process_scores(tiny_world, t
         path.write_text("\n".join(json.dumps({"id": str(number)} | sample) for number in range(3)) + "\n")
         variables[f"{task.upper()}_JSON"] = str(path)
     rows = []
-    command = ["bash", str(REPOSITORY / "scripts" / "deepspeed" / "evaluate_sts.sh"), "--transcriber_processes", "0"]
+    command = [
+        "bash",
+        str(REPOSITORY / "scripts" / "deepspeed" / "evaluate_sts.sh"),
+        "--transcriber_processes",
+        "0",
+    ]
     for nodes, processes in ((1, 1), (1, 2), (2, 1)):
         out = tmp_path / f"{nodes}x{processes}"
         more = {"EVALUATION_PROCESSES": str(processes), "OUTPUT_DIR": str(out), "NNODES": str(nodes)}
         if nodes > 1:
             more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "34575"}
         started = [
-            subprocess.Popen(command, env=variables | more | {"NODE_RANK": str(node)}) for node in range(nodes)
+            subprocess.Popen(command, env=variables | more | {"NODE_RANK": str(node)})
+            for node in range(nodes)
         ]
         assert [process.wait(timeout=600) for process in started] == [0] * nodes
         assert len((out / "tiny-turbo" / "tts.jsonl").read_text().splitlines()) == 3
