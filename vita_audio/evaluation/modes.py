@@ -1,8 +1,8 @@
 """The modes of a table: a schedule by name or numbers, or ``lossless``; either with ``+audio_rows``.
 
 These are the engine's (docs/engine.md): ``lossless`` gives Vanilla's replies; ``audio_rows`` reads only the rows of
-speech in the vocabulary between the markers of speech, ``audio_rows_on`` also for all tokens of the heads, so heads that
-write text are wrong.
+speech in the vocabulary between the markers of speech, ``audio_rows_on`` also for all tokens of the heads, so heads
+that write text are wrong.
 """
 
 from __future__ import annotations
