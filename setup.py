@@ -42,7 +42,7 @@ EVAL = [
     "word2number",
     "zhconv",
 ]
-CORPORA = ["lhotse>=1.33", "pyarrow", "textgrid", "zhconv"]
+CORPORA = ["cn2an", "lhotse>=1.33", "num2words", "pyarrow", "textgrid", "zhconv"]
 QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "soxr"]
 SERVE = [
     "fastapi>=0.130",
@@ -107,6 +107,7 @@ setup(
             "psutil",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "rapidfuzz",
             "ruff==0.17.*",
             "scipy",

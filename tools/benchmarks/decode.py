@@ -9,7 +9,8 @@ per token. The ways take turns, and the fastest of their runs counts.
 
 * plain: the loop of ``model.generate``;
 * engine: the same tokens from the engine;
-* engine_audio_rows: the heads read only the vocabulary's rows of speech (``audio_rows="on"``).
+* engine_audio_rows: the heads read only the vocabulary's rows of speech (``audio_rows="on"``);
+* engine_int8, if ``--ways`` names it: weights in 8 bits, on a CPU. It has a limit of its own.
 
 With random weights the heads' drafts are never accepted, so the lossless row then shows the cost, not the gain.
 """
@@ -36,7 +37,7 @@ from vita_audio.cli.arguments import command_parser
 from vita_audio.engine import AudioRows, Engine, Request
 from vita_audio.models.schedule import BACKBONE, SCHEDULES, Schedule
 
-WAYS = ("plain", "engine", "engine_audio_rows")
+WAYS = ("plain", "engine", "engine_audio_rows", "engine_int8")
 MODES = (*SCHEDULES, "lossless")
 CHUNKS = Schedule.parse("1 10 4 10")
 """Text and speech alternate as in training: a chunk of ten speech tokens after 1 token of text, then after 4 each."""
@@ -106,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", type=int, nargs="+", default=[1], help="replies at once, in the engine's Boost"
     )
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=WAYS[:3], choices=WAYS)
     parser.add_argument(
         "--warm_up", type=int, metavar="N", help="tokens of the first run, which is not timed (default: all)"
     )
@@ -141,9 +142,11 @@ def device_name(arguments: argparse.Namespace) -> str:
 
 def measure_model(path: Path, arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """All ways and modes of one model, printed as a table."""
-    model, engine = build(path, arguments)
-    bandwidth = read_speed(engine)
-    runs = best_runs(model, engine, arguments)
+    model, engines = build(path, arguments)
+    engine = engines["engine"]
+    bandwidths = {way: read_speed(each) for way, each in engines.items()}
+    bandwidths["plain"] = bandwidths["engine"]
+    runs = best_runs(model, engines, arguments)
     table = Table(
         title=f"{path.stem}: {arguments.tokens} tokens after a prompt of {arguments.prompt}, {arguments.dtype}"
     )
@@ -163,40 +166,46 @@ def measure_model(path: Path, arguments: argparse.Namespace, console: Console) -
     for way, mode in ways(arguments):
         best = runs[way, mode]
         speed = arguments.tokens / best.seconds
-        size = bytes_read(engine, best, way) / arguments.tokens
+        size = bytes_read(engines.get(way, engine), best, way) / arguments.tokens
+        share = speed * size / bandwidths[way]
         reference = summary["plain"].get("vanilla" if mode == "lossless" else mode)
         summary[way][mode] = {
             "tokens_per_second": round(speed, 2),
             "first_11_seconds": round(best.first, 4),
-            "share_of_limit": round(speed * size / bandwidth, 3),
+            "share_of_limit": round(share, 3),
         }
         gain = "" if reference is None else f"{speed / reference['tokens_per_second']:.2f}"
         table.add_row(
             mode, way, f"{speed:.1f}", gain, f"{1000 * best.first:.1f}",
-            f"{best.backbone_passes / arguments.tokens:.2f}", f"{size / 1e6:.0f}", f"{speed * size / bandwidth:.0%}",
+            f"{best.backbone_passes / arguments.tokens:.2f}", f"{size / 1e6:.0f}", f"{share:.0%}",
         )  # fmt: skip
     console.print(table)
-    console.print(f"Weights are read at {bandwidth / 1e9:.1f} GB/s by one row")
+    console.print(f"Weights are read at {bandwidths['engine'] / 1e9:.1f} GB/s by one row")
     summary["rows"] = {}
     for count in arguments.rows:
         seconds = min(together(engine, count, arguments) for _ in range(2))
         summary["rows"][str(count)] = round(count * arguments.tokens / seconds, 2)
         console.print(f"Boost, {count} replies at once: {summary['rows'][str(count)]:.1f} tokens/s in all")
-    del model, engine
+    del model, engine, engines
     gc.collect()
     return summary
 
 
-def build(path: Path, arguments: argparse.Namespace) -> tuple[Any, Engine]:
-    """A model and its engine."""
+def build(path: Path, arguments: argparse.Namespace) -> tuple[Any, dict[str, Engine]]:
+    """A model, and the engine of each way."""
     model = build_model(argparse.Namespace(**{**vars(arguments), "model": path}))
     speech = model.config.vocab_size - min(SPEECH_ROWS, model.config.vocab_size // 2)
     length = arguments.prompt + arguments.tokens
-    rows = max(arguments.rows)
-    return model, Engine(model, max_rows=rows, max_length=length, speech=AudioRows(speech, speech + 1))
+    rows = AudioRows(speech, speech + 1)
+    engines = dict.fromkeys(WAYS[1:3], Engine(model, max(arguments.rows), length, rows))
+    if "engine_int8" in arguments.ways:
+        engines["engine_int8"] = Engine(model, 1, length, rows, quantization="int8")
+    return model, engines
 
 
-def best_runs(model: Any, engine: Engine, arguments: argparse.Namespace) -> dict[tuple[str, str], Run]:
+def best_runs(
+    model: Any, engines: dict[str, Engine], arguments: argparse.Namespace
+) -> dict[tuple[str, str], Run]:
     """The fastest run of each way and mode; they take turns. The first chunk's time is the fastest of all runs."""
     runs: dict[tuple[str, str], list[Run]] = {}
     for repeat in range(arguments.repeats + 1):  # the first run of each warms up
@@ -205,7 +214,7 @@ def best_runs(model: Any, engine: Engine, arguments: argparse.Namespace) -> dict
             if way == "plain":
                 run = plain(model, mode, arguments, tokens)
             else:
-                run = engine_run(engine, way, mode, arguments, tokens)
+                run = engine_run(engines[way], way, mode, arguments, tokens)
             runs.setdefault((way, mode), []).append(run)
     best = {}
     for key, (_, *timed) in runs.items():

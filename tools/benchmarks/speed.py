@@ -75,9 +75,9 @@ def main(argv: list[str]) -> None:
 
 def measure(path: Path, arguments: argparse.Namespace) -> Result:
     """Every way of a model: ``modes`` with their times, and ``passes``; see :func:`passes`."""
-    model, engine = decode.build(path, arguments)
-    runs = decode.best_runs(model, engine, arguments)
-    del model, engine
+    model, engines = decode.build(path, arguments)
+    runs = decode.best_runs(model, engines, arguments)
+    del model, engines
     gc.collect()
     found: Result = {}
     for way in arguments.ways:

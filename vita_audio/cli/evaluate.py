@@ -264,7 +264,10 @@ def _add_common_arguments(parser: CommandParser) -> None:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    codec = {name: getattr(args, name) for name in ("audio_tokenizer_type", "dtype", "attn_implementation")}
+    # Scores may depend on these; they do not on the device, nor on the engine, which is exact.
+    runtime = vars(RUNTIME.read(args))
+    codec = {name: value for name, value in runtime.items() if name not in ("device", "engine")}
+    codec["audio_tokenizer_type"] = args.audio_tokenizer_type
     folders = ("audio_tokenizer_path", "flow_path", "frontend_path")
     return Settings(
         batch_size=args.batch_size,
