@@ -18,7 +18,7 @@ BENCHMARKS = {
     "train-step": "train_step",
     "generate": "generate",
     "decode": "decode",
-    "speed": "speed",
+    "paper-speed": "speed",
     "packing": "packing",
     "loader": "loader",
     "mix": "mix",
