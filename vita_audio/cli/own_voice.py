@@ -146,7 +146,7 @@ def read_data(files: Sequence[str], data_root: str) -> tuple[Counter[str], float
             counts[task] += 1
             if task == "TTS":
                 say = say or prompts.requested_text(question.messages[-1])
-            for audio in sample.audios:
+            for audio in map(str, sample.audios):
                 if not is_stored(audio):
                     raise ValueError(
                         f"{file}, line {number}: {audio}: no such file; set DATA_ROOT to the folder that it starts from"
