@@ -26,6 +26,7 @@ TRAIN = [
     "deepspeed>=0.18",
     "filelock",
     "matplotlib",
+    "peft>=0.21",
     "pyarrow",
     "scikit-learn",
     "tensorboard",
