@@ -25,6 +25,7 @@ BENCHMARKS = {
     "memory": "memory",
     "sts": "sts",
     "serve": "serve",
+    "soak": "soak",
     "benchmark_llm": "generate",
     "benchmark_sts": "sts",
 }
