@@ -50,7 +50,7 @@ def used_extras(packaging: dict) -> list[str]:
     """Requirements of the extras that vita_audio and its tools need."""
     return [
         line
-        for extra in ("quickstart", "corpora", "serve", "gpu")
+        for extra in ("quickstart", "corpora", "serve", "ray", "demo", "gpu")
         for line in packaging["extras_require"][extra]
     ]
 

@@ -60,6 +60,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     asyncio.run(serve(Service(pipeline, options, name), keys))
 
 
+def web_demo(argv: Sequence[str] | None = None) -> None:
+    """The same as :func:`main`, or with ``--gradio`` the pages of vita_audio/serving/demo.py.
+
+    Raises:
+        ValueError, OSError: as for :func:`main`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--gradio" not in words:
+        main(words)
+        return
+    args = parse([word for word in words if word != "--gradio"])
+    with needs_extra("demo"):
+        from vita_audio.serving.demo import open_demo
+    options = SERVING.read(args)
+    folder, codec = choose_model(args)
+    pipeline = SpeechPipeline.open(folder, codec, RUNTIME.read(args))
+    with open_demo(pipeline, options, options.served_name or Path(folder).resolve().name) as address:
+        print(f"pages for files: {address}", flush=True)
+        wait_for_a_signal()
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read a command line."""
     parser = command_parser(__doc__)
