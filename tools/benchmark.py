@@ -26,6 +26,7 @@ BENCHMARKS = {
     "sts": "sts",
     "serve": "serve",
     "soak": "soak",
+    "barge-in": "barge_in",
     "benchmark_llm": "generate",
     "benchmark_sts": "sts",
 }

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import soundfile
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from vita_audio.inference import GenerationOptions, prompts
+from vita_audio.inference import prompts
 from vita_audio.serving.config import ServeOptions
 from vita_audio.serving.demo import CHECKPOINT, open_demo
 
@@ -25,22 +23,25 @@ def test_a_clip_is_transcribed(client, tiny_world):
     assert client.predict(clip, CHECKPOINT, api_name="/transcribe") == "the blue key"
 
 
-def test_a_text_is_read_in_the_models_voice_and_in_another(client, pipeline, tiny_world):
-    own = client.predict("the quiet river runs", CHECKPOINT, api_name="/speak")
-    expected = pipeline.reply(prompts.synthesis("the quiet river runs"), GenerationOptions())
-    samples, rate = soundfile.read(own)
+@pytest.mark.parametrize("cloned", [False, True])
+def test_a_text_is_read_as_the_pipeline_reads_it(client, pipeline, tiny_world, cloned):
+    clip = tiny_world.audio("reading.wav")
+    name, voice = ("/clone", [handle_file(clip)]) if cloned else ("/speak", [])
+    expected = pipeline.reply(prompts.synthesis("the quiet river runs", clip if cloned else None))
+    if expected.waveform is None:  # the tiny model has not learnt to take every voice
+        with pytest.raises(AppError, match="did not speak"):
+            client.predict("the quiet river runs", *voice, CHECKPOINT, api_name=name)
+        return
+    samples, rate = soundfile.read(client.predict("the quiet river runs", *voice, CHECKPOINT, api_name=name))
     assert (rate, len(samples)) == (expected.sample_rate, len(expected.waveform))
-    voice = handle_file(tiny_world.audio("reading.wav"))
-    cloned = client.predict("the quiet river runs", voice, CHECKPOINT, api_name="/clone")
-    assert Path(cloned).stat().st_size > 1000
 
 
 def test_a_conversation_remembers_its_turns_until_it_begins_again(client, tiny_world):
     question = handle_file(tiny_world.audio("question.wav"))
-    history, sound, *_ = client.predict(question, "", CHECKPOINT, [], api_name="/talk")
+    history, sound, *_ = client.predict(question, "", CHECKPOINT, api_name="/talk")
     assert soundfile.info(sound).duration > 0.1
     assert [turn["role"] for turn in history] == ["user", "assistant"]
-    history, *_ = client.predict(None, "hello", "turbo", history, api_name="/talk")
+    history, *_ = client.predict(None, "hello", "turbo", api_name="/talk")
     assert [turn["role"] for turn in history] == ["user", "assistant", "user", "assistant"]
     assert client.predict(api_name="/begin_again") == []
 
@@ -48,7 +49,7 @@ def test_a_conversation_remembers_its_turns_until_it_begins_again(client, tiny_w
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("/talk", (None, " ", CHECKPOINT, []), "type a question"),
+        ("/talk", (None, " ", CHECKPOINT), "type a question"),
         ("/transcribe", (None, CHECKPOINT), "upload a clip"),
         ("/speak", ("x" * 200, CHECKPOINT), "100 characters"),
     ],

@@ -29,12 +29,15 @@ from urllib.error import HTTPError
 from urllib.request import Request as Body
 from urllib.request import urlopen
 
-import openai
 import websockets
 from benchmarks.serve import RATE, ask_on, read_metrics, read_questions, wav_of
 
 from vita_audio.cli.arguments import command_parser
+from vita_audio.extras import needs_extra
 from vita_audio.provenance import versions
+
+with needs_extra("dev"):
+    import openai
 
 FRAMES = [
     "",

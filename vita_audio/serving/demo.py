@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +76,14 @@ def _refusals(task: Task) -> Task:
     return run  # type: ignore[return-value]
 
 
+@dataclass
+class _Talk:
+    """A conversation: what the model remembers, and what the page shows."""
+
+    session: ChatSession
+    shown: list[Any] = field(default_factory=list)
+
+
 class _Tasks:
     """What the buttons do."""
 
@@ -85,22 +94,19 @@ class _Tasks:
 
     @_refusals
     def talk(
-        self, sound: str | None, text: str, mode: str, history: list[Any], session: ChatSession | None
-    ) -> tuple[list[Any], ChatSession, Sound, None, str]:
+        self, sound: str | None, text: str, mode: str, talk: _Talk | None
+    ) -> tuple[list[Any], Sound, None, str, _Talk]:
         """The next turn of a conversation: a file, a text, or both."""
         if sound is None and not text.strip():
             raise ValueError("record, upload or type a question")
-        session = session or self._pipeline.session()
         texts = (self._checked(text),) if sound is None else (f"{self._checked(text)}\n" if text else "", "")
         audios: tuple[AudioLike, ...] = () if sound is None else (self._clip(sound),)
-        reply = session.reply(Conversation((Message("user", texts),), audios), self._how(mode))
-        asked = [
-            {"role": "user", "content": content}
-            for content in ({"path": sound} if sound else "", text)
-            if content
-        ]
-        history = [*history, *asked, {"role": "assistant", "content": reply.text}]
-        return history, session, _sound(reply), None, ""
+        talk = talk or _Talk(self._pipeline.session())
+        reply = talk.session.reply(Conversation((Message("user", texts),), audios), self._how(mode))
+        asked = [content for content in (sound and {"path": sound}, text) if content]
+        talk.shown += [{"role": "user", "content": content} for content in asked]
+        talk.shown.append({"role": "assistant", "content": reply.text})
+        return talk.shown, _sound(reply), None, "", talk
 
     @_refusals
     def transcribe(self, sound: str | None, mode: str) -> str:
@@ -110,12 +116,18 @@ class _Tasks:
     @_refusals
     def speak(self, text: str, mode: str) -> Sound:
         """Text to speech."""
-        return _sound(self._reply(prompts.synthesis(self._checked(text)), mode))
+        return self._read(prompts.synthesis(self._checked(text)), mode)
 
     @_refusals
     def clone(self, text: str, voice: str | None, mode: str) -> Sound:
         """Text to speech in the voice of a clip."""
-        return _sound(self._reply(prompts.synthesis(self._checked(text), self._clip(voice)), mode))
+        return self._read(prompts.synthesis(self._checked(text), self._clip(voice)), mode)
+
+    def _read(self, conversation: Conversation, mode: str) -> Sound:
+        sound = _sound(self._reply(conversation, mode))
+        if sound is None:
+            raise ValueError("the model did not speak")
+        return sound
 
     def _reply(self, conversation: Conversation, mode: str) -> Reply:
         return self._pipeline.reply(conversation, self._how(mode))
@@ -142,9 +154,14 @@ def _sound(reply: Reply) -> Sound:
     return reply.sample_rate, np.frombuffer(to_pcm(reply.waveform), "<i2")
 
 
-def _close(session: ChatSession | None) -> None:
-    if session is not None:
-        session.close()
+def _close(talk: _Talk | None) -> None:
+    if talk is not None:
+        talk.session.close()
+
+
+def _begin_again(talk: _Talk | None) -> tuple[list[Any], None]:
+    _close(talk)
+    return [], None
 
 
 def _pages(tasks: _Tasks, options: ServeOptions, name: str) -> gradio.Blocks:
@@ -153,20 +170,16 @@ def _pages(tasks: _Tasks, options: ServeOptions, name: str) -> gradio.Blocks:
         gradio.Markdown(f"# VITA-Audio: {name}")
         mode = gradio.Dropdown(modes, value=modes[0], label="Mode")
         with gradio.Tab("Ask"):
-            session = gradio.State(None, time_to_live=options.session_seconds, delete_callback=_close)
+            talk = gradio.State(None, time_to_live=options.session_seconds, delete_callback=_close)
             history = gradio.Chatbot(label="Conversation")
             answer = gradio.Audio(label="Answer", autoplay=True, interactive=False)
             question = gradio.Audio(label="Question", sources=["microphone", "upload"], type="filepath")
             typed = gradio.Textbox(label="… or a typed one", max_length=options.text_characters)
-            asked = [question, typed, mode, history, session]
-            given = [history, session, answer, question, typed]
-            gradio.Button("Ask", variant="primary").click(tasks.talk, asked, given, api_name="talk")
-            gradio.Button("Begin again").click(
-                lambda session: (_close(session), [], None)[1:],
-                [session],
-                [history, session],
-                api_name="begin_again",
+            given = [history, answer, question, typed, talk]
+            gradio.Button("Ask", variant="primary").click(
+                tasks.talk, [question, typed, mode, talk], given, api_name="talk"
             )
+            gradio.Button("Begin again").click(_begin_again, [talk], [history, talk], api_name="begin_again")
         with gradio.Tab("Transcribe"):
             clip = gradio.Audio(label="Speech", sources=["microphone", "upload"], type="filepath")
             words = gradio.Textbox(label="Words")
