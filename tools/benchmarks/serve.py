@@ -233,7 +233,12 @@ def draw(rows: dict[str, dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     panel = figure.subplots()
     for name in ("p50", "p95", "p99"):
-        panel.plot([int(talkers) for talkers in rows], [row["first_sound_ms"][name] for row in rows.values()], marker="o", label=name)
+        panel.plot(
+            [int(talkers) for talkers in rows],
+            [row["first_sound_ms"][name] for row in rows.values()],
+            marker="o",
+            label=name,
+        )
     panel.set_xlabel("talkers")
     panel.set_ylabel("end of speech to first sound, ms")
     panel.set_ylim(bottom=0)

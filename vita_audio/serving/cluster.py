@@ -65,7 +65,6 @@ def application(args: Plan) -> serve.Application:
     options, scale = args.server, args.scale
     places = options.slots + options.queue
     replica = serve.deployment(
-        Replica,
         name="replica",
         ray_actor_options={"num_cpus": scale.cpus_per_replica, "num_gpus": scale.gpus_per_replica},
         autoscaling_config={
@@ -80,16 +79,15 @@ def application(args: Plan) -> serve.Application:
         graceful_shutdown_timeout_s=options.drain_seconds,
         max_surge_percent=100,  # an old replica goes when its successor is ready
         request_router_config={"request_router_class": SessionRouter},
-    )
+    )(Replica)
     gateway = serve.deployment(
-        serve.ingress()(Entrance),
         name="gateway",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=places * 64,
         health_check_period_s=HEALTH_SECONDS,
         graceful_shutdown_timeout_s=options.drain_seconds,
         max_surge_percent=100,
-    )
+    )(serve.ingress()(Entrance))
     return gateway.bind(replica.bind(args), options.body_bytes)
 
 
@@ -196,7 +194,7 @@ class Entrance:
 
     @asynccontextmanager
     async def _lease(self, session: str) -> AsyncIterator[str]:
-        stream = self._replicas.options(stream=True, session_id=session).lease.remote()
+        stream: Any = self._replicas.options(stream=True, session_id=session).lease.remote()
         try:
             try:
                 address = await anext(stream)
