@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2 as httpx
 import psutil
@@ -22,8 +23,15 @@ import yaml
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # loopback; Ray reads it when it is imported
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError
+
 from vita_audio.cli import serve
+from vita_audio.serving import cluster
 from vita_audio.serving.cluster import Plan
+from vita_audio.serving.config import Scale
+from vita_audio.serving.errors import ApiError
+from vita_audio.serving.gateway import Gateway, ReplicaLost
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "serving"
 SPEECH = {"model": "tiny", "input": "the quiet river runs", "response_format": "pcm", "temperature": 0}
@@ -217,6 +225,119 @@ def ours(entry) -> bool:
         return False
     family = psutil.Process().children(recursive=True)
     return entry.pid in {each.pid for each in family}
+
+
+@pytest.fixture
+def ray_untouched(monkeypatch):
+    from ray.serve._private import replica
+
+    monkeypatch.setattr(replica, "add_port_to_grpc_server", replica.add_port_to_grpc_server)
+
+
+def test_a_replica_is_a_server_of_its_own_until_it_is_deleted(tiny_world, ray_untouched, monkeypatch):
+    codec = {"audio_tokenizer_type": "mel_vq", "audio_tokenizer_path": tiny_world.codec_dir}
+    replica = cluster.Replica(Plan(model_name_or_path=str(tiny_world.model_dir), codec=codec))
+    address = asyncio.run(anext(replica.lease()))
+    assert address.startswith("http://127.0.0.1:")
+    assert httpx.get(f"{address}/health").status_code == 200
+    replica.check_health()
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
+    monkeypatch.setattr(cluster.serve, "get_replica_context", lambda: context)
+    name, page = replica.metrics()
+    assert name == "one"
+    assert "vita_audio_slots_used" in page
+    replica.__del__()
+    with pytest.raises(RuntimeError, match="has ended"):
+        replica.check_health()
+
+
+class Calls:
+    """A deployment's handle: calls of ``lease`` give an address or fail."""
+
+    def __init__(self, answer: str | Exception):
+        self.answer, self.sessions, self.cancelled = answer, [], 0
+        self.lease = self
+
+    def options(self, stream: bool, session_id: str) -> Calls:
+        assert stream
+        self.sessions.append(session_id)
+        return self
+
+    def remote(self) -> Calls:
+        return self
+
+    async def __anext__(self) -> str:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+    def broadcast(self, method: str) -> Calls:
+        assert method == "metrics"
+        return self
+
+    async def results_async(self, **_: object) -> list:
+        return [("one", "page"), RuntimeError("gone")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ("http://127.0.0.1:1", None),
+        (BackPressureError(1, 1), ApiError),
+        (RayError("gone"), ReplicaLost),
+    ],
+)
+def test_a_lease_ends_however_it_went(ray_untouched, answer, error):
+    calls = Calls(answer)
+    entrance = cluster.Entrance(calls, 1000)
+    assert isinstance(entrance.__serve_build_asgi_app__(), Gateway)
+    assert asyncio.run(entrance._metrics()) == {"one": "page"}
+
+    async def take() -> str:
+        async with entrance._lease("mine") as address:
+            return address
+
+    if error is None:
+        assert asyncio.run(take()) == answer
+    else:
+        with pytest.raises(error):
+            asyncio.run(take())
+    assert calls.sessions == ["mine"]
+    assert calls.cancelled == 1
+
+
+def test_requests_without_a_session_choose_between_two_replicas(monkeypatch):
+    async def by_hash(self, candidates, request) -> list:
+        return [candidates[:1]]
+
+    monkeypatch.setattr(cluster.ConsistentHashRouter, "choose_replicas", by_hash)
+    router = object.__new__(cluster.SessionRouter)
+
+    def request(session: str) -> SimpleNamespace:
+        metadata = SimpleNamespace(session_id=session)
+        return SimpleNamespace(metadata=metadata, routing_context=SimpleNamespace())
+
+    ((one, two),) = asyncio.run(router.choose_replicas(["a", "b", "c"], request("")))
+    assert one != two
+    assert asyncio.run(router.choose_replicas(["a", "b", "c"], request("mine"))) == [["a"]]
+
+
+def test_a_cluster_that_is_not_there_is_one_line(tiny_world):
+    flags = ["--model_name_or_path", tiny_world.model_dir, "--audio_tokenizer_type", "mel_vq"]
+    flags += ["--audio_tokenizer_path", tiny_world.codec_dir, "--ray_address", "no-such-scheme://x"]
+    with pytest.raises(OSError, match="no Ray cluster at no-such-scheme"):
+        serve.main([str(flag) for flag in flags])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"replicas": 0}, {"replicas": 3, "most_replicas": 2}, {"gpus_per_replica": -1.0}]
+)
+def test_a_scale_out_of_range_is_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=list(wrong)[-1]):
+        Scale(**wrong)
 
 
 def test_the_configuration_files_are_what_ray_and_the_application_expect():

@@ -64,3 +64,19 @@ def test_a_file_that_is_no_sound_is_refused(client, tmp_path):
     file.write_bytes(b"RIFF no sound at all")
     with pytest.raises(AppError):
         client.predict(handle_file(str(file)), CHECKPOINT, api_name="/transcribe")
+
+
+def test_the_originals_command_serves_the_page_or_with_a_flag_gradios(
+    tiny_world, codec_flags, capsys, monkeypatch
+):
+    from vita_audio.cli import serve
+
+    served = []
+    monkeypatch.setattr(serve, "main", served.append)
+    serve.web_demo(["--port", "0"])
+    assert served == [["--port", "0"]]
+    monkeypatch.setattr(serve, "wait_for_a_signal", lambda: None)
+    serve.web_demo(
+        ["--gradio", "--port", "0", "--model_name_or_path", str(tiny_world.model_dir), *codec_flags]
+    )
+    assert "pages for files: http://127.0.0.1:" in capsys.readouterr().out

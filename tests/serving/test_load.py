@@ -65,5 +65,6 @@ def test_replies_after_interruptions_are_compared_with_fresh_ones(
         [*model, "--questions", str(tiny_world.data_dir / "sqa.jsonl"), "--times", "2"]
     )
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (record["equal"], record["late_pieces"]) == (2, 0)
+    assert record["equal"] == record["replies"] >= 2
+    assert record["late_pieces"] == 0
     assert record["stopped_after_ms"]["max"] > 0

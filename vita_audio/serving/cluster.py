@@ -110,8 +110,8 @@ def deployed(plan: Plan, address: str | None) -> Iterator[None]:
             include_dashboard=False if address is None else None,
             log_to_driver=False,
         )
-    except ConnectionError as error:
-        raise OSError(f"there is no Ray cluster at {address}: {error}") from error
+    except (ConnectionError, RuntimeError) as error:
+        raise OSError(f"there is no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": options.host, "port": options.port})
         try:
