@@ -6,6 +6,7 @@ gpu          FlashAttention and Liger kernels
 eval         metrics, recognisers and result pages
 corpora      tools/prepare_data.py: public corpora to JSON lines
 libritts     the text normaliser of the published LibriTTS figures
+mos          the DNSMOS score of speech
 serve        the server: OpenAI's protocols over HTTP and websockets
 ray          the server on many machines, with Ray Serve
 demo         Gradio's pages of tools/web_demo.py
@@ -36,13 +37,14 @@ EVAL = [
     "jinja2",
     "jiwer",
     "markupsafe",
+    "matplotlib",
     "pocketsphinx",
     "sentencepiece",
     "whisper-normalizer",
     "word2number",
     "zhconv",
 ]
-CORPORA = ["lhotse>=1.33", "pyarrow", "textgrid", "zhconv"]
+CORPORA = ["cn2an", "lhotse>=1.33", "num2words", "pyarrow", "textgrid", "zhconv"]
 QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "soxr"]
 SERVE = [
     "fastapi>=0.130",
@@ -89,6 +91,7 @@ setup(
         "eval": EVAL,
         "corpora": CORPORA,
         "libritts": ["WeTextProcessing"],
+        "mos": ["onnxruntime", "requests", "speechmos"],
         "serve": SERVE,
         "ray": RAY,
         "demo": DEMO,
@@ -112,6 +115,7 @@ setup(
             "psutil",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "rapidfuzz",
             "ruff==0.17.*",
             "scipy",

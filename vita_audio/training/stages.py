@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vita_audio.models import freeze_audio_encoder, freeze_backbone, is_head_parameter
+from vita_audio.models.weights import WRAPPED
 
 
 def apply_stage(
@@ -77,9 +78,12 @@ def describe_trainable(model: PreTrainedModel) -> str:
     """One line for the log: how many parameters of each part train."""
     trained: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
+    for wrapped, parameter in model.named_parameters():
+        name = wrapped.removeprefix(WRAPPED)
         if is_head_parameter(model, name):
             part = "heads"
+        elif ".lora_" in name:
+            part = "LoRA adapters"
         elif name.startswith("model.audio_model."):
             part = "audio encoder"
         elif name.startswith("model.audio_projection."):
