@@ -23,7 +23,8 @@ class Server(uvicorn.Server):
     Args:
         app: made by :func:`~vita_audio.serving.app.create_app`.
         service: the same.
-        host, port: where to listen; default to those of the service's options.
+        host: address to listen on; defaults to that of the service's options.
+        port: port to listen on; defaults to that of the service's options.
     """
 
     def __init__(self, app: FastAPI, service: Service, host: str | None = None, port: int | None = None):
