@@ -29,6 +29,8 @@ BENCHMARKS = {
     "long-stream": "long_stream",
     "sts": "sts",
     "serve": "serve",
+    "soak": "soak",
+    "barge-in": "barge_in",
     "benchmark_llm": "generate",
     "benchmark_sts": "sts",
 }
