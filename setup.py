@@ -28,6 +28,7 @@ TRAIN = [
     "deepspeed>=0.18",
     "filelock",
     "matplotlib",
+    "peft>=0.21",
     "pyarrow",
     "scikit-learn",
     "tensorboard",

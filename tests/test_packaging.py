@@ -27,7 +27,7 @@ USED_WITHOUT_IMPORT = {
     "flash-attn": "transformers' flash_attention_2 needs it",
     "textgrid": "lhotse's recipe for AISHELL-4 needs it",
 }
-OPTIONAL = {"faster-whisper", "funasr", "openai"}
+OPTIONAL = {"bitsandbytes", "faster-whisper", "funasr", "openai"}
 """Imported where it is installed; the message of its absence says how to install it."""
 
 
