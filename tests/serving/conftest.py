@@ -37,7 +37,9 @@ class Serving:
 
 @contextmanager
 def serving(pipeline: SpeechPipeline, keys=(), **options) -> Iterator[Serving]:
-    own = SpeechPipeline(pipeline.model, pipeline.tokenizer, pipeline.codec)  # several servers, an engine for each
+    own = SpeechPipeline(
+        pipeline.model, pipeline.tokenizer, pipeline.codec
+    )  # several servers, an engine for each
     service = Service(own, ServeOptions(port=0, **options), "tiny")
     server = Server(create_app(service, keys), service)
     loop = asyncio.new_event_loop()
