@@ -37,7 +37,10 @@ class Serving:
 
 @contextmanager
 def serving(pipeline: SpeechPipeline, keys=(), **options) -> Iterator[Serving]:
-    service = Service(pipeline, ServeOptions(port=0, **options), "tiny")
+    own = SpeechPipeline(
+        pipeline.model, pipeline.tokenizer, pipeline.codec
+    )  # several servers, an engine for each
+    service = Service(own, ServeOptions(port=0, **options), "tiny")
     server = Server(create_app(service, keys), service)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_until_complete, args=(server.serve(),))
