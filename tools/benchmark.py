@@ -18,7 +18,7 @@ BENCHMARKS = {
     "train-step": "train_step",
     "generate": "generate",
     "decode": "decode",
-    "speed": "speed",
+    "paper-speed": "speed",
     "packing": "packing",
     "loader": "loader",
     "mix": "mix",
@@ -29,6 +29,8 @@ BENCHMARKS = {
     "long-stream": "long_stream",
     "sts": "sts",
     "serve": "serve",
+    "soak": "soak",
+    "barge-in": "barge_in",
     "benchmark_llm": "generate",
     "benchmark_sts": "sts",
 }
