@@ -54,13 +54,17 @@ def hiding_figure(scores: Mapping[str, Mapping[str, Any]]) -> Figure:
     panel = figure.subplots()
     names = [_HIDDEN[visible] for visible in VISIBLE]
     rates = [100 * (scores[visible]["wer"] or 0.0) for visible in VISIBLE]
-    bars = panel.barh(names, rates, color=ACCENT, height=0.6)
-    panel.bar_label(bars, [f"{rate:.1f}" for rate in rates], padding=4)
-    for place, visible in enumerate(VISIBLE):
-        if limits := scores[visible]["interval"]:
-            panel.plot([100 * limit for limit in limits], [place, place], color=INK, linewidth=1.2)
+    panel.barh(names, rates, color=ACCENT, height=0.6)
+    ends = []
+    for place, (visible, rate) in enumerate(zip(VISIBLE, rates, strict=True)):
+        limits = [100 * limit for limit in scores[visible]["interval"] or (rate / 100, rate / 100)]
+        ends.append(max(*limits, rate))
+        panel.plot(limits, [place, place], color=INK, linewidth=1.2)
+        panel.annotate(
+            f"{rate:.1f}", (ends[-1], place), xytext=(5, 0), textcoords="offset points", va="center"
+        )
     panel.invert_yaxis()
-    panel.set_xlim(0, 1.2 * max(*rates, 1.0))
+    panel.set_xlim(0, 1.15 * max(*ends, 1.0))
     panel.set_xlabel("speech WER, %")
     panel.set_title("text hidden from the speech", **_TITLE)
     panel.tick_params(axis="y", length=0)
