@@ -24,7 +24,7 @@ _OPEN_FILES = 8
 """Files that are kept open, each with a batch and a page."""
 _BATCH_ROWS = 16
 _READ_BYTES = 1 << 20
-_MEMBER = re.compile(r"(.+)/([0-9]+)")
+_MEMBER = re.compile(r"(.+)/([0-9]{1,18})")
 _lock = threading.Lock()
 
 
