@@ -12,6 +12,7 @@ All libraries are imported once, and each training process is a fork of this one
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -159,11 +160,12 @@ class Run:
 
     def writing(self) -> list[Path]:
         """Checkpoints that this start has begun to write and not completed."""
-        return [
-            each
-            for each in checkpoints(self.out)
-            if not is_complete(each) and each.stat().st_mtime >= self.started
-        ]
+        found = []
+        for each in checkpoints(self.out):
+            with contextlib.suppress(FileNotFoundError):  # an old one that is being deleted
+                if not is_complete(each) and each.stat().st_mtime >= self.started:
+                    found.append(each)
+        return found
 
     def steps(self) -> int:
         """Steps that the log of all starts counts."""
