@@ -34,6 +34,7 @@ from vita_audio.chat import (
     build_example,
     locate,
     parse_sample,
+    prompts,
 )
 from vita_audio.data.checks import DataIdentity, check_codec, check_ranks_agree
 from vita_audio.data.collator import collate_rows
@@ -142,6 +143,11 @@ class TrainLoader:
         """The data mix behind the rows."""
         return self._rows.mix
 
+    @property
+    def kinds(self) -> list[tuple[str, str]]:
+        """Source and task of each number in a batch's ``kinds``."""
+        return [(spec.name, task) for spec in self.mix.specs for task in prompts.TASKS]
+
     def check_ranks_agree(self) -> None:
         """Compare mix, token cache and codec with those of the other ranks.
 
@@ -160,7 +166,11 @@ class TrainLoader:
         return self._report
 
     def counts(self) -> dict[str, float]:
-        """This rank's ``epoch``, ``used``, ``skipped``, ``skipped/REASON`` and ``speech/ORIGIN``, for logging."""
+        """Counts of this rank, for logging.
+
+        ``epoch``, ``used``, ``skipped``, ``skipped/REASON``, ``speech/ORIGIN``, and ``tokens`` and ``positions`` of
+        the rows, without and with padding.
+        """
         report = self._report
         reasons: dict[str, float] = {}
         for (_, reason), count in report.skipped.items():
@@ -169,6 +179,8 @@ class TrainLoader:
             "epoch": report.position / len(self._rows.mix),
             "used": report.used.total(),
             "skipped": report.skipped.total(),
+            "tokens": report.tokens,
+            "positions": report.positions,
             **reasons,
             **{f"speech/{origin}": count for origin, count in report.speech.items()},
         }
@@ -341,6 +353,8 @@ class PackedRows(IterableDataset):
                     report = Report()
             rows, ready = ready[: self.config.micro_batch_size], ready[self.config.micro_batch_size :]
             self._remember(shard, packer, ready)
+            report.tokens = sum(len(document.example) for row in rows for document in row)
+            report.positions = len(rows) * self.config.seq_length
             yield self._collate(rows), report
             report = Report()
 
@@ -408,7 +422,8 @@ class PackedRows(IterableDataset):
                 self.reader.sources.clear()
         report.used[spec.name] += 1
         report.useful_files.add(str(spec.path))
-        return Document(place.position, example)
+        kind = place.source * len(prompts.TASKS) + prompts.TASKS.index(prompts.task_of(sample))
+        return Document(place.position, example, kind)
 
     def _skip(self, report: Report, place: Place, reason: str, message: str) -> None:
         spec = self.mix.specs[place.source]
@@ -426,15 +441,17 @@ class PackedRows(IterableDataset):
 
     def _collate(self, rows: list[list[Document]]) -> dict[str, Any]:
         examples = [[document.example for document in row] for row in rows]
-        return collate_rows(examples, self.config.seq_length, self.tokenizer.pad_token_id)
+        kinds = [[document.kind for document in row] for row in rows]
+        return collate_rows(examples, self.config.seq_length, self.tokenizer.pad_token_id, kinds)
 
 
 @dataclass
 class Document:
-    """A tokenised sample, and its position in the mix's stream."""
+    """A tokenised sample, its position in the mix's stream, and its number in :attr:`TrainLoader.kinds`."""
 
     position: int
     example: Example
+    kind: int
 
 
 def _positions(documents: list[Document]) -> list[int]:

@@ -264,6 +264,13 @@ class StageArguments(TrainingArguments):
         default=60,
         metadata={"help": "End a process, with its stacks, that makes no progress for so long; 0: never."},
     )
+    detail_steps: float = field(
+        default=0.01,
+        metadata={
+            "help": "Log losses and accuracies of each task and source every so many steps or, below 1, this share of "
+            "--max_steps."
+        },
+    )
     # Rows are already tensors and the loader shards itself, so nothing may be dropped or split again.
     remove_unused_columns: bool = field(default=False)
     ignore_data_skip: bool = field(
@@ -282,6 +289,8 @@ class StageArguments(TrainingArguments):
             raise ArgumentError(f"--loss_average {self.loss_average}: give global or rank")
         if self.save_at is not None and not self.save_at > 0:
             raise ArgumentError(f"--save_at {self.save_at}: give minutes, more than 0")
+        if not self.detail_steps > 0:
+            raise ArgumentError(f"--detail_steps {self.detail_steps}: give steps, or a share below 1")
         if not self.hang_minutes >= 0:
             raise ArgumentError(f"--hang_minutes {self.hang_minutes}: give minutes, or 0 for no limit")
         if self.loss_average == "rank":  # also if the arguments were already processed once

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vita_audio.models import freeze_audio_encoder, freeze_backbone, is_head_parameter
+from vita_audio.models.cost import AUDIO_ADAPTER, AUDIO_ENCODER, HEADS, LANGUAGE_MODEL
 
 
 def apply_stage(
@@ -78,15 +79,17 @@ def describe_trainable(model: PreTrainedModel) -> str:
     trained: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        if is_head_parameter(model, name):
-            part = "heads"
-        elif name.startswith("model.audio_model."):
-            part = "audio encoder"
-        elif name.startswith("model.audio_projection."):
-            part = "audio adapter"
-        else:
-            part = "language model"
+        part = part_of(model, name)
         size = getattr(parameter, "ds_numel", parameter.numel())
         total[part] += size
         trained[part] += size * parameter.requires_grad
     return ", ".join(f"{part}: {trained[part]:,} of {total[part]:,} parameters train" for part in total)
+
+
+def part_of(model: PreTrainedModel, name: str) -> str:
+    """The part that a parameter belongs to, by the names of :func:`vita_audio.models.cost.count_parameters`."""
+    if is_head_parameter(model, name):
+        return HEADS
+    if name.startswith("model.audio_model."):
+        return AUDIO_ENCODER
+    return AUDIO_ADAPTER if name.startswith("model.audio_projection.") else LANGUAGE_MODEL

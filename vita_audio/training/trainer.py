@@ -2,18 +2,19 @@
 
 * Rows come from the data engine, which shards and shuffles them; every checkpoint includes its
   state, so a resumed run sees the same rows as an uninterrupted one.
-* Heads can have their own learning rate, and every head's loss is logged.
+* Heads can have their own learning rate. Their losses, accuracies and more are logged (``watching.py``).
 * A resumed run uses its own options: the checkpoint provides weights, moments and counters.
 * A loss that is not finite stops the run before the update, and so do ten skipped steps in a row.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +34,7 @@ from transformers.trainer_utils import TrainOutput
 
 from vita_audio.data.faults import MachineError, first_line, machine_fault
 from vita_audio.files import write_json
+from vita_audio.models.compat import before_update
 from vita_audio.provenance import RUN_FILE
 from vita_audio.training.arguments import StageArguments
 from vita_audio.training.callbacks import (
@@ -53,17 +55,10 @@ from vita_audio.training.interruption import HangDump, Interruption
 from vita_audio.training.model_card import write_model_card
 from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
+from vita_audio.training.watching import CountingLoader, Watch
 
 _TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")
 """Part of torch.save's message when it cannot write; the error has no type of its own."""
-
-
-class ResumableLoader(Protocol):
-    """An endless source of batches that can report its position."""
-
-    def __iter__(self) -> Iterator[dict[str, Any]]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def counts(self) -> dict[str, float]: ...
 
 
 class SpeechTrainer(Trainer):
@@ -80,7 +75,7 @@ class SpeechTrainer(Trainer):
     lr_scheduler: Any  # any scheduler; the Trainer's annotation allows one kind only
 
     def __init__(
-        self, *, loader: ResumableLoader, run: Mapping[str, Any] | None = None, **kwargs: Any
+        self, *, loader: CountingLoader, run: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         # The Trainer disables the cache; users of the result need it, and a pass with labels keeps none anyway.
@@ -90,8 +85,15 @@ class SpeechTrainer(Trainer):
         self._planned_rates: list[PlannedRates] = []
         # We delete old checkpoints ourselves: the Trainer would do so before the new one is complete.
         self._checkpoints_to_keep, self.args.save_total_limit = self.args.save_total_limit, None
-        self._part_losses: dict[str, torch.Tensor] = {}
-        self._micro_batches = 0
+        self._watch = Watch(
+            self.model,
+            loader,
+            self.args.gradient_accumulation_steps,
+            self.args.device,
+            global_mean=self.args.loss_average == "global",
+        )
+        self._lines = _LoggedSteps(self)
+        self.add_callback(self._lines)
         self.add_callback(Continue(lambda: self._loader.counts()["epoch"]))
         self.add_callback(
             StopOnBadGradients(lambda: self.model_wrapped if self.is_deepspeed_enabled else None)
@@ -137,8 +139,8 @@ class SpeechTrainer(Trainer):
             ) from error
 
     def get_train_dataloader(self) -> Any:  # the Trainer's signature expects a DataLoader
-        """This rank's loader, which shards and shuffles itself."""
-        return self._loader
+        """This rank's loader, which shards and shuffles itself; the time that it is waited for is noted."""
+        return self._watch.batches
 
     # -- optimizer ----------------------------------------------------------------------------------------
 
@@ -192,11 +194,13 @@ class SpeechTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The model's loss; its parts are kept for the log.
+        """The model's loss; its parts and predictions are kept for the log.
 
         Raises:
             FloatingPointError: the loss is not finite.
         """
+        kinds = inputs.pop("kinds", None)
+        inputs["return_predictions"] = True
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
@@ -207,31 +211,20 @@ class SpeechTrainer(Trainer):
                 "tools/inspect_data.py; the run continues from its last checkpoint"
             )
         if model.training:
-            self._keep_parts(outputs)
+            self._watch.add(outputs, kinds)
         return (loss, outputs) if return_outputs else loss
 
-    def _keep_parts(self, outputs: Any) -> None:
-        self._micro_batches += 1
-        parts = {}
-        if getattr(outputs, "main_loss", None) is not None:
-            parts["main_loss"] = outputs.main_loss
-        if getattr(outputs, "mtp_losses", None) is not None:
-            parts.update({f"mtp_loss_{k}": value for k, value in enumerate(outputs.mtp_losses)})
-        for name, value in parts.items():
-            self._part_losses[name] = self._part_losses.get(name, 0.0) + value.detach().float()
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the losses of backbone and heads, and the data counters, to a training log line."""
+        """Add what :class:`vita_audio.training.watching.Watch` has seen to a training log line."""
         if "loss" in logs:
-            steps = max(1, self._micro_batches // self.args.gradient_accumulation_steps)
-            # With --loss_average global, each rank's part is a share of the global mean: its sum was divided by the
-            # items of all ranks. With rank, it is that rank's own mean.
-            reduction = "sum" if self.args.loss_average == "global" else "mean"
-            for name, total in sorted(self._part_losses.items()):
-                logs[name] = self.accelerator.reduce(total, reduction=reduction).item() / steps
-            self._part_losses.clear()
-            self._micro_batches = 0
-            logs.update({f"data/{name}": value for name, value in self._loader.counts().items()})
+            logs.update(
+                self._watch.columns(
+                    logs,
+                    self.lr_scheduler.get_last_lr(),
+                    steps=self._lines.steps_since_last(),
+                    detailed=self._lines.is_detailed(),
+                )
+            )
         super().log(logs, start_time)
 
     # -- checkpoints --------------------------------------------------------------------------------------
@@ -246,7 +239,7 @@ class SpeechTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with _writing(folder):
+        with _writing(folder), self._watch.paused():
             self._write_checkpoint(folder, model, trial)
 
     def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
@@ -296,3 +289,54 @@ class _ObeyArguments(TrainerCallback):
         self.reached = True
         for rates in self._planned:
             rates.restore()
+
+
+class _LoggedSteps(TrainerCallback):
+    """Which steps are logged, and has their gradients noted.
+
+    Args:
+        trainer: whose gradients.
+    """
+
+    def __init__(self, trainer: SpeechTrainer) -> None:
+        self._trainer = trainer
+        self._logged = self._detailed = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._logged = self._detailed = state.global_step
+        self._trainer._watch.start()
+        if self._trainer.is_deepspeed_enabled:
+            engine = self._trainer.model_wrapped
+            before_update(engine, lambda: self._note(engine))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._trainer.is_deepspeed_enabled:
+            self._note(None)
+
+    def _note(self, engine: Any) -> None:
+        state = self._trainer.state
+        step = state.global_step + 1
+        if step % state.logging_steps == 0 or step == state.max_steps or (
+            step == 1 and self._trainer.args.logging_first_step
+        ):
+            self._trainer._watch.add_gradients(engine)
+
+    def steps_since_last(self) -> int:
+        """Steps since the last line."""
+        now = self._trainer.state.global_step
+        steps, self._logged = now - self._logged, now
+        return steps
+
+    def is_detailed(self) -> bool:
+        """Whether the line is the first after ``--detail_steps`` more steps, or the last."""
+        state, every = self._trainer.state, self._trainer.args.detail_steps
+        every = math.ceil(every * state.max_steps) if every < 1 else every
+        now = state.global_step
+        if now < state.max_steps and now - self._detailed < every:
+            return False
+        self._detailed = now
+        return True
