@@ -45,9 +45,7 @@ def collate_rows(
         "position_ids": torch.stack([_positions(documents, seq_length) for documents in rows]),
     }
     if kinds is not None:
-        batch["kinds"] = torch.stack(
-            [_kinds(*pair, seq_length) for pair in zip(rows, kinds, strict=True)]
-        )
+        batch["kinds"] = torch.stack([_kinds(*pair, seq_length) for pair in zip(rows, kinds, strict=True)])
     audios, audio_indices = [], []
     for row, documents in enumerate(rows):
         start = 0

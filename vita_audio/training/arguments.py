@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import strtobool
 
 from vita_audio.audio import available_kinds, is_continuous_kind
@@ -38,6 +39,7 @@ from vita_audio.training.machine import check_devices
 from vita_audio.training.published import check_architecture, heads_in_config
 from vita_audio.training.scheduler import SCHEDULER_NAMES, WARMUP_COSINE, build_scheduler
 from vita_audio.training.served import find_out_of_range, find_unserved
+from vita_audio.training.validation_arguments import ValidationArguments
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +149,7 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(ValidationArguments):
     """The data mix, the codec that reads it, and the shape of a row."""
 
     dataset_name: str = field(metadata={"help": "YAML file of the data mix."})
@@ -197,6 +199,9 @@ class DataArguments:
             raise ArgumentError(f"--model_max_length {self.model_max_length}: give at most {_LONGEST_ROW}")
         if not 0 <= self.max_error_share <= 1:
             raise ArgumentError(f"--max_error_share {self.max_error_share}: give a share between 0 and 1")
+        problem = self.check_validation()
+        if problem is not None:
+            raise ArgumentError(problem)
         try:
             check_ratio(self.text_audio_interval_ratio)
         except ValueError as error:
@@ -437,6 +442,11 @@ class StageArguments(TrainingArguments):
                 check_values(self.hf_deepspeed_config.config, self._deepspeed_name)
             except DeepSpeedConfigError as error:
                 raise ArgumentError(str(error)) from error
+
+    def validate_every(self, default: float) -> None:
+        """Turn validation on, every ``--eval_steps`` or, without it, the default share of the steps."""
+        self.eval_strategy = IntervalStrategy.STEPS
+        self.eval_steps = default if self.eval_steps is None else self.eval_steps
 
 
 _NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+
+from vita_audio.training.validation import Spoken
 
 MOST_SKIPPED_STEPS = 10
 """A loss scale that is too high skips a few steps at the start; more skipped steps mean a broken run."""
@@ -120,3 +122,13 @@ class ContinuedTensorBoard(TensorBoardCallback):
             redone = state.global_step + 1 if state.global_step else None
             self.tb_writer = SummaryWriter(log_dir=folder, purge_step=redone)
         super().on_train_begin(args, state, control, **kwargs)
+
+    def show(self, answers: Sequence[Spoken], step: int) -> None:
+        """Add answers of a validation as sound and text; only the first process has a TensorBoard."""
+        if self.tb_writer is None:
+            return
+        for answer in answers:
+            self.tb_writer.add_text(f"eval/{answer.name}", answer.text, step)
+            if answer.waveform is not None:
+                sound = answer.waveform.float().clamp(-1, 1)[None]
+                self.tb_writer.add_audio(f"eval/{answer.name}", sound, step, answer.sample_rate)

@@ -57,7 +57,7 @@ def accuracies(sums: Tensor) -> dict[str, float]:
     Args:
         sums: (3, heads + 1, kinds).
     """
-    return {f"{name}": value for name, value in _rates(sums.sum(dim=2), (HITS,)).items()}
+    return _rates(sums.sum(dim=2), (HITS,))
 
 
 def breakdown(sums: Tensor, kinds: Sequence[tuple[str, str]]) -> dict[str, float]:
@@ -74,15 +74,13 @@ def breakdown(sums: Tensor, kinds: Sequence[tuple[str, str]]) -> dict[str, float
     for task in _unique(task for _, task in kinds):
         chosen = [index for index, (_, own) in enumerate(kinds) if own == task]
         rates = _rates(sums[:, :, chosen].sum(dim=2), (LOSS, HITS))
-        values |= {f"task/{_tag(task)}/{name}": value for name, value in rates.items()}
+        values |= {f"task/{_tag(task.lower())}/{name}": value for name, value in rates.items()}
     for source in _unique(source for source, _ in kinds):
         chosen = [index for index, (own, _) in enumerate(kinds) if own == source]
         of_source = sums[:, :, chosen].sum(dim=2)
         together = torch.stack([of_source[:, 0], of_source[:, 1:].sum(dim=1)], dim=1)
         rates = _rates(together, (LOSS, HITS))
-        values |= {
-            f"source/{_tag(source)}/{name.removesuffix('_0')}": value for name, value in rates.items()
-        }
+        values |= {f"source/{_tag(source)}/{name.removesuffix('_0')}": value for name, value in rates.items()}
     return values
 
 
@@ -104,4 +102,4 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 def _tag(name: str) -> str:
     """A name that TensorBoard shows unchanged."""
-    return name.lower().replace(" ", "_") if name.isupper() or " " in name else name
+    return name.replace(" ", "_")

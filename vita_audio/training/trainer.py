@@ -33,6 +33,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 
 from vita_audio.data.faults import MachineError, first_line, machine_fault
+from vita_audio.data.validation import ValidationSet
 from vita_audio.files import write_json
 from vita_audio.models.compat import before_update
 from vita_audio.provenance import RUN_FILE
@@ -55,6 +56,7 @@ from vita_audio.training.interruption import HangDump, Interruption
 from vita_audio.training.model_card import write_model_card
 from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
+from vita_audio.training.validation import Speaker, listen, score
 from vita_audio.training.watching import CountingLoader, Watch
 
 _TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")
@@ -67,6 +69,8 @@ class SpeechTrainer(Trainer):
     Args:
         loader: this rank's rows, positioned where the run starts or continues.
         run: the content of ``run.json``; it is added to every checkpoint and to the model card.
+        validation: scored every ``--eval_steps``; None: nothing is.
+        speaker: answers requests aloud at each validation; None: nobody does.
         **kwargs: the Trainer's own arguments, including ``model``.
     """
 
@@ -75,9 +79,18 @@ class SpeechTrainer(Trainer):
     lr_scheduler: Any  # any scheduler; the Trainer's annotation allows one kind only
 
     def __init__(
-        self, *, loader: CountingLoader, run: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        *,
+        loader: CountingLoader,
+        run: Mapping[str, Any] | None = None,
+        validation: ValidationSet | None = None,
+        speaker: Speaker | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(eval_dataset=None if validation is None else validation.batches, **kwargs)
+        self._validation = validation
+        self._speaker = speaker
+        self._board: ContinuedTensorBoard | None = None
         # The Trainer disables the cache; users of the result need it, and a pass with labels keeps none anyway.
         self.model.config.use_cache = True
         self._loader = loader
@@ -107,7 +120,10 @@ class SpeechTrainer(Trainer):
             (TensorBoardCallback, ContinuedTensorBoard),
         ):
             if self.pop_callback(theirs) is not None:
-                self.add_callback(ours())
+                callback = ours()
+                self.add_callback(callback)
+                if isinstance(callback, ContinuedTensorBoard):
+                    self._board = callback
 
     @property
     def stopped_by(self) -> str | None:
@@ -227,6 +243,20 @@ class SpeechTrainer(Trainer):
             )
         super().log(logs, start_time)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the validation set, and have requests answered aloud."""
+        assert self._validation is not None, "eval_strategy is set with a validation set only"
+        with self._watch.paused():
+            metrics = score(self.model, self._validation, self.args.device)
+            if self._speaker is not None:
+                answers, rates = listen(self.model, self._speaker)
+                metrics |= rates
+                if self._board is not None:
+                    self._board.show(answers, self.state.global_step)
+            self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     # -- checkpoints --------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -320,8 +350,10 @@ class _LoggedSteps(TrainerCallback):
     def _note(self, engine: Any) -> None:
         state = self._trainer.state
         step = state.global_step + 1
-        if step % state.logging_steps == 0 or step == state.max_steps or (
-            step == 1 and self._trainer.args.logging_first_step
+        if (
+            step % state.logging_steps == 0
+            or step == state.max_steps
+            or (step == 1 and self._trainer.args.logging_first_step)
         ):
             self._trainer._watch.add_gradients(engine)
 

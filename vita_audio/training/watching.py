@@ -84,7 +84,7 @@ class Watch:
         global_mean: bool,
     ) -> None:
         self.batches = TimedLoader(loader)
-        self._model = model
+        self._model: Any = model  # of this family; PreTrainedModel does not know its config
         self._loader = loader
         self._accumulation = accumulation
         self._device = device
@@ -246,9 +246,7 @@ class Watch:
             columns["speed/mfu"] = flops / len(ranks) / seconds / peak_flops(self._device, dtype)
         return columns
 
-    def _flops(
-        self, ranks: list[dict[str, Any]], positions: int, document: float, sums: Tensor
-    ) -> float:
+    def _flops(self, ranks: list[dict[str, Any]], positions: int, document: float, sums: Tensor) -> float:
         """Operations of all ranks since the last line, by the planner's count, with documents of equal length."""
         batches = len(ranks) * self._micro_batches
         frozen = getattr(self._model, "has_frozen_backbone", False)
