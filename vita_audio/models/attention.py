@@ -12,6 +12,7 @@ on each batch. Rows without packing, and generation, use transformers' own ``sdp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
 
 from vita_audio.models.compat import attention_implementation, cache_argument
+from vita_audio.models.fused import take_rows
 
 PACKED_SDPA = "packed_sdpa"
 
@@ -88,6 +90,11 @@ class PackedDocuments:
     groups: list[Tensor]
     restore: Tensor
 
+    @cached_property
+    def positions(self) -> Tensor:
+        """The concatenated groups, (batch * time + padding,)."""
+        return torch.cat([group.flatten() for group in self.groups])
+
 
 def group_documents(position_ids: Tensor) -> PackedDocuments | None:
     """Batch documents whose lengths share a power of two; None when each row is one document.
@@ -124,18 +131,44 @@ def packed_sdpa_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention with transformers' interface: (batch, heads, time, d) in, (batch, time, heads, d) out."""
-    if not isinstance(attention_mask, PackedDocuments):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    documents = attention_mask
+    if not isinstance(documents, PackedDocuments):
+        return sdpa_attention_forward(module, query, key, value, documents, **kwargs)
     batch, _, time, _ = query.shape
-    flat = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
+    sizes = [group.numel() for group in documents.groups]
+    laid = [
+        _LayOut.apply(states.transpose(1, 2).flatten(0, 1), documents.positions, documents.restore).split(
+            sizes
+        )
+        for states in (query, key, value)
+    ]
     outputs = []
-    for positions in attention_mask.groups:
-        grouped_query, grouped_key, grouped_value = (states[positions].transpose(1, 2) for states in flat)
+    for group, *grouped in zip(documents.groups, *laid, strict=True):
+        grouped_query, grouped_key, grouped_value = (
+            states.unflatten(0, group.shape).transpose(1, 2) for states in grouped
+        )
         output, _ = sdpa_attention_forward(
             module, grouped_query, grouped_key, grouped_value, None, is_causal=True, **kwargs
         )
         outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs)[attention_mask.restore].unflatten(0, (batch, time)), None
+    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return take_rows(together, documents.restore).unflatten(0, (batch, time)), None
+
+
+class _LayOut(torch.autograd.Function):
+    """Rows in the order of the groups, padding included. (tokens, heads, d) -> (positions, heads, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, positions: Tensor, restore: Tensor) -> Tensor:
+        ctx.save_for_backward(restore)
+        return states.index_select(0, positions)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # Padding has no gradient: it comes after its document, which is causal, and its own output is dropped. So each
+        # token takes the gradient of its one place, where autograd would add up all places one by one.
+        (restore,) = ctx.saved_tensors
+        return grad.index_select(0, restore), None, None
 
 
 AttentionInterface.register(PACKED_SDPA, packed_sdpa_attention)

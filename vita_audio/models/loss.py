@@ -137,12 +137,12 @@ def chunked_losses(
         count = len(target)
         logits = torch.mm(hidden[chunk], weight.T, out=logits_buffer[:count])
         of_target = logits.gather(1, target).float()
-        highest, where = logits.max(dim=1, keepdim=True)
+        highest = logits.amax(dim=1, keepdim=True)
         hits[chunk] = (of_target == highest).squeeze(1)
         # In float32 the probabilities take the place of the logits: half the memory traffic.
         probs = torch.softmax(logits, dim=-1, dtype=torch.float32, out=probs_buffer[:count])
         # -log softmax(target), with log sum exp = highest - log of the highest probability.
-        losses[chunk] = (highest.float() - probs.gather(1, where).log() - of_target).squeeze(1)
+        losses[chunk] = (highest.float() - probs.amax(dim=1, keepdim=True).log() - of_target).squeeze(1)
         if grad_hidden is None:
             continue
         # d loss / d logits = softmax - one_hot; the row's scale is applied later, to the smaller products.

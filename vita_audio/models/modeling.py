@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.utils import can_return_tuple
 
 from vita_audio.constants import IGNORE_INDEX
@@ -33,6 +33,7 @@ from vita_audio.models.compat import (
     set_attention_implementation,
 )
 from vita_audio.models.configuration import Qwen2MTPConfig
+from vita_audio.models.fused import RMSNorm, take_rows, use_fused_norms
 from vita_audio.models.generation import MTPGenerationMixin
 from vita_audio.models.loss import LanguageModelHead, shifted_targets
 from vita_audio.models.mctp import MCTPHead, run_cascade
@@ -76,6 +77,7 @@ class Qwen2MTPModel(Qwen2Model):
 
     def __init__(self, config: Qwen2MTPConfig) -> None:
         super().__init__(config)
+        use_fused_norms(self)
         if attention_implementation(config) == "sdpa":
             set_attention_implementation(config, PACKED_SDPA)
 
@@ -162,8 +164,8 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = LanguageModelHead(d, config.vocab_size, bias=False)
         self.mtp_projs = nn.ModuleList(nn.Linear(2 * d, d, bias=False) for _ in range(num_heads))
-        self.mtp_embed_norms = nn.ModuleList(Qwen2RMSNorm(d, config.rms_norm_eps) for _ in range(num_heads))
-        self.mtp_hidden_norms = nn.ModuleList(Qwen2RMSNorm(d, config.rms_norm_eps) for _ in range(num_heads))
+        self.mtp_embed_norms = nn.ModuleList(RMSNorm(d, config.rms_norm_eps) for _ in range(num_heads))
+        self.mtp_hidden_norms = nn.ModuleList(RMSNorm(d, config.rms_norm_eps) for _ in range(num_heads))
         self.post_init()
 
     @can_return_tuple
@@ -294,7 +296,9 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         # One transfer to the host for the whole step: all indices, then the end of each term's indices.
         term_of_row, position_of_row = supervised.nonzero(as_tuple=True)
         positions = position_of_row.split(counts.tolist())
-        rows = torch.cat([state.flatten(0, 1)[index] for state, index in zip(states, positions, strict=True)])
+        rows = torch.cat(
+            [take_rows(state.flatten(0, 1), index) for state, index in zip(states, positions, strict=True)]
+        )
 
         items = counts if num_items_in_batch is None else num_items_in_batch
         means = (1.0 / torch.as_tensor(items, device=rows.device).clamp(min=1)).expand(len(states))
