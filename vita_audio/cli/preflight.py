@@ -293,22 +293,14 @@ def check_step(run: Preflight) -> str:
     run.state["model"] = model.train()
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
-    results = {}
-    for name in run.attention:
-        model.set_attn_implementation(PACKED_SDPA if name == "sdpa" else name)
-        torch.manual_seed(0)
-        # A dense mask over long rows would not fit; short rows compare the numbers as well.
-        length = min(run.data_args.model_max_length, 2 * _DOCUMENT if name == "eager" else 2**30)
-        results[name] = one_step(model, length, run.device)
-        if name == "eager":
-            model.set_attn_implementation(PACKED_SDPA)
-            torch.manual_seed(0)
-            results["sdpa, short row"] = one_step(model, length, run.device)
-            compare("eager", results.pop("eager"), "sdpa", results.pop("sdpa, short row"), run.dtype)
+    try:
+        results = {name: step_with(run, model, name) for name in run.attention}
+    finally:
+        model.set_attn_implementation(built_as(run.attention[0]))
     reference = next(iter(results))
     for name, result in results.items():
-        compare(name, result, reference, results[reference], run.dtype)
-    model.set_attn_implementation(PACKED_SDPA if run.attention[0] == "sdpa" else run.attention[0])
+        if name != "eager":  # compared on a short row
+            compare(name, result, reference, results[reference], run.dtype)
     loss, norm, seconds = results[reference]
     shown = ", ".join(run.attention)
     return f"loss {loss:.4f}, gradient norm {norm:.3g}, {seconds:.2f} s; equal with {shown}"
@@ -324,8 +316,9 @@ def check_precision(run: Preflight) -> str:
         loss = one_loss(model, length, run.device)
         if run.dtype != torch.float32:
             torch.manual_seed(0)
+            model.set_attn_implementation(PACKED_SDPA)  # FlashAttention has no float32
             exact = one_loss(model.float(), length, run.device)
-            model.to(run.dtype)
+            model.to(run.dtype).set_attn_implementation(built_as(run.attention[0]))
             close(f"{run.dtype}".removeprefix("torch."), loss, "float32", exact, _TOLERANCE[run.dtype])
             said = f"loss {loss:.4f}, {exact:.4f} in float32"
     if run.device.type == "cuda" and liger_forward() is not None:
@@ -419,6 +412,31 @@ def saves(stage: StageArguments) -> float:
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+
+
+def built_as(attention: str) -> str:
+    """The back end that a model gets when it is built with this one."""
+    return PACKED_SDPA if attention == "sdpa" else attention
+
+
+def step_with(run: Preflight, model: Any, name: str) -> tuple[float, float, float]:
+    """:func:`one_step` at the real row length; with ``eager``, whose mask would not fit, on a short row beside sdpa.
+
+    Raises:
+        CheckFailed: eager and sdpa differ.
+    """
+    length = run.data_args.model_max_length
+    if name != "eager":
+        model.set_attn_implementation(built_as(name))
+        torch.manual_seed(0)
+        return one_step(model, length, run.device)
+    short = {}
+    for each in ("eager", PACKED_SDPA):
+        model.set_attn_implementation(each)
+        torch.manual_seed(0)
+        short[each] = one_step(model, min(length, 2 * _DOCUMENT), run.device)
+    compare("eager", short["eager"], "sdpa", short[PACKED_SDPA], run.dtype)
+    return short["eager"]
 
 
 def one_loss(model: Any, length: int, device: torch.device) -> Any:

@@ -7,6 +7,10 @@ For packed rows, ``sdpa`` in transformers builds a dense (time, time) mask: 2,04
 80 then cost 25 times the attention they need. ``packed_sdpa``, which is registered here and replaces it
 when a model is built, batches documents of similar length and runs the plain causal kernel
 on each batch. Rows without packing, and generation, use transformers' own ``sdpa``.
+
+FlashAttention takes the ends of the documents instead of a mask. transformers looks for them in every layer again,
+which makes the host wait for the device each time, and finds none when a batch has several rows. Here they
+are found once for all layers and rows.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask, sdpa_mask
 
@@ -28,6 +33,7 @@ from vita_audio.models.compat import attention_implementation, cache_argument
 from vita_audio.models.fused import take_rows
 
 PACKED_SDPA = "packed_sdpa"
+FLASH = "flash_attention_2"
 
 
 def attention_masks(
@@ -50,6 +56,9 @@ def attention_masks(
         documents = group_documents(position_ids.expand(len(inputs_embeds), -1))
         if documents is not None:
             masks["full_attention"] = documents
+    if attention_implementation(config) == FLASH and attention_mask is None and cache is None:
+        ends = find_documents(position_ids.expand(len(inputs_embeds), -1))
+        masks |= dict.fromkeys(layer_types, ends)
     makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
     for layer_type in layer_types - set(masks):
         masks[layer_type] = makers[layer_type](
@@ -75,6 +84,43 @@ def document_breaks(position_ids: Tensor) -> Tensor:
 def is_packed(position_ids: Tensor | None, attention_mask: object | None) -> bool:
     """Whether some row holds several documents. An attention mask means padding, not packing."""
     return position_ids is not None and attention_mask is None and bool(document_breaks(position_ids).any())
+
+
+@dataclass(frozen=True)
+class DocumentEnds:
+    """The documents of all rows one after the other, as FlashAttention takes them; in the place of a mask.
+
+    Attributes:
+        cumulative: (documents + 1,) int32, 0 and the end of each document in the flattened batch.
+        longest: tokens in the longest document.
+    """
+
+    cumulative: Tensor
+    longest: int
+
+
+def find_documents(position_ids: Tensor) -> DocumentEnds:
+    """The documents of rows (batch, time); a row's end also ends a document. Waits for the device."""
+    is_start = pad(document_breaks(position_ids), (1, 0), value=True).flatten()
+    ends = pad(is_start.nonzero().squeeze(1), (0, 1), value=position_ids.numel())
+    return DocumentEnds(ends.to(torch.int32), int(ends.diff().max()))
+
+
+def packed_flash_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: DocumentEnds | Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' FlashAttention-2, told where the documents end."""
+    if isinstance(attention_mask, DocumentEnds):
+        ends, attention_mask = attention_mask, None
+        kwargs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends.cumulative)
+        kwargs |= dict.fromkeys(("max_length_q", "max_length_k"), ends.longest)
+    result: tuple[Tensor, None] = flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return result
 
 
 @dataclass(frozen=True)
@@ -173,3 +219,4 @@ class _LayOut(torch.autograd.Function):
 
 AttentionInterface.register(PACKED_SDPA, packed_sdpa_attention)
 AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
+AttentionInterface.register(FLASH, packed_flash_attention)
