@@ -20,8 +20,6 @@ esac
 prepare_environment dev
 PATH=$VENV/bin:$PATH
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu
-# The tests always run on the CPU.
-export CUDA_VISIBLE_DEVICES=
 
 if [[ ${1:-} == -- ]]; then
   shift

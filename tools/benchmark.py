@@ -25,6 +25,7 @@ BENCHMARKS = {
     "memory": "memory",
     "sts": "sts",
     "serve": "serve",
+    "gpu": "gpu",
     "benchmark_llm": "generate",
     "benchmark_sts": "sts",
 }
