@@ -276,6 +276,12 @@ class StageArguments(TrainingArguments):
             "--max_steps."
         },
     )
+    trace_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Write a profiler trace of so many steps, from the third on, to OUTPUT_DIR/trace-RANK.json."
+        },
+    )
     # Rows are already tensors and the loader shards itself, so nothing may be dropped or split again.
     remove_unused_columns: bool = field(default=False)
     ignore_data_skip: bool = field(
@@ -294,6 +300,8 @@ class StageArguments(TrainingArguments):
             raise ArgumentError(f"--loss_average {self.loss_average}: give global or rank")
         if self.save_at is not None and not self.save_at > 0:
             raise ArgumentError(f"--save_at {self.save_at}: give minutes, more than 0")
+        if self.trace_steps < 0:
+            raise ArgumentError(f"--trace_steps {self.trace_steps}: give 0 or more")
         if not self.detail_steps > 0:
             raise ArgumentError(f"--detail_steps {self.detail_steps}: give steps, or a share below 1")
         if not self.hang_minutes >= 0:

@@ -132,3 +132,54 @@ class ContinuedTensorBoard(TensorBoardCallback):
             if answer.waveform is not None:
                 sound = answer.waveform.float().clamp(-1, 1)[None]
                 self.tb_writer.add_audio(f"eval/{answer.name}", sound, step, answer.sample_rate)
+
+
+class Trace(TrainerCallback):
+    """Writes a trace of some steps, ``OUTPUT_DIR/trace-RANK.json``, for chrome://tracing and Perfetto.
+
+    The first two steps of a run are left out: they allocate and tune. "wait for data" is the time in which the
+    trainer stands still for its loader, "step" one optimizer step.
+
+    Args:
+        steps: how many.
+    """
+
+    _LEFT_OUT = 2
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._seen = 0
+        self._profiler: Any = None
+        self._step: Any = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._profiler is not None:
+            self._step = torch.profiler.record_function("step")
+            self._step.__enter__()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._step is not None:
+            self._step.__exit__(None, None, None)
+            self._step = None
+        self._seen += 1
+        if self._seen == self._LEFT_OUT:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+        elif self._seen == self._LEFT_OUT + self._steps:
+            self._write(args)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._write(args)
+
+    def _write(self, args: TrainingArguments) -> None:
+        if self._profiler is None:
+            return
+        self._profiler.stop()
+        self._profiler.export_chrome_trace(f"{args.output_dir}/trace-{args.process_index}.json")
+        self._profiler = None

@@ -43,6 +43,7 @@ from vita_audio.training.callbacks import (
     ContinuedProgress,
     ContinuedTensorBoard,
     StopOnBadGradients,
+    Trace,
 )
 from vita_audio.training.checkpoints import (
     CheckpointStateError,
@@ -115,6 +116,8 @@ class SpeechTrainer(Trainer):
         self.add_callback(self._interruption)
         if self.args.hang_minutes:
             self.add_callback(HangDump(self.args.hang_minutes))
+        if self.args.trace_steps:
+            self.add_callback(Trace(self.args.trace_steps))
         for theirs, ours in (
             (ProgressCallback, ContinuedProgress),
             (TensorBoardCallback, ContinuedTensorBoard),

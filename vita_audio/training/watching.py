@@ -90,9 +90,9 @@ class Watch:
         self._device = device
         self._global_mean = global_mean
         heads = model.config.num_nextn_predict_layers
-        self._kinds: list[tuple[str, str]] = getattr(loader, "kinds", [("all", "all")])
-        self._sums = PredictionSums(heads, len(self._kinds), device)
-        self._detail = torch.zeros(3, heads + 1, len(self._kinds), dtype=torch.float64)
+        self._kinds: list[tuple[str, str]] = getattr(loader, "kinds", [])
+        self._sums = PredictionSums(heads, max(1, len(self._kinds)), device)
+        self._detail = torch.zeros(3, heads + 1, max(1, len(self._kinds)), dtype=torch.float64)
         self._parts: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
         self._own_gradients = False
