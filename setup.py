@@ -6,6 +6,7 @@ gpu          FlashAttention and Liger kernels
 eval         metrics, recognisers and result pages
 corpora      tools/prepare_data.py: public corpora to JSON lines
 libritts     the text normaliser of the published LibriTTS figures
+mos          the DNSMOS score of speech
 serve        the server: OpenAI's protocols over HTTP and websockets
 quickstart   train, eval, and the synthesis and plotting of scripts/quickstart.sh
 docs         the documentation site
@@ -34,13 +35,14 @@ EVAL = [
     "jinja2",
     "jiwer",
     "markupsafe",
+    "matplotlib",
     "pocketsphinx",
     "sentencepiece",
     "whisper-normalizer",
     "word2number",
     "zhconv",
 ]
-CORPORA = ["lhotse>=1.33", "pyarrow", "textgrid", "zhconv"]
+CORPORA = ["cn2an", "lhotse>=1.33", "num2words", "pyarrow", "textgrid", "zhconv"]
 QUICKSTART = [*TRAIN, *EVAL, "espeakng-loader", "soxr"]
 SERVE = [
     "fastapi>=0.130",
@@ -85,6 +87,7 @@ setup(
         "eval": EVAL,
         "corpora": CORPORA,
         "libritts": ["WeTextProcessing"],
+        "mos": ["onnxruntime", "requests", "speechmos"],
         "serve": SERVE,
         "quickstart": QUICKSTART,
         "docs": DOCS,
@@ -104,6 +107,7 @@ setup(
             "psutil",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "rapidfuzz",
             "ruff==0.17.*",
             "scipy",

@@ -182,6 +182,11 @@ step inference python "$REPOSITORY/tools/inference_sts.py" \
 step evaluation env STAGES_ROOT="$stages" STAGE_PREFIX="$STAGE_PREFIX" TIMESTAMP=quickstart CORPUS="$corpus" \
   OUTPUT_DIR="$out/evaluation" LIMIT="$EVALUATION_LIMIT" \
   bash "$REPOSITORY/scripts/deepspeed/evaluate_sts.sh"
+step analysis python "$REPOSITORY/tools/analyse_attention.py" \
+  --model_name_or_path "$result" --audio_tokenizer_type "$AUDIO_TOKENIZER_TYPE" --audio_tokenizer_path "$codec" \
+  ${AUDIO_MODEL_NAME_OR_PATH:+--frontend_path "$AUDIO_MODEL_NAME_OR_PATH"} --json_path "$corpus/tts_test.jsonl" \
+  --data_root "$corpus" --grammar "$corpus/grammar.jsgf" --system_prompt "$SYSTEM_PROMPT" \
+  --limit "$ANALYSIS_LIMIT" --max_new_tokens "$MAX_NEW_TOKENS" --output_dir "$out/analysis"
 step report python "$REPOSITORY/tools/report.py" --run "$out"
 
 echo "finished in $((SECONDS - started)) s; open $out/report.html"

@@ -3,7 +3,8 @@
 # sets up a fresh machine.
 #   bash scripts/test.sh            everything but the slow tests
 #   bash scripts/test.sh --all      also the slow tests, line coverage, and a small run of the whole chain (as in CI)
-#   bash scripts/test.sh -- ARGS    only pytest, with these arguments
+#   bash scripts/test.sh -- ARGS    only pytest, with these arguments, in one process
+# TEST_PROCESSES: processes that share the test files, 2 by default.
 set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$REPOSITORY/scripts/environment.sh"
@@ -20,6 +21,8 @@ esac
 prepare_environment dev
 PATH=$VENV/bin:$PATH
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu
+
+processes=(-n "${TEST_PROCESSES:-2}" --dist loadfile)
 
 if [[ ${1:-} == -- ]]; then
   shift
@@ -42,10 +45,10 @@ NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 echo "== tests"
 if ! $all; then
-  exec python -m pytest -m "not slow"
+  exec python -m pytest "${processes[@]}" -m "not slow"
 fi
 rm -rf build/coverage && mkdir -p build/coverage
-coverage run -m pytest --durations=25
+coverage run -m pytest "${processes[@]}" --durations=25
 echo "== line coverage, at least $LEAST_COVERAGE% of each file"
 coverage combine --quiet
 coverage report | tee build/coverage/report.txt

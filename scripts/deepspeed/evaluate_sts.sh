@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Scores checkpoints on ASR, TTS and question-answering test sets:
 #   bash scripts/deepspeed/evaluate_sts.sh [TIMESTAMP] [flags of tools/evaluate_table.py]
+#   bash scripts/deepspeed/evaluate_sts.sh [TIMESTAMP] --speed [flags of tools/benchmark.py speed]
 #
 # Which checkpoints (one of):
 #   MODEL_NAME_OR_PATH   a checkpoint folder, or several as "NAME=DIR NAME=DIR@vanilla,turbo"
@@ -16,13 +17,20 @@
 #   DATA_ROOT for relative audio paths; LIMIT items of each set
 # Which recogniser (default: the benchmark's): TRANSCRIBER (pocketsphinx, whisper, paraformer, sensevoice, command)
 #                        TRANSCRIBER_PATH GRAMMAR LANGUAGE_CODE; CHINESE_TRANSCRIBER CHINESE_TRANSCRIBER_PATH (for
-#                        Mandarin Seed-TTS); SPEAKER_MODEL (wavlm, spectral, none) SPEAKER_MODEL_PATH
+#                        Mandarin Seed-TTS); SPEAKER_MODEL (wavlm, spectral, none) SPEAKER_MODEL_PATH;
+#                        QUALITY_MODEL (dnsmos)
 # Also:                  MODES DECODING (greedy, published or both) OUTPUT_DIR SYSTEM_PROMPT (auto, omni, luke, none, or
 #                        a text) BATCH_SIZE MAX_NEW_TOKENS SAMPLES SPEED_ITEMS TEXT_NORMALISER (words, libritts, …);
 #                        EVALUATION_PROCESSES (default: one per GPU, one without) and NNODES NODE_RANK MASTER_ADDR
 #                        MASTER_PORT as in the stage scripts
 #
 # Writes OUTPUT_DIR/results.json, results.md, results.html, run.json, and every utterance with its WAV file.
+#
+# --tradeoff also scores lossless decoding and speech rows, and writes tradeoff.md, .png and .svg: quality against speed.
+#
+# --speed measures instead, as the paper: 4096 tokens (TOKENS) by size and mode, the first chunk after 32 tokens of prompt,
+# the cost of a head, and the seconds of each chunk, into OUTPUT_DIR/speed/. SIZES (default: 0.5b 1.5b 3b 7b, with random
+# weights), or one MODEL_NAME_OR_PATH; with QUESTION, a WAV file, its answer is also timed through the codec.
 set -euo pipefail
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
@@ -35,6 +43,11 @@ if [[ $# -gt 0 && $1 != -* ]]; then
   TIMESTAMP=$1
   shift
 fi
+speed=
+if [[ ${1:-} == --speed ]]; then
+  speed=yes
+  shift
+fi
 ROOT_PATH=${ROOT_PATH:-$REPOSITORY}
 OUTPUT_DIR=${OUTPUT_DIR:-$ROOT_PATH/output/evaluation${TIMESTAMP:+/$TIMESTAMP}}
 AUDIO_TOKENIZER_TYPE=${AUDIO_TOKENIZER_TYPE:-${STAGE_PREFIX:-glm4voice}}
@@ -44,6 +57,32 @@ fi
 AUDIO_TOKENIZER_PATH=${AUDIO_TOKENIZER_PATH:-$ROOT_PATH/models/THUDM/glm-4-voice-tokenizer}
 if [[ $AUDIO_TOKENIZER_TYPE == *glm4voice ]]; then
   FLOW_PATH=${FLOW_PATH:-$ROOT_PATH/models/THUDM/glm-4-voice-decoder}
+fi
+
+export TOKENIZERS_PARALLELISM=false PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
+
+# -- speed ----------------------------------------------------------------------------------------------
+
+if [[ -n $speed ]]; then
+  options=(--output_dir "$OUTPUT_DIR/speed" --tokens "${TOKENS:-4096}")
+  if [[ -n ${MODEL_NAME_OR_PATH:-} ]]; then
+    model=${MODEL_NAME_OR_PATH#*=}
+    options+=(--model "${model%@*}")
+  else
+    read -r -a sizes <<<"${SIZES:-0.5b 1.5b 3b 7b}"
+    options+=(--sizes "${sizes[@]}")
+  fi
+  if [[ -n ${MODES:-} ]]; then
+    read -r -a modes <<<"$MODES"
+    options+=(--modes "${modes[@]}")
+  fi
+  if [[ -n ${QUESTION:-} ]]; then
+    options+=(--question "$QUESTION" --audio_tokenizer_type "$AUDIO_TOKENIZER_TYPE")
+    options+=(--audio_tokenizer_path "$AUDIO_TOKENIZER_PATH")
+    [[ -z ${FLOW_PATH:-} ]] || options+=(--flow_path "$FLOW_PATH")
+    [[ -z ${AUDIO_MODEL_NAME_OR_PATH:-} ]] || options+=(--frontend_path "$AUDIO_MODEL_NAME_OR_PATH")
+  fi
+  exec "${PYTHON:-python}" "$REPOSITORY/tools/benchmark.py" speed "${options[@]}" "$@"
 fi
 
 # -- checkpoints ----------------------------------------------------------------------------------------
@@ -136,6 +175,7 @@ add --chinese_transcriber "${CHINESE_TRANSCRIBER:-}"
 add --chinese_transcriber_path "${CHINESE_TRANSCRIBER_PATH:-}"
 add --speaker_model "${SPEAKER_MODEL:-}"
 add --speaker_model_path "${SPEAKER_MODEL_PATH:-}"
+add --quality_model "${QUALITY_MODEL:-}"
 add --text_normaliser "${TEXT_NORMALISER:-}"
 if [[ -n ${DECODING:-} ]]; then
   read -r -a decodings <<<"$DECODING"
@@ -152,8 +192,7 @@ source "$REPOSITORY/scripts/deepspeed/devices.sh"
 gpus=$(count_gpus)
 set_rendezvous 34568
 EVALUATION_PROCESSES=${EVALUATION_PROCESSES:-$((gpus > 0 ? gpus : 1))}
-export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export PYTHONPATH=$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 command=("$REPOSITORY/tools/evaluate_table.py")
 if [[ $EVALUATION_PROCESSES -gt 1 || $NNODES -gt 1 ]]; then
   command=(-m torch.distributed.run "${RENDEZVOUS[@]}" --nproc_per_node "$EVALUATION_PROCESSES" "${command[@]}")

@@ -58,6 +58,17 @@ def test_scores_show_their_intervals(run):
     assert '<td >3.1<br><small class="soft">2.1 – 4.4</small></td>' in page
 
 
+def test_the_figures_of_an_analysis_are_shown(run):
+    folder = run / "analysis"
+    folder.mkdir()
+    (folder / "analysis.json").write_text("{}")
+    for name in ("attention", "heads"):
+        (folder / f"{name}.png").write_bytes(b"picture")
+    page = report.write_report(run, run / "report.html", "A run").read_text()
+    assert page.count('alt="Analysis: ') == 2
+    assert page.count("data:image/png;base64,") == 5
+
+
 def test_words_of_the_model_cannot_break_the_page(run):
     page = report.write_report(run, run / "report.html", "A run").read_text()
     assert "5 &lt; 6 &amp; so" in page

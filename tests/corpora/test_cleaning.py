@@ -16,8 +16,9 @@ from vita_audio.chat import read_samples
 from vita_audio.cli import check_overlap, prepare_data
 from vita_audio.cli.preparation_html import preparation_html
 from vita_audio.corpora import Checks, Cleaning, Settings, TestSetIndex, prepare
+from vita_audio.corpora.normalisers import normalise
 from vita_audio.corpora.own import own_recipe
-from vita_audio.corpora.text import is_doubled, is_of, normalise
+from vita_audio.corpora.text import is_doubled, is_of
 
 RATE = 16_000
 SENTENCE = "the quiet river runs past the mill"
@@ -154,11 +155,41 @@ def test_the_real_recogniser_is_opened_by_the_command(tmp_path, sound):
         (["simplified"], "電腦裡的資料", "电脑里的资料"),
         (["nfkc"], "ＡＢＣ１２３", "ABC123"),
         (["lower"], "LOUD", "loud"),
+        (["punctuation"], "你好,世界!!  3.5 (好)", "你好，世界！ 3.5 （好）"),
+        (["nfkc", "punctuation"], "ＡＢ，你好。。。对吗？？", "AB，你好…对吗？"),
+        (["punctuation"], "“Well”， it’s fine....", '"Well", it\'s fine…'),
+        (
+            ["numbers_en"],
+            "In 1999, 3 of 21 paid $3.50 or $1,250 on the 3rd: 50%, -5.25 and 007.",
+            "In nineteen ninety-nine, three of twenty-one paid three dollars and fifty cents or one thousand two "
+            "hundred and fifty dollars on the third: fifty percent, minus five point two five and zero zero seven.",
+        ),
+        (
+            ["numbers_en"],
+            "an MP3 of 1380123456 in v1.2.3",
+            "an MP3 of one three eight zero one two three four five six in v1.2.3",
+        ),
+        (
+            ["numbers_zh"],
+            "2024年3月5日花了1,200块，-5.5℃，占50%，3/4的人，3-5个，打13812345678",
+            "二零二四年三月五日花了一千二百块，负五点五摄氏度，占百分之五十，四分之三的人，三到五个，打一三八一二三四五六七八",
+        ),
+        (["numbers_zh"], "2024-03-05是007", "二零二四年三月五日是零零七"),
         ([], "  two\t spaces \nand lines ", "two spaces \nand lines"),
     ],
 )
 def test_texts_are_normalised_by_name(names, text, expected):
     assert normalise(text, names) == expected
+
+
+def test_normalisers_of_the_command_follow_those_of_the_recipe(voice, tmp_path, capsys):
+    flags = ["folder", str(voice), "--root", str(tmp_path), "--tasks", "asr", "--normalise"]
+    prepare_data.main([*flags, "numbers_en", "lower"])
+    texts = {sample.messages[-1].text for _, sample in read_samples(tmp_path / "own/asr.jsonl", tmp_path)}
+    assert {f"{SENTENCE} in year {number}" for number in ("zero", "one", "two")} <= texts
+    with pytest.raises(SystemExit):
+        prepare_data.main([*flags, "roman"])
+    assert "invalid choice: 'roman'" in capsys.readouterr().err
 
 
 def test_a_doubled_text_is_told_from_words_that_repeat():

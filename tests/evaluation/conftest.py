@@ -7,55 +7,19 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import math
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
-import soundfile
 import torch
+from miniatures.files import clip, parquet, tar, wenetspeech_part, write
 
 # The first is a phrase that is said twice, which the cleaning of training data rejects.
 ENGLISH = ["THE RIVER THE RIVER", "a blue key lies here"]
 CHINESE = ["今天天气很好", "他在书店里工作"]
-
-
-def clip(seed: int, kind: str = "wav") -> bytes:
-    """A second of a warble, different for every seed."""
-    time = np.arange(16_000) / 16_000
-    pitch = 200 + 20 * seed + 60 * np.sin(2 * math.pi * 3 * time)
-    tone = 0.3 * np.sin(2 * math.pi * np.cumsum(pitch) / 16_000)
-    content = io.BytesIO()
-    soundfile.write(content, tone, 16_000, format=kind, subtype="PCM_16")
-    return content.getvalue()
-
-
-def write(path: Path, content: bytes | str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def parquet(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-
-def tar(path: Path, members: dict[str, bytes | str], mode: str = "w") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as archive:
-        for name, content in members.items():
-            content = content.encode() if isinstance(content, str) else content
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
 
 
 def audio(seed: int, kind: str = "wav") -> dict:
@@ -121,22 +85,9 @@ def libritts(source: Path) -> None:
 
 
 def wenetspeech(source: Path) -> None:
-    from lhotse import MonoCut, Recording, SupervisionSegment
-    from lhotse.audio import AudioSource
-
     for split in ("NET", "MEETING"):
-        name = f"cuts_TEST_{split}.00000000"
-        cuts, members = [], {}
-        for number, text in enumerate(CHINESE):
-            id_ = f"TEST_{split}_Y000_S0000{number}"
-            path = f"{name}/TES/{id_}.wav"
-            recording = Recording(id_, [AudioSource("file", [0], f"data/{path}")], 16_000, 16_000, 1.0)
-            said = SupervisionSegment(id_, id_, 0, 1.0, text=text, language="Chinese")
-            cuts.append(MonoCut(id_, 0, 1.0, 0, [said], recording=recording))
-            members[path] = clip(number)
-        tar(source / "data" / f"{name}.tar.gz", members, "w:gz")
-        manifest = "".join(json.dumps(cut.to_dict(), ensure_ascii=False) + "\n" for cut in cuts)
-        write(source / "data" / f"{name}.jsonl.gz", gzip.compress(manifest.encode()))
+        ids = [f"TEST_{split}_Y000_S0000{number}" for number in range(2)]
+        wenetspeech_part(source / "data", f"cuts_TEST_{split}.00000000", ids, CHINESE, [clip(0), clip(1)])
 
 
 def aishell(source: Path) -> None:

@@ -78,6 +78,9 @@ def test_the_table_is_written_and_continued(run_tool, table_flags, tmp_path, mon
     monkeypatch.setattr(SpeechPipeline, "open", refuse)
     run_tool("evaluate_table", *table_flags)
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == rows
+    for changed in (["--quantization", "int8"], ["--dtype", "bfloat16"]):
+        with pytest.raises(AssertionError, match="computed again"):
+            run_tool("evaluate_table", *table_flags, *changed)
 
 
 def test_every_test_set_has_its_own_scores_and_files(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vita_audio.chat import ReplyParser
+from vita_audio.engine import SpeechWorker
 from vita_audio.inference import (
     AudioChunk,
     CodecOptions,
@@ -54,6 +55,29 @@ def test_a_text_is_read_aloud_with_the_learnt_codes(pipeline, tiny_world, mode):
     reply = pipeline.synthesize(READING, options=options(mode))
     assert reply.text == READING
     assert reply.codes == tiny_world.codec.encode(tiny_world.audio("reading.wav"))
+
+
+def test_sound_that_a_thread_decodes_is_the_same_and_all_of_it_comes(tiny_world):
+    ours = open_pipeline(tiny_world, True)
+    expected = ours.synthesize(READING, options=options()).waveform
+    with SpeechWorker(ours.codec, threaded=True) as worker:
+        ours.backend._speech = worker
+        events = [*ours.stream(prompts.synthesis(READING), options=options())]
+    chunks = [event.samples for event in events if isinstance(event, AudioChunk)]
+    assert isinstance(events[-1], Reply)
+    assert torch.equal(torch.cat(chunks), events[-1].waveform)
+    assert len(events[-1].waveform) == len(expected)
+
+
+def test_with_weights_in_8_bits_the_words_are_the_same(tiny_world):
+    codec = CodecOptions("mel_vq", tiny_world.codec_dir)
+    small = SpeechPipeline.open(
+        tiny_world.model_dir, codec, RuntimeOptions(device="cpu", quantization="int8")
+    )
+    reply = small.synthesize(READING, options=options())
+    assert reply.text == READING
+    assert reply.codes == tiny_world.codec.encode(tiny_world.audio("reading.wav"))
+    assert not small.model.lm_head.weight.numel()
 
 
 @pytest.mark.parametrize("mode", MODES)

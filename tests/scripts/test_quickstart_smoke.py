@@ -83,6 +83,10 @@ def test_the_table_has_every_stage_and_mode(finished):
 def test_the_report_has_its_pictures_and_players(finished):
     out, _ = finished
     assert {path.name for path in (out / "report").glob("*.png")} >= {"losses.png", "speed.png"}
+    analysis = json.loads((out / "analysis/analysis.json").read_text())
+    assert list(analysis["hiding"]) == ["all", "matching", "none"]
+    assert len(analysis["heads"]["accuracy"]) == 11
+    assert (out / "report.html").read_text().count('alt="Analysis: ') >= 2
     replies = [json.loads(line) for line in (out / "inference/replies.jsonl").read_text().splitlines()]
     questions = {reply["name"]: len(reply["audios"]) for reply in replies}
     assert sum(questions.values()) >= 3, "ASR, speech QA and voice clone are asked with a recording"

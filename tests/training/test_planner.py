@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from vita_audio.cli import plan_run
 from vita_audio.models import Qwen2MTPConfig, Qwen2MTPForCausalLM
 from vita_audio.models.compat import enable_checkpointing
+from vita_audio.models.cost import PROJECTIONS
+from vita_audio.training.lora import insert_adapters
+from vita_audio.training.lora_arguments import LoraArguments
+from vita_audio.training.optimizers import EIGHT_BIT_MOMENTS
 from vita_audio.training.planner import Setup, Zero, make_plan, step_flops
 from vita_audio.training.stages import apply_stage
 from vita_audio.training.step_memory import Batch, step_memory
@@ -49,6 +54,43 @@ def test_operations_of_a_step_equal_torchs_count(frozen, checkpointing, document
     needed, recomputed = step_flops(CONFIG, setup)
     assert needed + recomputed == counter.get_total_flops()
     assert bool(recomputed) is checkpointing
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("targets", [list(PROJECTIONS), ["q_proj", "v_proj"]])
+def test_operations_of_a_step_with_adapters_equal_torchs_count(checkpointing, targets):
+    lora = LoraArguments(lora_r=3, lora_target_modules=targets, lora_train_embeddings=True)
+    model = Qwen2MTPForCausalLM(CONFIG).train()
+    apply_stage(model)
+    wrapped = insert_adapters(model, lora)
+    if checkpointing:
+        enable_checkpointing(model)
+    ids = torch.randint(96, (1, 16))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        wrapped(input_ids=ids, labels=ids.masked_fill(torch.arange(16) < 8, -100)).loss.backward()
+    setup = Setup(batch=Batch(1, 16, 16, supervised=0.5), checkpointing=checkpointing, lora=lora)
+    assert sum(step_flops(CONFIG, setup)) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("train_embeddings", [False, True])
+def test_adapters_are_what_the_plan_counts_trains_and_saves(train_embeddings):
+    lora = LoraArguments(lora_r=3, lora_train_embeddings=train_embeddings)
+    model = Qwen2MTPForCausalLM(CONFIG)
+    apply_stage(model)
+    wrapped = insert_adapters(model, lora)
+    setup = Setup(gpus=1, batch=Batch(1, 32, 32), lora=lora, dtype=torch.float32)
+    plan = make_plan(CONFIG, setup, Zero())
+    trained = sum(each.numel() for each in wrapped.parameters() if each.requires_grad)
+    assert plan.trained == trained
+    assert sum(every for _, every in plan.parameters.values()) == sum(
+        each.numel() for each in wrapped.parameters()
+    )
+    assert plan.result_bytes == 4 * trained
+    assert plan.states["optimizer"] == 12 * trained
+    whole = make_plan(CONFIG, replace(setup, lora=None), Zero())
+    assert plan.peak_bytes < whole.peak_bytes
+    eight_bit = make_plan(CONFIG, replace(setup, moments=EIGHT_BIT_MOMENTS), Zero())
+    assert eight_bit.states["optimizer"] < 0.6 * plan.states["optimizer"]
 
 
 def test_activations_grow_with_tokens_and_checkpointing_saves_most_of_them():

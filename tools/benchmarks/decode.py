@@ -9,7 +9,8 @@ per token. The ways take turns, and the fastest of their runs counts.
 
 * plain: the loop of ``model.generate``;
 * engine: the same tokens from the engine;
-* engine_audio_rows: the heads read only the vocabulary's rows of speech (``audio_rows="on"``).
+* engine_audio_rows: the heads read only the vocabulary's rows of speech (``audio_rows="on"``);
+* engine_int8, if ``--ways`` names it: weights in 8 bits, on a CPU. It has a limit of its own.
 
 With random weights the heads' drafts are never accepted, so the lossless row then shows the cost, not the gain.
 """
@@ -21,7 +22,7 @@ import gc
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,22 +37,33 @@ from vita_audio.cli.arguments import command_parser
 from vita_audio.engine import AudioRows, Engine, Request
 from vita_audio.models.schedule import BACKBONE, SCHEDULES, Schedule
 
-WAYS = ("plain", "engine", "engine_audio_rows")
+WAYS = ("plain", "engine", "engine_audio_rows", "engine_int8")
 MODES = (*SCHEDULES, "lossless")
-FIRST = 11
-"""Tokens of Turbo's first round."""
+CHUNKS = Schedule.parse("1 10 4 10")
+"""Text and speech alternate as in training: a chunk of ten speech tokens after 1 token of text, then after 4 each."""
+FIRST = sum(CHUNKS.pairs[0])
+"""Tokens up to the end of the first chunk, and of Turbo's first round."""
 SPEECH_ROWS = 16_400
 """Rows from the first marker of speech to the end of the released vocabularies."""
 
 
 @dataclass
 class Run:
-    """One measurement; times in seconds."""
+    """One measurement; times in seconds.
+
+    Attributes:
+        seconds: of the whole reply, with the prompt.
+        chunks: until each chunk of speech is generated.
+    """
 
     seconds: float
-    first: float
+    chunks: list[float]
     backbone_passes: int
     head_passes: int
+
+    @property
+    def first(self) -> float:
+        return self.chunks[0]
 
 
 def main(argv: list[str]) -> None:
@@ -76,6 +88,14 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = command_parser(__doc__, prog="benchmark.py decode")
+    add_arguments(parser)
+    parser.add_argument("--png", type=Path, help="draw the speeds into this file")
+    parser.add_argument("--json", type=Path, help="write all figures into this file")
+    return check(parser, parser.parse_args(argv))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured; :func:`check` checks it."""
     parser.add_argument("--model", type=Path, help="config.json or a model folder")
     parser.add_argument("--sizes", nargs="+", help="sizes of configs/models instead: 0.5b 1.5b 3b 7b")
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens (the paper's figure: 32)")
@@ -87,12 +107,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--rows", type=int, nargs="+", default=[1], help="replies at once, in the engine's Boost"
     )
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--ways", nargs="+", default=WAYS[:3], choices=WAYS)
+    parser.add_argument(
+        "--warm_up", type=int, metavar="N", help="tokens of the first run, which is not timed (default: all)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--attention", default="sdpa", help="of the plain loop")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--png", type=Path, help="draw the speeds into this file")
-    parser.add_argument("--json", type=Path, help="write all figures into this file")
-    arguments = parser.parse_args(argv)
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, unless they cannot be measured."""
+    if arguments.tokens < FIRST:
+        parser.error(f"--tokens {arguments.tokens}: give {FIRST} or more, the first chunk")
+    if arguments.repeats < 1:
+        parser.error(f"--repeats {arguments.repeats}: give 1 or more")
     if (arguments.model is None) == (arguments.sizes is None):
         parser.error("give --model or --sizes")
     return arguments
@@ -113,21 +142,11 @@ def device_name(arguments: argparse.Namespace) -> str:
 
 def measure_model(path: Path, arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """All ways and modes of one model, printed as a table."""
-    arguments.model = path
-    model = build_model(arguments)
-    speech = model.config.vocab_size - min(SPEECH_ROWS, model.config.vocab_size // 2)
-    length = arguments.prompt + arguments.tokens
-    engine = Engine(
-        model, max_rows=max(arguments.rows), max_length=length, speech=AudioRows(speech, speech + 1)
-    )
-    bandwidth = read_speed(engine)
-    runs: dict[tuple[str, str], list[Run]] = {}
-    for _ in range(arguments.repeats + 1):  # the first run of each warms up
-        for way, mode in ways(arguments):
-            run = (
-                plain(model, mode, arguments) if way == "plain" else engine_run(engine, way, mode, arguments)
-            )
-            runs.setdefault((way, mode), []).append(run)
+    model, engines = build(path, arguments)
+    engine = engines["engine"]
+    bandwidths = {way: read_speed(each) for way, each in engines.items()}
+    bandwidths["plain"] = bandwidths["engine"]
+    runs = best_runs(model, engines, arguments)
     table = Table(
         title=f"{path.stem}: {arguments.tokens} tokens after a prompt of {arguments.prompt}, {arguments.dtype}"
     )
@@ -145,42 +164,86 @@ def measure_model(path: Path, arguments: argparse.Namespace, console: Console) -
         table.add_column(column, justify="left" if column in ("mode", "way") else "right")
     summary: dict[str, Any] = {way: {} for way in WAYS}
     for way, mode in ways(arguments):
-        best = min(runs[way, mode][1:], key=lambda run: run.seconds)
-        first = min(run.first for run in runs[way, mode][1:])
+        best = runs[way, mode]
         speed = arguments.tokens / best.seconds
-        size = bytes_read(engine, best, way) / arguments.tokens
+        size = bytes_read(engines.get(way, engine), best, way) / arguments.tokens
+        share = speed * size / bandwidths[way]
         reference = summary["plain"].get("vanilla" if mode == "lossless" else mode)
         summary[way][mode] = {
             "tokens_per_second": round(speed, 2),
-            "first_11_seconds": round(first, 4),
-            "share_of_limit": round(speed * size / bandwidth, 3),
+            "first_11_seconds": round(best.first, 4),
+            "share_of_limit": round(share, 3),
         }
         gain = "" if reference is None else f"{speed / reference['tokens_per_second']:.2f}"
         table.add_row(
-            mode, way, f"{speed:.1f}", gain, f"{1000 * first:.1f}", f"{best.backbone_passes / arguments.tokens:.2f}",
-            f"{size / 1e6:.0f}", f"{speed * size / bandwidth:.0%}",
+            mode, way, f"{speed:.1f}", gain, f"{1000 * best.first:.1f}",
+            f"{best.backbone_passes / arguments.tokens:.2f}", f"{size / 1e6:.0f}", f"{share:.0%}",
         )  # fmt: skip
     console.print(table)
-    console.print(f"Weights are read at {bandwidth / 1e9:.1f} GB/s by one row")
+    console.print(f"Weights are read at {bandwidths['engine'] / 1e9:.1f} GB/s by one row")
     summary["rows"] = {}
     for count in arguments.rows:
         seconds = min(together(engine, count, arguments) for _ in range(2))
         summary["rows"][str(count)] = round(count * arguments.tokens / seconds, 2)
         console.print(f"Boost, {count} replies at once: {summary['rows'][str(count)]:.1f} tokens/s in all")
-    del model, engine
+    del model, engine, engines
     gc.collect()
     return summary
+
+
+def build(path: Path, arguments: argparse.Namespace) -> tuple[Any, dict[str, Engine]]:
+    """A model, and the engine of each way."""
+    model = build_model(argparse.Namespace(**{**vars(arguments), "model": path}))
+    speech = model.config.vocab_size - min(SPEECH_ROWS, model.config.vocab_size // 2)
+    length = arguments.prompt + arguments.tokens
+    rows = AudioRows(speech, speech + 1)
+    engines = dict.fromkeys(WAYS[1:3], Engine(model, max(arguments.rows), length, rows))
+    if "engine_int8" in arguments.ways:
+        engines["engine_int8"] = Engine(model, 1, length, rows, quantization="int8")
+    return model, engines
+
+
+def best_runs(
+    model: Any, engines: dict[str, Engine], arguments: argparse.Namespace
+) -> dict[tuple[str, str], Run]:
+    """The fastest run of each way and mode; they take turns. The first chunk's time is the fastest of all runs."""
+    runs: dict[tuple[str, str], list[Run]] = {}
+    for repeat in range(arguments.repeats + 1):  # the first run of each warms up
+        tokens = arguments.tokens if repeat or arguments.warm_up is None else arguments.warm_up
+        for way, mode in ways(arguments):
+            if way == "plain":
+                run = plain(model, mode, arguments, tokens)
+            else:
+                run = engine_run(engines[way], way, mode, arguments, tokens)
+            runs.setdefault((way, mode), []).append(run)
+    best = {}
+    for key, (_, *timed) in runs.items():
+        fastest = min(timed, key=lambda run: run.seconds)
+        first = min(run.first for run in timed)
+        best[key] = replace(fastest, chunks=[first, *fastest.chunks[1:]])
+    return best
+
+
+def chunk_ends(tokens: int) -> list[int]:
+    """Tokens up to the end of each chunk of speech in a reply of ``tokens``."""
+    ends: list[int] = []
+    for text, speech in CHUNKS.rounds():
+        end = (ends[-1] if ends else 0) + text + speech
+        if end > tokens:
+            return ends
+        ends.append(end)
+    raise AssertionError("a schedule has no end")
 
 
 def ways(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """The measurements in the order of the table."""
     for mode in arguments.modes:
-        for way in WAYS:
+        for way in arguments.ways:
             if (way, mode) != ("plain", "lossless"):
                 yield way, mode
 
 
-def plain(model: Any, mode: str, arguments: argparse.Namespace) -> Run:
+def plain(model: Any, mode: str, arguments: argparse.Namespace, tokens: int) -> Run:
     prompt = torch.arange(arguments.prompt, device=arguments.device)[None] + 5
     watch = Stopwatch()
     begin = now(arguments)
@@ -189,40 +252,42 @@ def plain(model: Any, mode: str, arguments: argparse.Namespace) -> Run:
             prompt,
             attention_mask=torch.ones_like(prompt),
             mtp_inference_mode=mode,
-            max_new_tokens=arguments.tokens,
+            max_new_tokens=tokens,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
             streamer=watch,
         )
     seconds = now(arguments) - begin
-    steps = list(islice(Schedule.parse(mode).steps(model.config.num_nextn_predict_layers), arguments.tokens))
+    steps = list(islice(Schedule.parse(mode).steps(model.config.num_nextn_predict_layers), tokens))
     passes = steps.count(BACKBONE)
-    return Run(seconds, watch.times[FIRST] - begin, passes, len(steps) - passes)
+    chunks = [watch.times[end] - begin for end in chunk_ends(tokens)]  # times[0] is the prompt's
+    return Run(seconds, chunks, passes, len(steps) - passes)
 
 
-def engine_run(engine: Engine, way: str, mode: str, arguments: argparse.Namespace) -> Run:
+def engine_run(engine: Engine, way: str, mode: str, arguments: argparse.Namespace, tokens: int) -> Run:
     lossless = mode == "lossless"
     request = Request(
         list(range(5, 5 + arguments.prompt)),
         "vanilla" if lossless else mode,
         lossless=lossless,
         audio_rows="on" if way == "engine_audio_rows" else "off",
-        max_new_tokens=arguments.tokens,
+        max_new_tokens=tokens,
     )
     begin = now(arguments)
     handle = engine.submit(request)
-    first, count = 0.0, 0
+    chunks: list[float] = []
+    ends, count = chunk_ends(tokens), 0
     for event in handle:
         count += len(getattr(event, "ids", ()))
-        if not first and count >= FIRST:
-            first = time.perf_counter() - begin
+        ready = sum(end <= count for end in ends)
+        chunks += [time.perf_counter() - begin] * (ready - len(chunks))
     seconds = now(arguments) - begin
     if lossless:
-        return Run(seconds, first, handle.stats.rounds, handle.stats.drafts)
-    steps = list(islice(Schedule.parse(mode).steps(engine.num_heads), arguments.tokens))
+        return Run(seconds, chunks, handle.stats.rounds, handle.stats.drafts)
+    steps = list(islice(Schedule.parse(mode).steps(engine.num_heads), tokens))
     passes = steps.count(BACKBONE)
-    return Run(seconds, first, passes, len(steps) - passes)
+    return Run(seconds, chunks, passes, len(steps) - passes)
 
 
 def together(engine: Engine, count: int, arguments: argparse.Namespace) -> float:

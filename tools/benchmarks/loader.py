@@ -154,11 +154,11 @@ def _watch_memory(loader: TrainLoader, stream: Iterator, samples: int) -> list[t
             while loader.report.seen - start < samples * part / 10:
                 next(stream)
             progress.update(loader.report.seen - start - progress.n)
-            measured.append((loader.report.seen - start, [_private_mib(process.pid) for process in workers]))
+            measured.append((loader.report.seen - start, [private_mib(process.pid) for process in workers]))
     return measured
 
 
-def _private_mib(process: int) -> float:
+def private_mib(process: int) -> float:
     status = Path(f"/proc/{process}/status").read_text()
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1024
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vita_audio.cli.arguments import CODEC, GENERATION, RUNTIME, command_parser
-from vita_audio.inference import AudioChunk, SpeechPipeline, prompts
+from vita_audio.inference import AudioChunk, Conversation, GenerationOptions, Reply, SpeechPipeline, prompts
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,12 +29,7 @@ def main(argv: Sequence[str]) -> None:
     options = GENERATION.read(args)
     question = prompts.speech_to_speech(args.question, system=pipeline.system_message())
 
-    for _ in range(2):  # the first run warms up
-        whole = pipeline.reply(question, options)
-        *events, streamed = pipeline.stream(question, options)
-    chunks = [event for event in events if isinstance(event, AudioChunk)]
-    if not chunks:
-        raise ValueError(f"{args.question}: the answer contains no speech, so there is nothing to time")
+    whole, streamed, chunks = stream(pipeline, question, options)
     table = Table(
         "chunk", "codes", "speech, s", "ready after, s", title=f"{streamed.options.schedule.name}, streamed"
     )
@@ -49,3 +44,20 @@ def main(argv: Sequence[str]) -> None:
     )
     print(json.dumps({"benchmark": "sts", "chunk_seconds": [round(chunk.seconds, 4) for chunk in chunks],
                       "first_sound_seconds": round(first, 4), "whole_seconds": round(total, 4)}))  # fmt: skip
+
+
+def stream(
+    pipeline: SpeechPipeline, question: Conversation, options: GenerationOptions
+) -> tuple[Reply, Reply, list[AudioChunk]]:
+    """An answer decoded at the end, and the same answer streamed with its chunks; the first run of each warms up.
+
+    Raises:
+        ValueError: the answer contains no speech.
+    """
+    for _ in range(2):
+        whole = pipeline.reply(question, options)
+        *events, streamed = pipeline.stream(question, options)
+    chunks = [event for event in events if isinstance(event, AudioChunk)]
+    if not chunks or not isinstance(streamed, Reply):
+        raise ValueError(f"{question.audios[0]}: the answer contains no speech, so there is nothing to time")
+    return whole, streamed, chunks

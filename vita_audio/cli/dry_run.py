@@ -201,7 +201,9 @@ def _config(run: DryRun, model: ModelArguments, data: DataArguments) -> Qwen2MTP
         )
         try:
             tokenizer = open_tokenizer(model.tokenizer_name_or_path or folder)
-            extend_tokenizer(tokenizer, data.continuous_input, codec.codebook_size())
+            added = extend_tokenizer(tokenizer, data.continuous_input, codec.codebook_size())
+            if model.lora_train_embeddings is None:
+                model.lora_train_embeddings = added > 0
             config.vocab_size = max(config.vocab_size, -len(tokenizer) // 8 * -8)
         except (ValueError, OSError) as error:
             run.problems.append(str(error))
@@ -234,7 +236,8 @@ def _complete_values(run: DryRun, config: Qwen2MTPConfig, *groups: Any) -> None:
         value = getattr(config, name, None) or (config.rope_parameters or {}).get(name)
         run.values[name] = Value(str(value), "checkpoint")
     for group in groups:
-        own = type(group).__annotations__
+        ours = [each for each in type(group).__mro__ if each.__module__.startswith("vita_audio.")]
+        own = {name for each in ours for name in each.__annotations__}
         for entry in fields(group):
             if entry.name in run.values or entry.name in _INTERNAL or entry.name not in own:
                 continue

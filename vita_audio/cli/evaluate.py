@@ -39,20 +39,24 @@ from vita_audio.distributed import is_first
 from vita_audio.evaluation.benchmarks import Benchmark, choose
 from vita_audio.evaluation.evaluate import evaluate
 from vita_audio.evaluation.items import PLAIN_NAME, file_name
+from vita_audio.evaluation.modes import TRADEOFF, modes_for, needs_engine
 from vita_audio.evaluation.normalisers import NORMALISERS, normaliser
 from vita_audio.evaluation.preparation import prepared_checksum
+from vita_audio.evaluation.quality import QUALITY_MODELS
 from vita_audio.evaluation.results import folder_fingerprint
 from vita_audio.evaluation.scoreboard import TASKS, Row, markdown
 from vita_audio.evaluation.settings import DECODINGS, BenchmarkSet, Checkpoint, Settings, check
 from vita_audio.evaluation.similarity import SPEAKER_MODELS, SpeakerConfig
 from vita_audio.evaluation.tasks import SeedTTS, SpeechRecognition, SpeechSynthesis, Task
 from vita_audio.evaluation.tasks.seed_tts import LANGUAGES, language_of
+from vita_audio.evaluation.tasks.tts import Reading
+from vita_audio.evaluation.tradeoff import write_tradeoff
 from vita_audio.evaluation.transcribers import RECOGNISERS, TranscriberConfig
 from vita_audio.files import write_json
-from vita_audio.inference import GenerationOptions, Schedule, SpeechPipeline
+from vita_audio.inference import GenerationOptions, SpeechPipeline
 from vita_audio.inference.pipeline import check_family, default_device
 from vita_audio.models.open import locate, open_config
-from vita_audio.models.schedule import SCHEDULES, schedules_for
+from vita_audio.models.schedule import SCHEDULES
 from vita_audio.provenance import RUN_FILE, describe_run
 
 logger = logging.getLogger(__name__)
@@ -63,8 +67,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--checkpoints", nargs="+", required=True, metavar="STAGE=DIR[@MODE,…]")
     parser.add_argument(
-        "--modes", nargs="+", default=list(SCHEDULES), metavar="MODE",
-        help="names, or numbers joined by dashes such as 1-10-4-10 (default: the paper's four)",
+        "--modes", nargs="+", metavar="MODE",
+        help="names, numbers joined by dashes such as 1-10-4-10, or lossless; MODE+audio_rows reads only the rows of "
+        "speech (default: the paper's four)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tradeoff", action="store_true",
+        help="quality against speed: also score lossless and audio_rows, and write tradeoff.md, .png and .svg",
     )  # fmt: skip
     for task in TASKS.values():
         parser.add_argument(
@@ -104,12 +113,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_common_arguments(parser)
     args = parser.parse_args(argv)
 
+    args.modes = args.modes or list(TRADEOFF if args.tradeoff else SCHEDULES)
     files = [(task, text) for task in TASKS for text in getattr(args, task)]
     if not files and not args.benchmarks:
         flags = ", ".join(f"--{task}" for task in TASKS)
         raise ValueError(f"nothing to score: give --benchmarks, or one of {flags}")
     checkpoints = [_read_checkpoint(text, args) for text in args.checkpoints]
-    sets = [*_read_sets(files, args), *_read_benchmarks(args)]
+    sets = [_judged(one, args) for one in (*_read_sets(files, args), *_read_benchmarks(args))]
     twice = [name for name, count in Counter(one.name.lower() for one in sets).items() if count > 1]
     if twice:
         raise ValueError(f"two test sets have the name {twice[0]!r}; give them different names")
@@ -175,7 +185,7 @@ def main_single(task: str, argv: Sequence[str] | None = None, **defaults: object
         name, language = "seed_tts", args.metric.removeprefix("seed-tts-")
         args.seed_tts_language, args.chinese_transcriber = language, args.transcriber or "pocketsphinx"
         args.chinese_transcriber_path = args.transcriber_path
-    sets = _read_sets([(name, f"{task}={args.json_path}")], args)
+    sets = [_judged(one, args) for one in _read_sets([(name, f"{task}={args.json_path}")], args)]
     _run(f"evaluate_{task}", args, [checkpoint], sets, settings)
 
 
@@ -199,6 +209,8 @@ def _run(
     rows: list[Row] = evaluate(checkpoints, sets, settings, args.output_dir, open_pipeline)
     if is_first():
         print(f"\n{markdown(rows)}\n{args.output_dir / 'results.md'}", flush=True)
+        if getattr(args, "tradeoff", False):
+            print(write_tradeoff(args.output_dir, rows), flush=True)
     failed = sum(facts["failed"] for row in rows for facts in row["sets"].values())
     if failed:
         sys.exit(f"error: {failed} items failed (named above); start the command again to try them again")
@@ -244,11 +256,18 @@ def _add_common_arguments(parser: CommandParser) -> None:
         "--speaker_model", choices=(*SPEAKER_MODELS, "none"),
         help="embedding that compares the model's voice with the voice prompt (default: the benchmark's, else none)",
     )  # fmt: skip
+    group.add_argument(
+        "--quality_model", choices=(*QUALITY_MODELS, "none"), default="none",
+        help="network that judges how natural the speech of TTS and Seed-TTS sounds (default: none)",
+    )  # fmt: skip
     group.add_argument("--speaker_model_path", metavar="FILE", help="its weights")
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    codec = {name: getattr(args, name) for name in ("audio_tokenizer_type", "dtype", "attn_implementation")}
+    # Scores may depend on these; they do not on the device, nor on the engine, which is exact.
+    runtime = vars(RUNTIME.read(args))
+    codec = {name: value for name, value in runtime.items() if name not in ("device", "engine")}
+    codec["audio_tokenizer_type"] = args.audio_tokenizer_type
     folders = ("audio_tokenizer_path", "flow_path", "frontend_path")
     return Settings(
         batch_size=args.batch_size,
@@ -267,8 +286,9 @@ def _read_checkpoint(text: str, args: argparse.Namespace) -> Checkpoint:
     heads = _count_heads(folder, args.audio_tokenizer_type)
     names = [mode.replace("-", " ") for mode in (chosen.split(",") if chosen else args.modes)]
     for name in names:
-        Schedule.parse(name)
-    return Checkpoint(stage, locate(folder), names if chosen else schedules_for(heads, names))
+        if needs_engine(name) and args.engine is False:
+            raise ValueError(f"mode {name}: needs the engine; leave out --engine false")
+    return Checkpoint(stage, locate(folder), names if chosen else modes_for(heads, names))
 
 
 def _count_heads(folder: str | Path, audio_tokenizer_type: str) -> int:
@@ -330,8 +350,15 @@ def _benchmark_set(one: Benchmark, root: Path, args: argparse.Namespace) -> Benc
     items = task.read(path, args.data_root or root, args.limit)
     prepared = None if args.limit is not None else prepared_checksum(path)
     return BenchmarkSet(
-        one.name, task, path, items, recogniser, speaker, one.decoding, tuple(one.published), prepared
+        one.name, task, path, items, recogniser, speaker, None, one.decoding, tuple(one.published), prepared
     )
+
+
+def _judged(one: BenchmarkSet, args: argparse.Namespace) -> BenchmarkSet:
+    """The set with the network of ``--quality_model``, if its task has such a column."""
+    if args.quality_model == "none" or not isinstance(one.task, Reading):
+        return one
+    return replace(one, quality=args.quality_model)
 
 
 def _named_file(text: str, data_root: Path | None) -> tuple[str, Path]:

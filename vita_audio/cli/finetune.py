@@ -147,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 language_model_freeze=model_args.language_model_freeze,
                 audio_model_freeze=model_args.audio_model_freeze,
             )
+            if model_args.lora_r:
+                model = with_lora(model, model_args)
             logger.info(describe_trainable(model))
 
             # 7. Train, from where an earlier run was stopped.
@@ -239,7 +241,8 @@ def open_tokenizers(
 ) -> tuple[PreTrainedTokenizerBase, CodecSpec]:
     """The text tokenizer, with the codec's tokens, and the codec.
 
-    The codec is opened once on each machine that has its folder, to check that it is the right one.
+    The codec is opened once on each machine that has its folder, to check that it is the right one. Tokens that the
+    model does not know yet let LoRA train the embeddings, unless an option says otherwise.
 
     Raises:
         ValueError, OSError: a folder cannot be used.
@@ -260,7 +263,9 @@ def open_tokenizers(
                 f"--audio_tokenizer_path {codec.path}: no codec of --audio_tokenizer_type {codec.kind} ({error!r}); "
                 "give a matching folder and type"
             ) from error
-    extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
+    added = extend_tokenizer(tokenizer, is_continuous_kind(codec.kind), codec.codebook_size())
+    if model_args.lora_train_embeddings is None:
+        model_args.lora_train_embeddings = added > 0
     return tokenizer, codec
 
 
@@ -374,6 +379,14 @@ def open_model(
     if model_args.num_nextn_predict_layers:
         model.set_default_mode(data_args.text_audio_interval_ratio)
     return model
+
+
+def with_lora(model: PreTrainedModel, model_args: ModelArguments) -> PreTrainedModel:
+    """The model with adapters, which behaves as the model does."""
+    from vita_audio.training.lora import add_lora  # PEFT takes seconds to import
+
+    wrapped: Any = add_lora(model, model_args)
+    return wrapped
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from vita_audio.cli.arguments import command_parser
 from vita_audio.models import Qwen2MTPConfig
 from vita_audio.models.open import config_with_heads, open_config
 from vita_audio.training.deepspeed_config import read_deepspeed_config
+from vita_audio.training.lora_arguments import LoraArguments
 from vita_audio.training.planner import GPUS, Gpu, Plan, Setup, Zero, make_plan
 from vita_audio.training.step_memory import Batch
 
@@ -68,6 +69,10 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--supervised", type=float, default=0.5, help="share of tokens that are learnt")
     parser.add_argument("--speech_share", type=float, default=1.0, help="share of tokens that are speech")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--lora_r", type=int, default=0, help="rank of LoRA adapters (default: no LoRA)")
+    parser.add_argument(
+        "--train_embeddings", action="store_true", help="with --lora_r: embedding and LM head train"
+    )
     parser.add_argument("--no_gradient_checkpointing", action="store_true")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak (default: 0.4)")
     parser.add_argument("--sheet", action="store_true", help="all stages on all kinds of GPU, as Markdown")
@@ -91,14 +96,18 @@ def plan_stage(stage: int, options: argparse.Namespace, gpus: int) -> Plan:
         sensevoice=options.variant == "plus",
     )
     deepspeed = options.deepspeed or REPOSITORY / "scripts/deepspeed" / script["DEFAULT_DEEPSPEED_CONFIG"]
+    frozen = script["LANGUAGE_MODEL_FREEZE"] == "True"
+    lora = LoraArguments(lora_r=options.lora_r, lora_train_embeddings=options.train_embeddings)
+    lora.check_lora(language_model_freeze=frozen)
     setup = Setup(
-        language_model_freeze=script["LANGUAGE_MODEL_FREEZE"] == "True",
+        language_model_freeze=frozen,
         batch=Batch(options.rows, options.seq or _ROW_LENGTHS[stage], options.document, options.supervised),
         accumulation=options.accumulation,
         steps=options.steps or int(script["MAX_STEPS"]),
         gpus=gpus,
         dtype=getattr(torch, options.dtype),
         checkpointing=not options.no_gradient_checkpointing,
+        lora=lora if options.lora_r else None,
     )
     return make_plan(config, setup, Zero.from_config(read_deepspeed_config(str(deepspeed))))
 

@@ -36,6 +36,7 @@ from vita_audio.corpora import (
     read_recipes,
 )
 from vita_audio.corpora.cleaning import Recogniser
+from vita_audio.corpora.normalisers import NORMALISERS
 from vita_audio.corpora.own import own_recipe, write_mix
 from vita_audio.corpora.recipes import TASKS, Recipe
 from vita_audio.corpora.text import LANGUAGES
@@ -72,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         recipe = find_recipe(options.name, read_recipes())
     tasks = () if options.name == OWN else tuple(options.tasks)
-    settings = Settings(tasks, options.clips, options.num_workers, CLEANING.read(options))
+    settings = Settings(
+        tasks, tuple(options.normalise), options.clips, options.num_workers, CLEANING.read(options)
+    )
     tallies = prepare(recipe, source, root, settings, checks_of(options))
     if is_first():
         print(summary(tallies))
@@ -91,8 +94,13 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         help="samples that an utterance becomes (default: as the published mix most likely uses the set)",
     )  # fmt: skip
     parser.add_argument(
-        "--clips", choices=("tar", "files"), default="tar",
-        help="clips that cannot stay where they are: one tar archive per unit, or single files (default: tar)",
+        "--normalise", nargs="+", choices=sorted(NORMALISERS), default=[], metavar="NAME",
+        help=f"text normalisers after those of the recipe: {', '.join(sorted(NORMALISERS))} (docs/corpora.md)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--clips", choices=("tar", "files", "stay"), default="tar",
+        help="clips of compressed archives, Parquet files and long recordings go into one tar archive per unit, or "
+        "into single files; stay: those of Parquet files stay in them (default: tar)",
     )  # fmt: skip
     parser.add_argument("--num_workers", type=int, default=1, help="processes (default: 1)")
     parser.add_argument(

@@ -30,6 +30,7 @@ from vita_audio import files
 from vita_audio.audio import load_audio
 from vita_audio.cli.arguments import command_parser
 from vita_audio.constants import AUDIO_TAG
+from vita_audio.evaluation.figures import ANALYSIS
 from vita_audio.evaluation.scoreboard import LEGEND, columns, interval_text
 from vita_audio.models.schedule import SCHEDULES
 
@@ -90,6 +91,7 @@ def write_report(run: Path, out: Path, title: str) -> Path:
         for name, figure in pictures.items()
         if figure is not None
     }
+    analysis = analysis_pictures(run)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined)
     template = environment.from_string(
         Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
@@ -99,6 +101,7 @@ def write_report(run: Path, out: Path, title: str) -> Path:
         subtitle=subtitle(logs, scores),
         conversations=conversations(replies, sounds),
         scores=score_table(scores),
+        analysis=analysis,
         **embedded,
     )
     files.write_text(out, page)
@@ -152,6 +155,15 @@ def stage_title(state: Path) -> str:
             return STAGES[match[1]]
     folder = state.resolve().parent
     return (folder.parent if folder.name.startswith("checkpoint-") else folder).name
+
+
+def analysis_pictures(run: Path) -> dict[str, str]:
+    """The figures of tools/analyse_attention.py as data URIs, by name; empty if it has not run."""
+    result = find(run, "analysis.json")
+    if result is None:
+        return {}
+    paths = {name: result.with_name(f"{name}.png") for name in ANALYSIS}
+    return {name: data_uri("image/png", path.read_bytes()) for name, path in paths.items() if path.is_file()}
 
 
 def read_list(path: Path) -> list[Entry]:

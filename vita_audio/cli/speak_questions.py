@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     layout = SpokenTexts(
         speaker.open, tuple(options.voices), options.answer_voice, options.max_characters, options.answers
     )
-    settings = Settings((), options.clips, options.num_workers, CLEANING.read(options))
+    settings = Settings(clips=options.clips, num_workers=options.num_workers, cleaning=CLEANING.read(options))
     checks = checks_of(
         options, repr((speaker, layout.voices, layout.answer_voice, layout.max_characters, layout.answers))
     )

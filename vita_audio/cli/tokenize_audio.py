@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -104,7 +105,7 @@ def tokenize(specs: list[SourceSpec], options: argparse.Namespace, rank: int, wo
     summary = Summary(rank, folder / f"failures-{rank:05d}.jsonl")
     done = cached_sizes(folder)
     todo = []
-    for path in sorted(_audios(specs, options, rank, world_size, summary)):
+    for path in sorted(_audios(specs, options, rank, world_size, summary), key=_rows_in_order):
         key = audio_key(path, options.data_root)
         if key in done and _unchanged(path, done[key]):
             summary.there_already += 1
@@ -158,6 +159,11 @@ class Summary:
             f"{self.hours_per_second:.5f} hours of speech per second; {self.there_already} were already encoded; "
             f"failures: {failures}; unusable samples: {samples}"
         )
+
+
+def _rows_in_order(path: str) -> list[str | int]:
+    """A key that sorts numbers by value: rows of a Parquet file are fastest to read in their order."""
+    return [int(part) if at % 2 else part for at, part in enumerate(re.split("([0-9]+)", path))]
 
 
 def _unchanged(path: str, size: int) -> bool:

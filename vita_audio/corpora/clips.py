@@ -2,8 +2,8 @@
 
 An audio file, or a member of an uncompressed tar archive, stays where it is. Anything else (content of a Parquet
 file or of a compressed archive, a part of a long recording) is written: by default into one tar archive per unit,
-which keeps the number of files small, or into single files. Encoded content is written unchanged; parts are written
-as FLAC.
+which keeps the number of files small, or into single files. With ``"stay"`` content of a Parquet file stays there
+too. Encoded content is written unchanged; parts are written as FLAC.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ClipStore:
         root: the data root.
         output: the file that names the clips, below the root.
         folder: of the unit's clips below it, without suffix.
-        kind: ``"tar"`` or ``"files"``.
+        kind: ``"tar"``, ``"files"`` or ``"stay"``.
     """
 
     def __init__(self, root: Path, output: Path, folder: str, kind: str) -> None:
@@ -83,6 +83,8 @@ class ClipStore:
         """Path of a clip for a sample: relative to the output's folder or the data root if below one, else absolute."""
         if isinstance(clip.audio, str) and clip.is_whole_file:
             return self._short(clip.audio)
+        if self._kind == "stay" and clip.row and clip.start == 0 and clip.end is None:
+            return self._short(clip.row)
         encoded = isinstance(clip.audio, bytes) and clip.start == 0 and clip.end is None
         content = clip.audio if encoded and isinstance(clip.audio, bytes) else _flac(waveform, rate)
         file = re.sub(r"[^\w.+-]", "_", name)[-150:] + (_suffix(content, clip.suffix) if encoded else ".flac")

@@ -13,15 +13,17 @@ class Clip:
     """A recording, or a part of one.
 
     Attributes:
-        audio: path of an audio file (also of a member of a tar archive), or the content of one.
+        audio: path of an audio file or of a member of an archive, or the content of one.
         start, end: the part, in seconds; an end of None is the end of the recording.
         suffix: of the file that held the content, such as ``".mp3"``.
+        row: path of the content in a Parquet file (:mod:`vita_audio.audio.archives`); empty: it has none.
     """
 
     audio: str | bytes
     start: float = 0.0
     end: float | None = None
     suffix: str = ""
+    row: str = ""
 
     @property
     def is_whole_file(self) -> bool:

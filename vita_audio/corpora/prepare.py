@@ -51,11 +51,14 @@ class Settings:
 
     Attributes:
         tasks: samples that an utterance becomes; empty: those of the recipe.
-        clips: clips that cannot stay where they are go into one ``tar`` per unit, or into ``files``.
+        normalise: names of text normalisers, after those of the recipe.
+        clips: clips that cannot stay where they are go into one ``tar`` per unit, or into ``files``; with ``stay``
+            those in Parquet files stay there too, and others go into ``tar``.
         num_workers: processes on this machine; with torchrun, per process of the launch.
     """
 
     tasks: tuple[str, ...] = ()
+    normalise: tuple[str, ...] = ()
     clips: str = "tar"
     num_workers: int = 1
     cleaning: Cleaning = field(default_factory=Cleaning)
@@ -119,7 +122,11 @@ def prepare(
     for part in recipe.parts:
         if part.output in tallies:  # another alternative was there
             continue
-        part = replace(part, tasks=settings.tasks or part.tasks) if part.tasks else part
+        part = replace(
+            part,
+            tasks=part.tasks and (settings.tasks or part.tasks),
+            normalise=part.normalise + settings.normalise,
+        )
         opened = layout or open_layout(part.layout, dict(part.options), f"{recipe.name}: {part.output}")
         tally = _prepare_part(recipe.name, part, opened, source, root, settings, checks or Checks())
         if tally is not None:

@@ -13,7 +13,7 @@ files              output: pattern of its files below SOURCE, a list of patterns
 layout             how the files are read (:data:`vita_audio.corpora.layouts.LAYOUTS`); its options are further keys
 language           ``en``, ``zh`` or a list: the language check
 tasks              ``asr``, ``tts``, ``clone``: the samples that an utterance becomes
-normalise          names of :data:`vita_audio.corpora.text.NORMALISERS`, in order
+normalise          names of :data:`vita_audio.corpora.normalisers.NORMALISERS`, in order
 =================  ============================================================================================
 
 A pattern may hold ``*``, ``?``, ``[…]`` and ``**``.
@@ -28,7 +28,8 @@ from typing import Any
 
 import yaml
 
-from vita_audio.corpora.text import LANGUAGES, NORMALISERS
+from vita_audio.corpora.normalisers import NORMALISERS
+from vita_audio.corpora.text import LANGUAGES
 from vita_audio.strict_yaml import load_yaml
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "corpora"

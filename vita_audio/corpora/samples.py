@@ -20,8 +20,8 @@ from vita_audio.corpora.cleaning import Cleaning, Recogniser, Rejection, Tally
 from vita_audio.corpora.clips import ClipStore, decode
 from vita_audio.corpora.hygiene import TestSetIndex, sentences_of
 from vita_audio.corpora.items import Broken, Clip, Dialogue, Item, Rejected, Utterance
+from vita_audio.corpora.normalisers import normalise
 from vita_audio.corpora.recipes import Part
-from vita_audio.corpora.text import normalise
 
 Sample = dict[str, Any]
 

@@ -52,7 +52,8 @@ def rows_of(file: Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, Row 
         if isinstance(row, Mapping):
             yield name, row
         else:
-            yield name, Broken(name, Rejection.BAD_ROW, f"{file}, row {number}: {row}")
+            fault = str(row) if isinstance(row, ValueError) else f"{type(row).__name__}, not an object"
+            yield name, Broken(name, Rejection.BAD_ROW, f"{file}, row {number}: {fault}")
 
 
 def _parquet_rows(file: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -101,7 +102,7 @@ def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
+        return ValueError(f"not JSON: {error}")
 
 
 def _table_rows(file: Path) -> Iterator[Any]:
@@ -141,7 +142,7 @@ class AudioTable(Layout):
     columns: Mapping[str, str]
 
     def read(self, unit: Path, source: Path) -> Iterator[Item]:
-        for name, row in rows_of(unit, list(self.columns.values())):
+        for number, (name, row) in enumerate(rows_of(unit, list(self.columns.values()))):
             if isinstance(row, Broken):
                 yield row
                 continue
@@ -153,21 +154,28 @@ class AudioTable(Layout):
                 continue
             id_ = text_of(row.get(self.columns.get("id", ""))) or name
             speaker = text_of(row.get(self.columns.get("speaker", ""))) or None
-            clip = stored_clip(row[self.columns["audio"]], source)
+            clip = stored_clip(row, self.columns["audio"], source, unit, number)
             if clip is None:
                 yield Broken(id_, Rejection.NO_AUDIO, f"{unit.name}: the row {name} holds no audio")
             else:
                 yield Utterance(id_, text_of(row[self.columns["text"]]), clip, speaker)
 
 
-def stored_clip(stored: Any, source: Path) -> Clip | None:
-    """The clip of an audio column: its content, or a path below SOURCE; None if it has neither."""
+def stored_clip(row: Row, column: str, source: Path, unit: Path, number: int) -> Clip | None:
+    """The clip of an audio column: its content, or a path below SOURCE; None if it has neither.
+
+    Args:
+        number: of the row in its file ``unit``.
+    """
+    stored = row.get(column)
     if not isinstance(stored, Mapping):
         stored = {"bytes": stored} if isinstance(stored, bytes) else {"path": stored}
     content, path = stored.get("bytes"), stored.get("path")
     suffix = PurePath(path).suffix if isinstance(path, str) else ""
     if isinstance(content, bytes) and content:
-        return Clip(content, suffix=suffix)
+        return Clip(
+            content, suffix=suffix, row=f"{unit}/{column}/{number}" if unit.suffix == ".parquet" else ""
+        )
     return Clip(find_below(source, path)) if isinstance(path, str) and path else None
 
 
@@ -210,22 +218,22 @@ class SpokenAnswers(Layout):
     columns: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, unit: Path, source: Path) -> Iterator[Item]:
-        for name, row in rows_of(unit, list(self.columns.values())):
+        for number, (name, row) in enumerate(rows_of(unit, list(self.columns.values()))):
             if isinstance(row, Broken):
                 yield row
             elif row.get("messages") or row.get("conversations"):
                 yield _sample(name, row, unit, source)
             else:
-                yield self._answer(name, row, unit, source)
+                yield self._answer(name, row, unit, source, number)
 
-    def _answer(self, name: str, row: Row, unit: Path, source: Path) -> Item:
+    def _answer(self, name: str, row: Row, unit: Path, source: Path, number: int) -> Item:
         columns = self.columns
         absent = next((key for key in ("answer", "question_audio") if columns.get(key) not in row), None)
         if absent is not None:
             return missing_column(name, columns.get(absent, "messages"), row)
         id_ = text_of(row.get(columns.get("id", ""))) or name
-        question = stored_clip(row[columns["question_audio"]], source)
-        answer = stored_clip(row.get(columns.get("answer_audio", "")), source)
+        question = stored_clip(row, columns["question_audio"], source, unit, number)
+        answer = stored_clip(row, columns.get("answer_audio", ""), source, unit, number)
         if question is None:
             return Broken(id_, Rejection.NO_AUDIO, f"{unit.name}: the row {name} holds no spoken question")
         text = text_of(row[columns["answer"]]).strip()
@@ -268,52 +276,67 @@ def _with_audios(row: Row) -> Row:
     return {"id": row.get("id"), "messages": messages, "audios": audios}
 
 
+Turns = str | Sequence[Mapping[str, str]]
+"""A column that holds the conversation, or its turns: see :class:`Texts`."""
+
+
 @dataclass(frozen=True)
 class Texts(Layout):
     """Rows of text, without audio.
 
     Attributes:
         messages: name of the column that holds the conversation, or a list of turns: ``{ROLE: template}`` with columns
-            as ``{NAME}``, or ``{turns: COLUMN}``
-            for all turns of a column. A system message without text is left out.
+            as ``{NAME}``, or ``{turns: COLUMN}`` for all turns of a column; or ``{first_of: [...]}`` of these, of which
+            a row takes the first whose columns it has. A system message without text is left out.
     """
 
-    messages: str | Sequence[Mapping[str, str]]
+    messages: Turns | Mapping[str, Sequence[Turns]]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.messages, Mapping) and list(self.messages) != ["first_of"]:
+            raise TypeError("Texts() messages must be a column, a list of turns, or {first_of: [...]}")
 
     def read(self, unit: Path, source: Path) -> Iterator[Item]:
+        forms = self.messages["first_of"] if isinstance(self.messages, Mapping) else [self.messages]
+        absent = ""
         for name, row in rows_of(unit):
             if isinstance(row, Broken):
                 yield row
                 continue
-            absent = next((column for column in self._columns() if column not in row), None)
-            if absent is not None:
+            for form in forms:
+                absent = next((column for column in _columns(form) if column not in row), "")
+                if not absent:
+                    break
+            if absent:
                 yield missing_column(name, absent, row)
                 continue
             try:
-                yield Dialogue(name, list(self._turns(row)))
+                yield Dialogue(name, list(_turns(form, row)))
             except (TypeError, ValueError, KeyError) as error:
                 yield Broken(name, Rejection.BAD_ROW, f"{unit.name}: {name}: {error}")
 
-    def _columns(self) -> Iterator[str]:
-        if isinstance(self.messages, str):
-            yield self.messages
-            return
-        for turn in self.messages:
-            for role, template in turn.items():
-                yield from [template] if role == "turns" else _FIELD.findall(template)
 
-    def _turns(self, row: Row) -> Iterator[Mapping[str, str]]:
-        if isinstance(self.messages, str):
-            yield from listed_turns(row[self.messages])
-            return
-        for turn in self.messages:
-            for role, template in turn.items():
-                if role == "turns":
-                    yield from listed_turns(row[template])
-                    continue
-                content = _FIELD.sub(lambda match: text_of(row[match[1]]), template).strip()
-                if content or role != "system":
-                    yield {"role": role, "content": re.sub(r"\n{3,}", "\n\n", content)}
+def _columns(form: Turns) -> Iterator[str]:
+    if isinstance(form, str):
+        yield form
+        return
+    for turn in form:
+        for role, template in turn.items():
+            yield from [template] if role == "turns" else _FIELD.findall(template)
+
+
+def _turns(form: Turns, row: Row) -> Iterator[Mapping[str, str]]:
+    if isinstance(form, str):
+        yield from listed_turns(row[form])
+        return
+    for turn in form:
+        for role, template in turn.items():
+            if role == "turns":
+                yield from listed_turns(row[template])
+                continue
+            content = _FIELD.sub(lambda match: text_of(row[match[1]]), template).strip()
+            if content or role != "system":
+                yield {"role": role, "content": re.sub(r"\n{3,}", "\n\n", content)}
 
 
 def listed_turns(value: Any) -> Iterator[Mapping[str, str]]:

@@ -31,7 +31,7 @@ class Questions(Layout):
     def read(self, unit: Path, source: Path) -> Iterator[Item]:
         audio, answers = self.columns["question_audio"], self.columns["answers"]
         read = {name.split(".")[0] for name in self.columns.values()}
-        for name, row in rows_of(unit, sorted(read)):
+        for number, (name, row) in enumerate(rows_of(unit, sorted(read))):
             if isinstance(row, Broken):
                 yield row
                 continue
@@ -40,7 +40,7 @@ class Questions(Layout):
                 yield missing_column(name, absent, row)
                 continue
             id_ = text_of(row.get(self.columns.get("id", ""))) or name
-            clip = stored_clip(row[audio], source)
+            clip = stored_clip(row, audio, source, unit, number)
             accepted = _answers(row, answers)
             if clip is None:
                 yield Broken(id_, Rejection.NO_AUDIO, f"{unit.name}: the row {name} holds no spoken question")

@@ -1,10 +1,10 @@
-"""Texts of corpora: normalisation, by name, and the checks that need no audio."""
+"""Texts of corpora: the checks that need no audio."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 LANGUAGES = ("en", "zh")
 """Languages that the check can tell apart, by their script."""
@@ -12,16 +12,6 @@ LANGUAGES = ("en", "zh")
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _FOREIGN_SHARE = {"en": 0.1, "zh": 0.7}
 """The most letters of another script: names in Chinese texts are often written in Latin letters."""
-_BETWEEN_HAN = re.compile(r"(?<=[\u3400-\u9fff，。！？、；：])\s+(?=[\u3400-\u9fff，。！？、；：])")
-_GIGASPEECH_MARKS = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
-_MARKS = re.compile(r"<[^<>|]{1,20}>|\[[^\[\]]{1,20}\]")
-
-
-def normalise(text: str, names: Sequence[str]) -> str:
-    """A text after some of :data:`NORMALISERS`, in Unicode's composed form and with single spaces."""
-    for name in names:
-        text = NORMALISERS[name](text)
-    return re.sub(r"[^\S\n]+", " ", unicodedata.normalize("NFC", text)).strip()
 
 
 def characters(text: str) -> int:
@@ -47,40 +37,3 @@ def is_of(text: str, languages: Sequence[str]) -> bool:
     latin = sum("LATIN" in unicodedata.name(letter, "") for letter in letters) / len(letters)
     share = {"zh": han, "en": latin}
     return any(1 - share[language] <= _FOREIGN_SHARE[language] for language in languages)
-
-
-def _simplified(text: str) -> str:
-    from vita_audio.extras import needs_extra
-
-    with needs_extra("corpora"):
-        import zhconv
-    simplified: str = zhconv.convert(text, "zh-cn")
-    return simplified
-
-
-def _gigaspeech(text: str) -> str:
-    """Punctuation marks of GigaSpeech as punctuation."""
-    for mark, sign in _GIGASPEECH_MARKS.items():
-        text = re.sub(rf"\s*{mark}", sign, text)
-    return text
-
-
-def _sentence(text: str) -> str:
-    """A text in capitals in lower case, but for the first letter of a sentence and the word I."""
-    if text != text.upper():
-        return text
-    text = re.sub(r"\bi\b", "I", text.lower())
-    return re.sub(r"(^|[.?!]\s+)(\w)", lambda match: match[1] + match[2].upper(), text)
-
-
-NORMALISERS: dict[str, Callable[[str], str]] = {
-    "gigaspeech": _gigaspeech,
-    "lower": str.lower,
-    "marks": lambda text: _MARKS.sub(" ", text),
-    "nfkc": lambda text: unicodedata.normalize("NFKC", text),
-    "no_spaces": lambda text: _BETWEEN_HAN.sub("", text),
-    "sentence": _sentence,
-    "simplified": _simplified,
-}
-"""``marks`` removes ``<sil>`` and ``[noise]``; ``no_spaces`` those between Chinese characters; ``nfkc`` makes
-full-width letters and digits half-width; ``simplified`` converts traditional characters."""

@@ -9,21 +9,19 @@ that file. A read-only cache can be used if it holds the Arrow files already. Pa
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
 from datasets.data_files import DataFilesDict, DataFilesList
-from datasets.io.generator import GeneratorDatasetInputStream
 from datasets.io.parquet import ParquetDatasetReader
 
 from vita_audio.chat import Reason, SampleError, SampleFileError, sample_lines
 from vita_audio.data.faults import NOT_WRITABLE, MachineError, first_line, machine_fault
+from vita_audio.data.line_builder import LINE, LineBuilder
 
-_LINE = "line"
 _SAMPLE_COLUMNS = ("messages", "conversations", "audios")
 
 
@@ -73,7 +71,7 @@ class Rows:
             row: Mapping[str, Any] = self._table[index]
         except Exception as error:
             raise SampleError(Reason.UNREADABLE_ROW, first_line(error)) from error
-        line = row.get(_LINE)
+        line = row.get(LINE)
         return line if isinstance(line, str) else row
 
 
@@ -98,7 +96,7 @@ def map_parquet(
         (path, f"{stat.st_size} {stat.st_mtime_ns}") for path, stat in zip(absolute, stats, strict=True)
     ]
     files = DataFilesDict({"train": DataFilesList(absolute, versions)})
-    return _cached_table(partial(ParquetDatasetReader, files, split=datasets.Split.TRAIN), cache_dir)
+    return _cached_table(lambda cache: ParquetDatasetReader(files, cache_dir=cache).builder, cache_dir)
 
 
 def _open(path: Path, cache_dir: str | None) -> datasets.Dataset:
@@ -108,41 +106,40 @@ def _open(path: Path, cache_dir: str | None) -> datasets.Dataset:
         raise MachineError(f"{path}: cannot be read: {error.strerror}") from error
     stat = path.stat()
     if stat.st_size == 0:
-        return datasets.Dataset.from_dict({_LINE: []})
+        return datasets.Dataset.from_dict({LINE: []})
     if path.suffix.lower() == ".parquet":
         table = map_parquet([path], cache_dir)
         columns = [name for name in _SAMPLE_COLUMNS if name in table.column_names]
         if not {"messages", "conversations"} & set(columns):
             raise SourceError(f"{path}: no column 'messages'; it has {', '.join(table.column_names)}")
         return table.select_columns(columns)
+    key = {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     try:
-        read_lines = partial(
-            GeneratorDatasetInputStream,
-            _lines,
-            features=datasets.Features({_LINE: datasets.Value("large_string")}),
-            # Size and time are part of the cache's key: a file that changed is read again.
-            gen_kwargs={"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns},
-        )
-        return _cached_table(read_lines, cache_dir)
+        return _cached_table(lambda cache: LineBuilder(cache_dir=cache, **key), cache_dir)
     except ValueError:
         if next(sample_lines(path), None) is None:  # datasets makes no table of no rows
-            return datasets.Dataset.from_dict({_LINE: []})
+            return datasets.Dataset.from_dict({LINE: []})
         raise
 
 
-def _cached_table(open_reader: Callable[..., Any], cache_dir: str | None) -> datasets.Dataset:
-    """The table of a reader of ``datasets``, from the Arrow cache; written there first if the cache lacks it.
+def _cached_table(open_builder: Callable[[str | None], Any], cache_dir: str | None) -> datasets.Dataset:
+    """The table of a builder of ``datasets``, from the Arrow cache; written there first if the cache lacks it.
 
-    The readers lock the cache even for reading, which fails if it is read-only. Its Arrow files are then opened
-    directly, in the folder where the reader would have written them.
+    Builders lock the cache even for reading, which fails if it is read-only. Its Arrow files are then opened
+    directly, in the folder where the builder would have written them.
+
+    Args:
+        open_builder: opens it with a cache folder.
     """
     try:
-        table = open_reader(cache_dir=cache_dir).read()
+        builder = open_builder(cache_dir)
+        builder.download_and_prepare()
+        table = builder.as_dataset(split=datasets.Split.TRAIN)
     except OSError as error:
         if error.errno not in NOT_WRITABLE:
             raise
         with TemporaryDirectory() as scratch:
-            place = Path(open_reader(cache_dir=scratch).builder.cache_dir).relative_to(scratch)
+            place = Path(open_builder(scratch).cache_dir).relative_to(scratch)
         cached = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, place)
         if not (cached / datasets.config.DATASET_INFO_FILENAME).is_file():
             raise
@@ -150,11 +147,6 @@ def _cached_table(open_reader: Callable[..., Any], cache_dir: str | None) -> dat
         table = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
     assert isinstance(table, datasets.Dataset)
     return table
-
-
-def _lines(path: str, size: int, mtime_ns: int) -> Iterator[dict[str, str]]:
-    for _, line in sample_lines(path):
-        yield {_LINE: line}
 
 
 def _explain(path: Path, cache_dir: str | None, error: Exception) -> Exception:

@@ -228,7 +228,7 @@ class SpeechReader:
         path = Path(audio)
         try:
             text = path.with_name(f"{path.stem}_{discrete_kind(self.kind)}.json").read_text(encoding="utf-8")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # the folder of an archive's member is the archive
             return None
         except (OSError, ValueError):
             self.sources["invalid"] += 1

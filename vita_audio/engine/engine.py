@@ -26,7 +26,7 @@ from vita_audio.engine.sessions import Session
 from vita_audio.engine.state import State
 from vita_audio.engine.table import RowTable, Running
 from vita_audio.engine.turns import Turns
-from vita_audio.engine.weights import AudioRows, Weights
+from vita_audio.engine.weights import AudioRows, Quantization, Weights
 from vita_audio.models.configuration import num_positions
 from vita_audio.models.schedule import Schedule
 
@@ -44,9 +44,10 @@ class Engine:
         speech: ids of the vocabulary's markers of speech; without them no request can restrict its rows.
         prompt_chunk: tokens of a prompt that are computed at once while others wait for their round; None: what
             suits the device.
+        quantization, free: see :class:`~vita_audio.engine.weights.Weights`.
 
     Raises:
-        ValueError: the engine cannot run this model, or a number is out of range.
+        ValueError: the engine cannot run this model, cannot quantize on its device, or a number is out of range.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class Engine:
         max_length: int | None = None,
         speech: AudioRows | None = None,
         prompt_chunk: int | None = None,
+        quantization: Quantization = "none",
+        free: bool = False,
     ):
         limit = num_positions(model.config)
         length = min(limit, 8192) if max_length is None else max_length
@@ -64,7 +67,7 @@ class Engine:
         if not 1 <= length <= limit:
             raise ValueError(f"max_length={length}: the model's positions end at {limit}")
         with torch.inference_mode():
-            self._weights = Weights(model, speech)
+            self._weights = Weights(model, speech, quantization, free)
             # The last round of a reply may run past its end.
             surplus = BURST + self._weights.num_heads
             state = State(self._weights, max_rows, length + surplus, most=surplus)

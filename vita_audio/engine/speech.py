@@ -133,6 +133,11 @@ class SpeechWorker:
                 self._deliver(part, result)
             return True
 
+    def wait(self, streams: Sequence[SpeechStream]) -> None:
+        """Return when one of the streams has a chunk or has ended; for a worker with a thread."""
+        with self._changed:
+            self._changed.wait_for(lambda: any(stream._ready or stream.ended for stream in streams))
+
     def close(self) -> None:
         """Cancel all streams and end the thread, after the pass in progress. May be called twice."""
         with self._changed:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from vita_audio.engine.kernels import Product, normalize
+from vita_audio.engine.kernels import Norm, Product
+from vita_audio.engine.quantized import Int8Product
 
 if TYPE_CHECKING:
     from vita_audio.models import Qwen2MTPForCausalLM
@@ -17,15 +18,9 @@ STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 """Rotary embeddings that depend on the position alone."""
 
 
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm over the last dimension."""
-
-    weight: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return normalize(x, self.weight, self.eps)
+Quantization = Literal["none", "int8"]
+"""Types of the weights: the model's own, or 8 bits."""
+AnyProduct = Product | Int8Product
 
 
 @dataclass(frozen=True)
@@ -39,11 +34,11 @@ class Layer:
     """
 
     input_norm: Norm
-    qkv: Product
-    out: Product
+    qkv: AnyProduct
+    out: AnyProduct
     mlp_norm: Norm
-    gate_up: Product
-    down: Product
+    gate_up: AnyProduct
+    down: AnyProduct
     window: int | None
 
     @property
@@ -58,7 +53,7 @@ class Head:
 
     embed_norm: Norm
     hidden_norm: Norm
-    proj: Product
+    proj: AnyProduct
     layer: Layer
 
 
@@ -81,18 +76,29 @@ class Weights:
     Args:
         model: on its device, in evaluation mode.
         audio_rows: the speech part of the vocabulary; None: it is never projected alone.
+        quantization: ``int8`` keeps the matrices in 8 bits, one scale per output; on a CPU only.
+        free: empty each matrix of the model once it is copied; the model can then generate no more.
 
     Raises:
-        ValueError: the engine cannot run this model.
+        ValueError: the engine cannot run this model, or cannot quantize on its device.
     """
 
-    def __init__(self, model: Qwen2MTPForCausalLM, audio_rows: AudioRows | None = None):
+    def __init__(
+        self,
+        model: Qwen2MTPForCausalLM,
+        audio_rows: AudioRows | None = None,
+        quantization: Quantization = "none",
+        free: bool = False,
+    ):
         config: Any = model.config
         kind = config.rope_parameters.get("rope_type", "default")
         if kind not in STATIC_ROPE:
             raise ValueError(
                 f"rope_type {kind}: the engine needs one of {', '.join(STATIC_ROPE)}; use generate()"
             )
+        if quantization != "none" and model.device.type != "cpu":
+            raise ValueError(f"quantization={quantization}: the engine has it on CPUs only; use none")
+        make = Maker(quantization, free)
         self.num_layers = config.num_backbone_layers
         self.num_heads = config.num_nextn_predict_layers
         self.d = config.hidden_size
@@ -104,20 +110,23 @@ class Weights:
         self.vocab_size = len(self.embedding)
         self.norm = _norm(model.model.norm)
         layers: Any = model.model.layers
-        self.layers = [_layer(layers[i], config, config.layer_type(i)) for i in range(self.num_layers)]
+        self.layers = [make.layer(layers[i], config, config.layer_type(i)) for i in range(self.num_layers)]
         self.heads = [
             Head(
                 _norm(head.embed_norm),
                 _norm(head.hidden_norm),
-                Product([head.proj.weight]),
-                _layer(head.layer, config, config.layer_type(self.num_layers + head.index)),
+                make.product(head.proj),
+                make.layer(head.layer, config, config.layer_type(self.num_layers + head.index)),
             )
             for head in model.heads
         ]
         self.reaches = {layer.window for layer in (*self.layers, *(head.layer for head in self.heads))}
-        self.lm_head = Product([model.lm_head.weight])
         self.audio_rows = audio_rows
-        self.audio_head = None if audio_rows is None else Product([model.lm_head.weight[audio_rows.begin :]])
+        self.audio_head: AnyProduct | None = None
+        if audio_rows is not None:
+            self.audio_head = make.kind([model.lm_head.weight[audio_rows.begin :]])
+        tied = model.lm_head.weight is embeddings.weight
+        self.lm_head = make.kind([model.lm_head.weight]) if tied else make.product(model.lm_head)
         self._rotary: Any = model.model.rotary_emb
 
     @property
@@ -161,21 +170,36 @@ class Weights:
 
 
 def _norm(module: Any) -> Norm:
-    return Norm(module.weight.detach(), module.variance_epsilon)
+    return Norm(module.weight, module.variance_epsilon)
 
 
-def _layer(module: Any, config: Any, layer_type: str) -> Layer:
-    attention, mlp = module.self_attn, module.mlp
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    return Layer(
-        input_norm=_norm(module.input_layernorm),
-        qkv=Product([each.weight for each in projections], [each.bias for each in projections]),
-        out=Product([attention.o_proj.weight], [attention.o_proj.bias]),
-        mlp_norm=_norm(module.post_attention_layernorm),
-        gate_up=Product([mlp.gate_proj.weight, mlp.up_proj.weight]),
-        down=Product([mlp.down_proj.weight]),
-        window=config.sliding_window if layer_type == "sliding_attention" else None,
-    )
+class Maker:
+    """Makes products of a model's linear layers; see :class:`Weights`."""
+
+    def __init__(self, quantization: Quantization, free: bool):
+        self.kind: type[AnyProduct] = Product if quantization == "none" else Int8Product
+        self._free = free
+
+    def product(self, *linears: Any) -> AnyProduct:
+        """The product with all of them, joined along their outputs."""
+        made = self.kind([each.weight for each in linears], [each.bias for each in linears])
+        if self._free:
+            for each in linears:
+                each.weight.data = each.weight.data.new_empty(0)
+        return made
+
+    def layer(self, module: Any, config: Any, layer_type: str) -> Layer:
+        """A decoder layer."""
+        attention, mlp = module.self_attn, module.mlp
+        return Layer(
+            input_norm=_norm(module.input_layernorm),
+            qkv=self.product(attention.q_proj, attention.k_proj, attention.v_proj),
+            out=self.product(attention.o_proj),
+            mlp_norm=_norm(module.post_attention_layernorm),
+            gate_up=self.product(mlp.gate_proj, mlp.up_proj),
+            down=self.product(mlp.down_proj),
+            window=config.sliding_window if layer_type == "sliding_attention" else None,
+        )
 
 
 def can_run(model: Qwen2MTPForCausalLM) -> bool:

@@ -24,6 +24,7 @@ from vita_audio.distributed import gather_objects, is_first, shared_numbers, wor
 from vita_audio.evaluation.items import BenchmarkItem, file_name
 from vita_audio.evaluation.journal import Journal, Utterance
 from vita_audio.evaluation.listening import Listener
+from vita_audio.evaluation.quality import Dnsmos
 from vita_audio.evaluation.similarity import SpeakerEncoder
 from vita_audio.evaluation.transcribers import RecogniserError
 from vita_audio.inference import GenerationOptions, Reply, Request, SpeechPipeline, collect
@@ -75,6 +76,7 @@ class Bench:
         batch_size: replies generated together.
         system: system message for conversations that have none; None for none.
         speaker: compares voices; None: similarity is not measured.
+        quality: predicts how natural speech sounds; None: not measured.
         fingerprint: of everything that affects the utterances; None: a killed run starts from the beginning.
     """
 
@@ -86,6 +88,7 @@ class Bench:
     batch_size: int = 32
     system: str | None = None
     speaker: SpeakerEncoder | None = None
+    quality: Dnsmos | None = None
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
@@ -118,7 +121,12 @@ class Bench:
                 return Started(utterance)
             wav = self.wav(item.id)
             heard = self.hear(reply.codes, wav)
-            utterance = replace(utterance, wav=wav.as_posix(), similarity=self._similarity(item, wav))
+            utterance = replace(
+                utterance,
+                wav=wav.as_posix(),
+                similarity=self._similarity(item, wav),
+                quality=None if self.quality is None else self.quality.score(self.folder / wav),
+            )
             return Started(utterance, heard)
 
         return self._answered(items, reference, finish)

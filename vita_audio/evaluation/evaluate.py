@@ -21,6 +21,8 @@ from vita_audio.distributed import is_first
 from vita_audio.evaluation.bench import Bench, with_system
 from vita_audio.evaluation.journal import Utterance, remove_journals
 from vita_audio.evaluation.listening import Listener
+from vita_audio.evaluation.modes import mode_fields
+from vita_audio.evaluation.quality import Dnsmos
 from vita_audio.evaluation.results import checkpoint_fingerprint, fingerprint_of, keep_scores
 from vita_audio.evaluation.scoreboard import Row, set_keys, write_table
 from vita_audio.evaluation.settings import BenchmarkSet, Checkpoint, Settings, check, folder_name
@@ -96,6 +98,11 @@ class _Ears:
             self._listeners[recogniser] = Listener(pipeline.codec, pool)
         return self._listeners[recogniser]
 
+    @cached_property
+    def quality(self) -> Dnsmos:
+        """The network that judges how natural speech sounds."""
+        return Dnsmos()
+
     def speaker(self, config: SpeakerConfig) -> SpeakerEncoder:
         """The encoder for a speaker embedding."""
         if config not in self._speakers:
@@ -134,7 +141,7 @@ class _Scorer:
             "stage": self.checkpoint.stage,
             "mode": mode,
             "decoding": decoding,
-            "schedule": Schedule.parse(mode).numbers,
+            "schedule": Schedule.parse(mode_fields(mode)["mode"]).numbers,
             "checkpoint": str(self.checkpoint.folder),
             "weights": self.weights,
             "codec": dict(self.settings.codec),
@@ -156,8 +163,8 @@ class _Scorer:
             row["notes"] += [*one.notes, *self._notes(one, facts)]
             scores.pop("fingerprint")
             row |= set_keys(scores, one.name, alone=tasks.count(one.task.name) == 1)
-        if decoding == "greedy":
-            row |= self._speed(mode)
+        if self.settings.given is None and decoding == self.settings.decodings[0]:
+            row |= self._speed(mode, decoding)
         return row
 
     def _set_scores(self, one: BenchmarkSet, mode: str, decoding: str) -> dict[str, Any]:
@@ -182,6 +189,7 @@ class _Scorer:
                     self.settings.batch_size,
                     system,
                     None if one.speaker is None else self.ears.speaker(one.speaker),
+                    None if one.quality is None else self.ears.quality,
                     fingerprint,
                 )
                 drawn.append(one.task.run(bench, one.items))
@@ -226,14 +234,14 @@ class _Scorer:
                 remove_journals(folder, f"{one.name}_{kind}")
         return scores
 
-    def _speed(self, mode: str) -> Row:
+    def _speed(self, mode: str, decoding: str) -> Row:
         timed = next((one for one in self.sets if one.task.speaks), None)
         if timed is None or not self.settings.speed_items:
             return {}
         fingerprint = fingerprint_of(
             self.fingerprint, timed.fingerprint, self.settings.speed_items, self.settings.max_new_tokens
         )
-        folder = self._folder(mode, "greedy")
+        folder = self._folder(mode, decoding)
         # No test set has this name: their names begin with a letter or a digit.
         scores = keep_scores(folder, "_speed", fingerprint, lambda: self._speeds.get(mode, {}))
         return {name: value for name, value in scores.items() if name != "fingerprint"}

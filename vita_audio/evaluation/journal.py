@@ -26,6 +26,7 @@ class Utterance:
         heard: the transcript of the model's speech; None if there was no speech.
         wav: file of the speech, relative to the result file.
         similarity: cosine similarity of the speech's voice to the requested one; None if it was not measured.
+        quality: how natural the speech sounds, 1 to 5; None if it was not measured.
         failure: why there is no reply; the utterance is then counted, but not scored.
     """
 
@@ -35,6 +36,7 @@ class Utterance:
     heard: str | None = None
     wav: str | None = None
     similarity: float | None = None
+    quality: float | None = None
     failure: str | None = None
 
 

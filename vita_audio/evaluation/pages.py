@@ -87,7 +87,7 @@ def _shown(utterance: dict[str, Any]) -> dict[str, Any]:
     else:
         wanted, marked = coloured(reference, said)
         wrong = "<del>" in wanted or "<ins>" in marked
-    return {**utterance, "wanted": wanted, "marked": marked, "wrong": wrong}
+    return {"quality": None, **utterance, "wanted": wanted, "marked": marked, "wrong": wrong}
 
 
 def _render(template: str, **values: Any) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 from vita_audio.evaluation.bench import SPOKEN_REPLY_TOKENS
 from vita_audio.evaluation.items import BenchmarkItem
+from vita_audio.evaluation.modes import mode_fields
+from vita_audio.evaluation.quality import check_quality, describe_quality
 from vita_audio.evaluation.results import fingerprint_of, items_fingerprint
 from vita_audio.evaluation.similarity import SpeakerConfig
 from vita_audio.evaluation.tasks import Task, published_options
@@ -28,6 +30,7 @@ class BenchmarkSet:
         name: name of its result files, unique among the sets.
         recogniser: transcribes the speech; None if the task has no speech output.
         speaker: compares the voice with the requested one; None: not compared.
+        quality: of :data:`~vita_audio.evaluation.quality.QUALITY_MODELS`; None: not measured.
         decoding: of :data:`DECODINGS`, the one that its scores are published with; None: that of the settings.
         published: rows that others published, with their source.
         prepared: the checksum of the whole set when ``tools/prepare_benchmark.py`` wrote it; None: not compared.
@@ -39,6 +42,7 @@ class BenchmarkSet:
     items: Sequence[BenchmarkItem]
     recogniser: TranscriberConfig | None = None
     speaker: SpeakerConfig | None = None
+    quality: str | None = None
     decoding: str | None = None
     published: Sequence[Mapping[str, Any]] = ()
     prepared: str | None = None
@@ -53,7 +57,8 @@ class BenchmarkSet:
         """Fingerprint of its content, its task, its recogniser and its speaker embedding."""
         heard_by = None if self.recogniser is None else self.recogniser.fingerprint()
         compared_by = None if self.speaker is None else self.speaker.fingerprint()
-        return fingerprint_of(repr(self.task), self.checksum, heard_by, compared_by)
+        judged_by = [] if self.quality is None else [describe_quality(self.quality)]
+        return fingerprint_of(repr(self.task), self.checksum, heard_by, compared_by, *judged_by)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -65,6 +70,7 @@ class BenchmarkSet:
             "checksum": self.checksum,
             "recogniser": None if self.recogniser is None else self.recogniser.describe(),
             "speaker": None if self.speaker is None else self.speaker.describe(),
+            "quality": None if self.quality is None else describe_quality(self.quality),
             "normaliser": getattr(self.task, "text_normaliser", None),
             "published": list(self.published),
         }
@@ -96,7 +102,7 @@ class Checkpoint:
 
     Attributes:
         stage: its name in the table.
-        modes: schedules to score, by name or as numbers.
+        modes: to score, see :mod:`~vita_audio.evaluation.modes`.
     """
 
     stage: str
@@ -155,9 +161,10 @@ class Settings:
         """Generation options for a task."""
         if self.given is not None:
             return replace(self.given, mode=mode)
+        fields = {"max_new_tokens": self.max_new_tokens, **mode_fields(mode)}
         if decoding == "greedy":
-            return GenerationOptions.greedy(mode, max_new_tokens=self.max_new_tokens)
-        drawn = GenerationOptions(mode, max_new_tokens=self.max_new_tokens, seed=self.seed)
+            return GenerationOptions.greedy(**fields)
+        drawn = GenerationOptions(seed=self.seed, **fields)
         return published_options(task, drawn)
 
 
@@ -171,6 +178,8 @@ def check(checkpoints: Sequence[Checkpoint], sets: Sequence[BenchmarkSet], setti
         recogniser.check()
     for speaker in dict.fromkeys(one.speaker for one in sets if one.speaker is not None):
         speaker.check()
+    for quality in {one.quality for one in sets} - {None}:
+        check_quality(str(quality))
     folders = Counter(
         folder_name(checkpoint.stage, mode, decoding)
         for checkpoint in checkpoints

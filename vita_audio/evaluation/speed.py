@@ -7,6 +7,7 @@ from statistics import median
 
 from vita_audio.evaluation.bench import SPOKEN_REPLY_TOKENS
 from vita_audio.evaluation.items import BenchmarkItem
+from vita_audio.evaluation.modes import mode_fields
 from vita_audio.evaluation.tasks.task import Column, Scores
 from vita_audio.inference import AudioChunk, GenerationOptions, SpeechPipeline, Timings
 
@@ -31,7 +32,9 @@ def measure_speed(
     Returns:
         For each mode, the figures of :func:`speed_scores`.
     """
-    options = {mode: GenerationOptions.greedy(mode, max_new_tokens=max_new_tokens) for mode in modes}
+    options = {
+        mode: GenerationOptions.greedy(max_new_tokens=max_new_tokens, **mode_fields(mode)) for mode in modes
+    }
     warm_up, *measured = items if len(items) > 1 else [*items, *items]
     for mode in modes:
         pipeline.reply(warm_up.conversation, options[mode], decode=False)

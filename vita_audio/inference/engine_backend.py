@@ -19,6 +19,7 @@ from vita_audio.engine import (
     Engine,
     Finished,
     Handle,
+    Quantization,
     Sampling,
     SpeechWorker,
     Tokens,
@@ -54,6 +55,10 @@ class EngineBackend(Backend):
         tokenizer: the text tokenizer saved with it.
         codec: turns codes into sound.
         max_rows: replies at once; None: 8, or as many as fit a GPU.
+        quantization: see :class:`~vita_audio.engine.weights.Weights`. Unless none, the model's matrices are emptied.
+
+    Attributes:
+        max_rows: may be set until the first reply.
     """
 
     def __init__(
@@ -62,12 +67,14 @@ class EngineBackend(Backend):
         tokenizer: PreTrainedTokenizerBase,
         codec: AudioTokenizer,
         max_rows: int | None = None,
+        quantization: Quantization = "none",
     ):
         self._model = model
         self._tokenizer = tokenizer
         self._codec = codec
         self._tokens = ChatTokens.of(tokenizer)
-        self._max_rows = max_rows
+        self.max_rows = max_rows
+        self._quantization: Quantization = quantization
         self._engine: Engine | None = None
         self._speech: SpeechWorker | None = None
         self._making = threading.Lock()
@@ -83,6 +90,8 @@ class EngineBackend(Backend):
                     max_rows=self._rows(length),
                     max_length=length,
                     speech=AudioRows(self._tokens.begin, self._tokens.end),
+                    quantization=self._quantization,
+                    free=self._quantization != "none",
                 )
             return self._engine
 
@@ -115,7 +124,7 @@ class EngineBackend(Backend):
                     if replies[index].ended:
                         open_replies.discard(index)
                 if not happened and open_replies:
-                    self._advance([handles[index] for index in open_replies])
+                    self._advance([(handles[index], replies[index]) for index in open_replies])
         finally:
             for handle in handles:
                 if handle.finished is None:
@@ -144,15 +153,15 @@ class EngineBackend(Backend):
         if handle.finished is not None and not handle.has_events and not reply.speaking:
             yield from reply.end()
 
-    def _advance(self, handles: Sequence[Handle]) -> None:
+    def _advance(self, made: Sequence[tuple[Handle, ReplyAssembly]]) -> None:
         """Decode speech that is due, else run a round; where others do both, wait for them."""
         if self.speech_step():
             return
-        waiting = [handle for handle in handles if handle.finished is None]
+        waiting = [handle for handle, _ in made if handle.finished is None]
         if waiting:
             self.engine.wait(*waiting)
-        else:
-            time.sleep(0.001)  # the codec's thread decodes the rest
+        else:  # the codec's thread decodes the rest
+            self.speech.wait([reply.speech for _, reply in made if reply.speech is not None])
 
     def speech_step(self) -> bool:
         """Decode one chunk in this thread, if the codec has none of its own. Returns whether one was due."""
@@ -199,8 +208,8 @@ class EngineBackend(Backend):
         return embeds[0]
 
     def _rows(self, length: int) -> int:
-        if self._max_rows is not None or self._model.device.type != "cuda":
-            return self._max_rows or MOST_ROWS
+        if self.max_rows is not None or self._model.device.type != "cuda":
+            return self.max_rows or MOST_ROWS
         free, _ = torch.cuda.mem_get_info(self._model.device)
         return max(1, min(MOST_ROWS, int(free * SHARE_OF_GPU / row_bytes(self._model, length))))
 

@@ -30,7 +30,7 @@ from vita_audio import models
 from vita_audio.audio import AudioLike, AudioTokenizer, get_audio_tokenizer, is_continuous_kind
 from vita_audio.chat import ChatTokens, Conversation, Example, build_prompt, prompts
 from vita_audio.distributed import local_rank
-from vita_audio.engine import can_run
+from vita_audio.engine import Quantization, can_run
 from vita_audio.inference.backend import Backend, ReferenceBackend, collect
 from vita_audio.inference.engine_backend import EngineBackend
 from vita_audio.inference.options import (
@@ -56,10 +56,11 @@ class SpeechPipeline:
         model: any causal LM of the family, on its device.
         tokenizer: the text tokenizer saved with it, audio tokens included.
         codec: turns speech into the model's input, and codes into sound.
-        engine: see :class:`~vita_audio.inference.options.RuntimeOptions`.
+        engine, quantization: see :class:`~vita_audio.inference.options.RuntimeOptions`. With quantization the engine
+            empties the model's matrices; ``model.generate`` no longer works then.
 
     Raises:
-        ValueError: model, tokenizer and codec do not match.
+        ValueError: model, tokenizer and codec do not match, or the engine cannot run the model but must.
     """
 
     def __init__(
@@ -68,13 +69,17 @@ class SpeechPipeline:
         tokenizer: PreTrainedTokenizerBase,
         codec: AudioTokenizer,
         engine: bool | None = RuntimeOptions.engine,
+        quantization: Quantization = RuntimeOptions.quantization,
     ):
         check_fit(model.config, tokenizer, codec)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.codec = codec
-        chosen = EngineBackend if engine or (engine is None and can_run(model)) else ReferenceBackend
-        self.backend: Backend = chosen(self.model, tokenizer, codec)
+        self.backend: Backend
+        if engine or quantization != "none" or (engine is None and can_run(model)):
+            self.backend = EngineBackend(self.model, tokenizer, codec, quantization=quantization)
+        else:
+            self.backend = ReferenceBackend(self.model, tokenizer, codec)
 
     @classmethod
     def from_pretrained(
@@ -131,7 +136,7 @@ class SpeechPipeline:
         model = models.open_model(
             model_dir, dtype=runtime.dtype, attn_implementation=runtime.attn_implementation, device=device
         )
-        return cls(model, tokenizer, opened, runtime.engine)
+        return cls(model, tokenizer, opened, runtime.engine, runtime.quantization)
 
     def chat(
         self,

@@ -146,7 +146,7 @@ class ReplyAssembly:
         self._options = options
         self._codec = codec
         self._parser = ReplyParser(tokenizer)
-        self._speech = speech
+        self.speech = speech
         own = speech is None and request.sound == "streamed"
         self._sound: AudioStream | None = codec.stream() if own else None
         self._asked = ready if request.asked is None else request.asked
@@ -175,13 +175,13 @@ class ReplyAssembly:
             yield self._text(text, seconds)
         if codes or (self._sound is not None and self._record.codes):
             yield from self._speak(codes, seconds, last=True)
-        if self._speech is not None:
-            self._speech.finish()
+        if self.speech is not None:
+            self.speech.finish()
 
     @property
     def speaking(self) -> bool:
         """Whether the worker that decodes this reply has sound to come."""
-        return self._speech is not None and not self._speech.ended
+        return self.speech is not None and not self.speech.ended
 
     def heard(self) -> Iterator[Event]:
         """The sound that the worker has decoded since the last call.
@@ -189,10 +189,10 @@ class ReplyAssembly:
         Raises:
             SpeechError: the codec could not decode the reply.
         """
-        if self._speech is None:
+        if self.speech is None:
             return
         record = self._record
-        for chunk in self._speech.take():
+        for chunk in self.speech.take():
             codes = tuple(record.codes[record.codes_heard : chunk.codes])
             record.codes_heard = chunk.codes
             yield AudioChunk(chunk.samples, codes, self._hear(chunk.samples, chunk.decoded_at))
@@ -207,8 +207,8 @@ class ReplyAssembly:
 
     def cancel(self) -> None:
         """The reply is not wanted any more."""
-        if self._speech is not None:
-            self._speech.cancel()
+        if self.speech is not None:
+            self.speech.cancel()
 
     def _text(self, text: str, seconds: float) -> TextDelta:
         self._record.text += text
@@ -219,8 +219,8 @@ class ReplyAssembly:
         if record.first_chunk is None:
             record.first_chunk = seconds
         record.codes += codes
-        if self._speech is not None:
-            self._speech.push(codes)
+        if self.speech is not None:
+            self.speech.push(codes)
             return
         samples = torch.empty(0) if self._sound is None else self._sound.push(codes, last=last)
         yield AudioChunk(samples, codes, self._hear(samples))

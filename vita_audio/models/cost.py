@@ -15,6 +15,7 @@ move at least once: weights, keys and values.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,6 +29,9 @@ AUDIO_ENCODER = "audio encoder"
 AUDIO_ADAPTER = "audio adapter"
 HEADS = "heads"
 LANGUAGE_MODEL = "language model"
+LORA_ADAPTERS = "LoRA adapters"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear maps of a decoder layer, in the order in which they run."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,10 @@ def count_parameters(config: Qwen2MTPConfig) -> dict[str, int]:
     The language model includes the token embedding, the LM head and the final norm. Parts that a model lacks are
     omitted; the names are those of :func:`vita_audio.training.stages.describe_trainable`.
     """
-    d, vocabulary, num_heads = config.hidden_size, config.vocab_size, config.num_nextn_predict_layers
+    d, num_heads = config.hidden_size, config.num_nextn_predict_layers
     counts = {
         LANGUAGE_MODEL: config.num_backbone_layers * layer_parameters(config)
-        + vocabulary * d * (1 if config.tie_word_embeddings else 2)
+        + vocabulary_parameters(config)
         + d
     }
     if num_heads:
@@ -82,16 +86,36 @@ def count_parameters(config: Qwen2MTPConfig) -> dict[str, int]:
     return counts
 
 
+def vocabulary_parameters(config: Qwen2MTPConfig) -> int:
+    """Parameters of the token embedding and the LM head."""
+    return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+
+
+def adapter_parameters(config: Qwen2MTPConfig, rank: int, projections: Collection[str]) -> int:
+    """Parameters of LoRA adapters of a rank on these projections of all backbone layers."""
+    sizes = projection_sizes(config)
+    return config.num_backbone_layers * rank * sum(sum(sizes[name]) for name in projections)
+
+
 def layer_parameters(config: Qwen2MTPConfig) -> int:
     """Parameters of one decoder layer."""
     biases = config.num_attention_heads * _head_size(config) + 2 * _key_value_size(config)
-    return _layer_products(config) + biases + 2 * config.hidden_size
+    return layer_products(config) + biases + 2 * config.hidden_size
 
 
 def head_parameters(config: Qwen2MTPConfig) -> int:
     """Parameters of one MCTP head: a decoder layer, the projection from 2d to d, and two norms."""
     d = config.hidden_size
     return layer_parameters(config) + 2 * d * d + 2 * d
+
+
+def projection_sizes(config: Qwen2MTPConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each of a decoder layer's :data:`PROJECTIONS`."""
+    d, intermediate = config.hidden_size, config.intermediate_size
+    attention, key_value = config.num_attention_heads * _head_size(config), _key_value_size(config)
+    sizes = [(d, attention), (d, key_value), (d, key_value), (attention, d)]
+    sizes += [(d, intermediate), (d, intermediate), (intermediate, d)]
+    return dict(zip(PROJECTIONS, sizes, strict=True))
 
 
 # -- passes ---------------------------------------------------------------------------------------------------
@@ -152,7 +176,7 @@ def cache_bytes_per_position(config: Qwen2MTPConfig, *, value_bytes: int = 2) ->
 
 
 def _layer_pass(config: Qwen2MTPConfig, new: int, cached: int, rows: int, value_bytes: int) -> Cost:
-    products = 2 * rows * new * _layer_products(config)
+    products = 2 * rows * new * layer_products(config)
     return Cost(
         flops=products + rows * attention_flops(config, new, cached),
         weight_bytes=value_bytes * layer_parameters(config),
@@ -160,11 +184,9 @@ def _layer_pass(config: Qwen2MTPConfig, new: int, cached: int, rows: int, value_
     )
 
 
-def _layer_products(config: Qwen2MTPConfig) -> int:
+def layer_products(config: Qwen2MTPConfig) -> int:
     """Multiply-adds of one position in one layer's linear maps, which is the size of their matrices."""
-    d = config.hidden_size
-    attention = config.num_attention_heads * _head_size(config)
-    return 2 * d * attention + 2 * d * _key_value_size(config) + 3 * d * config.intermediate_size
+    return sum(inputs * outputs for inputs, outputs in projection_sizes(config).values())
 
 
 def _head_size(config: Qwen2MTPConfig) -> int:

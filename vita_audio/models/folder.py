@@ -49,17 +49,21 @@ class StoredTensor:
     end: int
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path, *, adapter: bool = False) -> PreTrainedConfig:
     """The configuration of a Qwen2 language model, with or without heads.
 
+    Args:
+        folder: of the model.
+        adapter: whether a LoRA adapter's folder may be read.
+
     Raises:
-        CheckpointError: config.json is missing or broken, or describes another architecture.
+        CheckpointError: config.json is missing or broken, or describes another architecture, or the folder holds
+            an adapter.
     """
     file = folder / "config.json"
+    if not adapter:
+        _refuse_adapter(folder)
     if not file.is_file():
-        adapter = folder / "adapter_config.json"
-        if adapter.is_file():
-            raise CheckpointError(_adapter_message(adapter))
         raise CheckpointError(f"{file}: not found; give a folder with config.json and safetensors weights")
     model_type = read_object(file).get("model_type")
     if model_type not in ARCHITECTURES:
@@ -106,9 +110,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: there are none, some are missing, or there are others next to them.
     """
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        raise CheckpointError(_adapter_message(adapter))
+    _refuse_adapter(folder)
     names, index = [WEIGHTS], folder / INDEX
     if index.is_file():
         try:
@@ -163,12 +165,18 @@ def _refuse_other_formats(folder: Path, shards: Sequence[str]) -> None:
         )
 
 
-def _adapter_message(file: Path) -> str:
+def _refuse_adapter(folder: Path) -> None:
+    """Refuse a LoRA adapter, and say how it becomes a whole model."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return
     base = read_object(file).get("base_model_name_or_path")
-    return (
-        f"{file}: a LoRA adapter of {base}, not a whole model; merge it first with peft "
-        "(PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(new_folder))"
+    merge = (
+        f"python tools/merge_lora.py {folder} --output_dir MERGED"
+        if (folder / "run.json").is_file()
+        else "peft (PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(new_folder))"
     )
+    raise CheckpointError(f"{file}: a LoRA adapter of {base}, not a whole model; merge it first with {merge}")
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:

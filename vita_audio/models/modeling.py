@@ -368,8 +368,11 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
 
     @property
     def has_frozen_backbone(self) -> bool:
-        """Whether only heads train: the LM head is frozen, and there are heads."""
-        return self.config.num_nextn_predict_layers > 0 and not self.lm_head.weight.requires_grad
+        """Whether only heads train: there are heads, and the LM head and the first layer are frozen."""
+        if self.config.num_nextn_predict_layers == 0 or self.lm_head.weight.requires_grad:
+            return False
+        # With LoRA the LM head may be frozen, and adapters train in the layers.
+        return not any(parameter.requires_grad for parameter in self.model.layers[0].parameters())
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Set an LM head that computes losses; resizing the vocabulary would make it a plain Linear."""

@@ -20,6 +20,9 @@ from vita_audio.models.configuration import Qwen2MTPConfig
 
 logger = logging.getLogger(__name__)
 
+WRAPPED = "base_model.model."
+"""Prefix of all names in a model that PEFT wraps."""
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -33,7 +36,9 @@ def is_head_parameter(model: nn.Module, name: str) -> bool:
     """Whether a parameter belongs to a head. The shared embedding, final norm and LM head do not."""
     config = cast(Qwen2MTPConfig, model.config)
     heads = range(config.num_nextn_predict_layers)
-    return name.startswith(tuple(prefix for k in heads for prefix in head_prefixes(config, k)))
+    return name.removeprefix(WRAPPED).startswith(
+        tuple(prefix for k in heads for prefix in head_prefixes(config, k))
+    )
 
 
 def freeze_backbone(model: Model) -> Model:

@@ -53,7 +53,7 @@ class Service:
     """Answers requests with one pipeline.
 
     Args:
-        pipeline: model, tokenizer and codec; its engine is made again, with a row for each slot.
+        pipeline: model, tokenizer and codec; its engine gets a row for each slot.
         options: limits and folders.
         name: of the model, for clients.
 
@@ -63,9 +63,7 @@ class Service:
 
     def __init__(self, pipeline: SpeechPipeline, options: ServeOptions, name: str):
         if isinstance(pipeline.backend, EngineBackend):
-            pipeline.backend = EngineBackend(
-                pipeline.model, pipeline.tokenizer, pipeline.codec, max_rows=options.slots
-            )
+            pipeline.backend.max_rows = options.slots
         self.pipeline = pipeline
         self.options = options
         self.name = options.served_name or name

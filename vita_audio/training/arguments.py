@@ -35,7 +35,9 @@ from vita_audio.training.deepspeed_config import (
     read_deepspeed_config,
     use_pytorch_adam,
 )
+from vita_audio.training.lora_arguments import LoraArguments
 from vita_audio.training.machine import check_devices
+from vita_audio.training.optimizers import check_optimizer
 from vita_audio.training.published import check_architecture, heads_in_config
 from vita_audio.training.scheduler import SCHEDULER_NAMES, WARMUP_COSINE, build_scheduler
 from vita_audio.training.served import find_out_of_range, find_unserved
@@ -53,7 +55,7 @@ class ArgumentError(ValueError):
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(LoraArguments):
     """The language model and its audio input."""
 
     model_name_or_path: str = field(
@@ -118,6 +120,10 @@ class ModelArguments:
             )
         if self.mtp_loss_weight is not None and not 0 <= self.mtp_loss_weight < math.inf:
             raise ArgumentError(f"--mtp_loss_weight {self.mtp_loss_weight}: give a number 0 or more")
+        try:
+            self.check_lora(language_model_freeze=self.language_model_freeze)
+        except ValueError as error:
+            raise ArgumentError(str(error)) from error
         self._count_heads()
         if self.language_model_freeze and self.num_nextn_predict_layers == 0:
             raise ArgumentError(
@@ -315,6 +321,12 @@ class StageArguments(TrainingArguments):
         try:
             self._prepare_deepspeed_and_device()
         except DeepSpeedConfigError as error:
+            raise ArgumentError(str(error)) from error
+        try:
+            builds = isinstance(self.deepspeed, dict) and builds_optimizer(self.deepspeed)
+            optim = getattr(self.optim, "value", self.optim)
+            check_optimizer(optim, use_cpu=self.use_cpu, deepspeed_builds=builds)
+        except ValueError as error:
             raise ArgumentError(str(error)) from error
         self._check_scheduler()
         self._use_current_names()

@@ -40,11 +40,17 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """All checkpoint folders of a run, complete or not, in the order of their steps."""
     found = [
-        (int(match[1]), folder)
+        (step, folder)
         for folder in Path(output_dir).glob("checkpoint-*")
-        if (match := _CHECKPOINT_NAME.fullmatch(folder.name)) and folder.is_dir()
+        if (step := checkpoint_step(folder)) is not None and folder.is_dir()
     ]
     return [folder for _, folder in sorted(found)]
+
+
+def checkpoint_step(folder: str | Path) -> int | None:
+    """The step in a checkpoint folder's name; None for any other name."""
+    match = _CHECKPOINT_NAME.fullmatch(Path(folder).name)
+    return None if match is None else int(match[1])
 
 
 def is_complete(checkpoint: str | Path) -> bool:

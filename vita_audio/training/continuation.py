@@ -35,6 +35,10 @@ _FIXED = frozenset(
         "fp16",
         "optim",
         "decay_norms",
+        "lora_r",
+        "lora_alpha",
+        "lora_target_modules",
+        "lora_train_embeddings",
         "deepspeed.zero_optimization.stage",
         "deepspeed_builds_optimizer",
     }
@@ -58,7 +62,7 @@ def describe_changes(checkpoint: str | Path, arguments: Mapping[str, Any]) -> li
     """
     file = Path(checkpoint) / RUN_FILE
     try:
-        before = _flat(read_json(file)["arguments"])
+        before = {"lora_r": 0, **_flat(read_json(file)["arguments"])}  # earlier versions had no LoRA
     except FileNotFoundError:
         return [
             f"{checkpoint} has no {RUN_FILE}: options that have changed since it was written are not listed"
@@ -68,6 +72,9 @@ def describe_changes(checkpoint: str | Path, arguments: Mapping[str, Any]) -> li
             f"{file}: cannot be read ({error}); delete it to continue without comparing"
         ) from error
     now = _flat(arguments)
+    without_effect = dict(_WITHOUT_EFFECT)
+    if now.get("lora_r"):
+        without_effect["model_name_or_path"] = "it must hold the weights that the adapters were trained on"
     lines = []
     for name in sorted(before.keys() & now.keys() - _OF_THE_PLACE):
         old, new = before[name], now[name]
@@ -79,7 +86,7 @@ def describe_changes(checkpoint: str | Path, arguments: Mapping[str, Any]) -> li
                 f"{change}: {checkpoint} cannot be continued with it; restore it, or start the stage in an empty folder"
             )
         effect = (
-            f"has no effect: {_WITHOUT_EFFECT[name]}" if name in _WITHOUT_EFFECT else "applies from here on"
+            f"has no effect: {without_effect[name]}" if name in without_effect else "applies from here on"
         )
         lines.append(f"{change} {effect}")
     return lines

@@ -22,7 +22,7 @@ def write_model_card(folder: str | Path, run: Mapping[str, Any] | None) -> None:
     config = read_json(folder / "config.json")
     write_text(
         folder / CARD_FILE,
-        f"{_FRONT_MATTER}\n{_what(config, run)}\n\n{_load(config)}\n{_training(folder, run)}",
+        f"{_FRONT_MATTER}\n{_what(config, run)}\n\n{_load(folder)}\n{_training(folder, run)}",
     )
 
 
@@ -46,7 +46,13 @@ def _what(config: Mapping[str, Any], run: Mapping[str, Any] | None) -> str:
     )
 
 
-def _load(config: Mapping[str, Any]) -> str:
+def _load(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        return (
+            f"## Use\n\nThis folder holds LoRA adapters of `{base}` and what was trained beside them. "
+            "Merge them first:\n\n```bash\npython tools/merge_lora.py PATH --output_dir MERGED\n```\n"
+        )
     return (
         "## Use\n\n```python\n"
         "import vita_audio  # registers the model type\n"
@@ -84,6 +90,8 @@ def _training(folder: Path, run: Mapping[str, Any] | None) -> str:
 
 def _trained(arguments: Mapping[str, Any]) -> str:
     heads = arguments.get("num_nextn_predict_layers") or 0
+    if rank := arguments.get("lora_r"):
+        return f"LoRA of rank {rank} in the language model" + (f", and {heads} heads" if heads else "")
     if arguments.get("language_model_freeze"):
         return f"{heads} heads, the language model frozen"
     return f"language model and {heads} heads" if heads else "language model"

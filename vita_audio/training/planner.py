@@ -26,15 +26,22 @@ from vita_audio.models.cost import (
     AUDIO_ENCODER,
     HEADS,
     LANGUAGE_MODEL,
+    LORA_ADAPTERS,
+    PROJECTIONS,
+    adapter_parameters,
     audio_pass,
     backbone_pass,
     count_parameters,
     head_pass,
+    layer_products,
     lm_head_pass,
+    vocabulary_parameters,
 )
 from vita_audio.models.loss import CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU
 from vita_audio.training.arguments import DataArguments, ModelArguments, StageArguments
 from vita_audio.training.deepspeed_config import read_deepspeed_config
+from vita_audio.training.lora_arguments import LoraArguments
+from vita_audio.training.optimizers import EIGHT_BIT, EIGHT_BIT_MOMENTS
 from vita_audio.training.step_memory import Batch, step_memory
 
 if TYPE_CHECKING:
@@ -133,6 +140,8 @@ class Setup:
         dtype: type of the weights.
         checkpointing: activations are recomputed.
         device: ``cuda``, or ``cpu`` for the settings that training has there.
+        lora: options of the adapters. None: no LoRA.
+        moments: bytes of Adam's two moments of a parameter. None: as precise as the weights that are updated.
     """
 
     language_model_freeze: bool = False
@@ -144,6 +153,13 @@ class Setup:
     dtype: torch.dtype = torch.bfloat16
     checkpointing: bool = True
     device: str = "cuda"
+    lora: LoraArguments | None = None
+    moments: float | None = None
+
+    @property
+    def trains_vocabulary(self) -> bool:
+        """Whether token embedding and LM head train."""
+        return not self.language_model_freeze and (self.lora is None or bool(self.lora.lora_train_embeddings))
 
 
 @dataclass(frozen=True)
@@ -217,9 +233,11 @@ def make_plan(config: Qwen2MTPConfig, setup: Setup, zero: Zero) -> Plan:
     value_bytes = setup.dtype.itemsize
     ranks = setup.gpus
     share = trained / ranks if zero.stage else trained
+    # LoRA's folders hold what trains.
+    saved = total if setup.lora is None else trained
     on_host = value_bytes * total / ranks if zero.offload_weights else 0.0
     if zero.offload_optimizer:
-        on_host += (_MASTER + _MOMENTS + 4) * share
+        on_host += (_MASTER + _moments(setup, zero) + 4) * share
     update_flops, recomputed = step_flops(config, setup)
     per_step = ranks * setup.accumulation
     return Plan(
@@ -233,8 +251,8 @@ def make_plan(config: Qwen2MTPConfig, setup: Setup, zero: Zero) -> Plan:
         tokens_per_step=setup.batch.tokens * per_step,
         steps=setup.steps,
         gpus=ranks,
-        result_bytes=value_bytes * total,
-        checkpoint_bytes=_checkpoint_bytes(value_bytes, zero, trained, total),
+        result_bytes=value_bytes * saved,
+        checkpoint_bytes=_checkpoint_bytes(setup, zero, trained, saved),
     )
 
 
@@ -259,6 +277,8 @@ def plan_run(
         dtype=dtype,
         checkpointing=bool(stage.gradient_checkpointing),
         device=device,
+        lora=model if model.lora_r else None,
+        moments=EIGHT_BIT_MOMENTS if stage.optim in EIGHT_BIT else None,
     )
     zero = read_deepspeed_config(stage.deepspeed) if stage.deepspeed else None
     return make_plan(config, setup, Zero.from_config(zero))
@@ -271,11 +291,17 @@ def step_flops(config: Qwen2MTPConfig, setup: Setup) -> tuple[int, int]:
     trains_llm = not setup.language_model_freeze
     num_heads = config.num_nextn_predict_layers
     backbone = sum(backbone_pass(config, length).flops for length in documents)
+    adapters = 0
+    if setup.lora is not None:
+        size = adapter_parameters(config, setup.lora.lora_r, setup.lora.lora_target_modules)
+        adapters = 2 * batch.tokens * size
     heads = num_heads * sum(head_pass(config, length).flops for length in documents)
     rows = batch.supervised_tokens * (num_heads + trains_llm)
     # Gradients of the rows in any case, of the LM head's weights where it trains.
-    lm_head = lm_head_pass(config, rows).flops * (3 if trains_llm else 2)
-    needed = backbone * (3 if trains_llm else 1) + 3 * heads + lm_head
+    lm_head = lm_head_pass(config, rows).flops * (3 if setup.trains_vocabulary else 2)
+    needed = backbone * (3 if trains_llm else 1) + 3 * (heads + adapters) + lm_head
+    if setup.lora is not None:  # the matrices get no gradient, their inputs do
+        needed -= 2 * batch.tokens * config.num_backbone_layers * layer_products(config)
     if isinstance(config, Qwen2MTPSenseVoiceConfig):
         # Without clips, which add little; a silent frame passes through.
         audio = audio_pass(config, 1)
@@ -284,35 +310,53 @@ def step_flops(config: Qwen2MTPConfig, setup: Setup) -> tuple[int, int]:
     if not setup.checkpointing:
         return needed, 0
     # torch stops recomputing a layer before its last product, and a head's fusion before its only one.
-    d, intermediate = config.hidden_size, config.intermediate_size
-    layers = num_heads + (config.num_backbone_layers if trains_llm else 0)
-    skipped = 2 * batch.tokens * (layers * d * intermediate + num_heads * 2 * d * d)
-    return needed, heads + (backbone if trains_llm else 0) - skipped
+    d, last = config.hidden_size, config.hidden_size * config.intermediate_size
+    adapted_last = setup.lora is not None and PROJECTIONS[-1] in setup.lora.lora_target_modules
+    skipped = num_heads * (last + 2 * d * d)
+    if trains_llm:
+        skipped += config.num_backbone_layers * (
+            d * setup.lora.lora_r if setup.lora and adapted_last else last
+        )
+    return needed, heads + adapters + (backbone if trains_llm else 0) - 2 * batch.tokens * skipped
 
 
 def _parameters(config: Qwen2MTPConfig, setup: Setup) -> dict[str, tuple[int, int]]:
-    trains = {
-        LANGUAGE_MODEL: not setup.language_model_freeze,
-        HEADS: True,
-        AUDIO_ENCODER: not (setup.audio_model_freeze or setup.language_model_freeze),
-        AUDIO_ADAPTER: not setup.language_model_freeze,
+    counts = count_parameters(config)
+    trains_llm = not setup.language_model_freeze
+    trained = {
+        LANGUAGE_MODEL: counts[LANGUAGE_MODEL] if trains_llm else 0,
+        HEADS: counts.get(HEADS, 0),
+        AUDIO_ENCODER: 0 if setup.audio_model_freeze or not trains_llm else counts.get(AUDIO_ENCODER, 0),
+        AUDIO_ADAPTER: counts.get(AUDIO_ADAPTER, 0) if trains_llm else 0,
     }
-    return {part: (count * trains[part], count) for part, count in count_parameters(config).items()}
+    if setup.lora is not None:
+        trained[LANGUAGE_MODEL] = vocabulary_parameters(config) if setup.trains_vocabulary else 0
+        adapters = adapter_parameters(config, setup.lora.lora_r, setup.lora.lora_target_modules)
+        counts[LORA_ADAPTERS] = trained[LORA_ADAPTERS] = adapters
+    return {part: (trained[part], count) for part, count in counts.items()}
 
 
 def _states(setup: Setup, zero: Zero, trained: int, total: int) -> dict[str, int]:
     value_bytes, ranks = setup.dtype.itemsize, setup.gpus
+    moments = _moments(setup, zero)
     if zero.stage == 0:
-        return {"weights": value_bytes * total, "optimizer": 2 * value_bytes * trained}
+        return {"weights": value_bytes * total, "optimizer": round(moments * trained)}
     weights = value_bytes * total
     if zero.stage == 3:
         gathered = value_bytes * min(total, zero.live_weights)
         weights = gathered + (0 if zero.offload_weights else weights // ranks)
-    optimizer = 0 if zero.offload_optimizer else (_MASTER + _MOMENTS) * trained // ranks
+    optimizer = 0 if zero.offload_optimizer else round((_MASTER + moments) * trained) // ranks
     # A GPU reserves whole buckets; on a CPU they take memory only as they fill, which is after the peak.
     elements = zero.reduce_bucket if setup.device == "cuda" else 0
     buckets = value_bytes * elements * (2 if zero.overlap else 1)
     return {"weights": weights, "optimizer": optimizer, "buckets": buckets}
+
+
+def _moments(setup: Setup, zero: Zero) -> float:
+    """Bytes of Adam's moments of a parameter; without DeepSpeed they have the type of the weights."""
+    if setup.moments is not None:
+        return setup.moments
+    return _MOMENTS if zero.stage else 2 * setup.dtype.itemsize
 
 
 def _backward(config: Qwen2MTPConfig, setup: Setup, zero: Zero, trained: int) -> dict[str, int]:
@@ -326,6 +370,7 @@ def _backward(config: Qwen2MTPConfig, setup: Setup, zero: Zero, trained: int) ->
         held_gradient=_held_gradient(setup, zero),
         earlier_gradients=setup.accumulation > 1,
         chunk_logits=CHUNK_LOGITS_GPU if setup.device == "cuda" else CHUNK_LOGITS_CPU,
+        lora=setup.lora,
     )
     gradients = min(gradients, peak)
     return {"gradients": gradients, "activations and loss": peak - gradients}
@@ -351,8 +396,9 @@ def _update(setup: Setup, zero: Zero, share: float) -> dict[str, int]:
     return {"gradients": round(max(flat, _MASTER * share + temporary))}
 
 
-def _checkpoint_bytes(value_bytes: int, zero: Zero, trained: int, total: int) -> int:
+def _checkpoint_bytes(setup: Setup, zero: Zero, trained: int, saved: int) -> int:
     """The model folder; with DeepSpeed the weights once more, and the optimizer's states of all ranks."""
+    value_bytes, moments = setup.dtype.itemsize, _moments(setup, zero)
     if zero.stage == 0:
-        return value_bytes * (total + 2 * trained)
-    return 2 * value_bytes * total + (_MASTER + _MOMENTS) * trained
+        return round(value_bytes * saved + moments * trained)
+    return round(2 * value_bytes * saved + (_MASTER + moments) * trained)

@@ -24,12 +24,17 @@ class ResultError(ValueError):
 
 
 def check_result(folder: str | Path) -> None:
-    """Check that every weight of the config is present, complete and of the right shape.
+    """Check that every weight of the config, or all that LoRA trained, is present, complete and of the right shape.
 
     Raises:
         ValueError: a weight is not.
     """
     folder = Path(folder)
+    if (folder / "adapter_config.json").is_file():
+        from vita_audio.training.lora import check_adapter_folder  # PEFT takes seconds to import
+
+        check_adapter_folder(folder)
+        return
     config = read_config(folder)
     stored: dict[str, StoredTensor] = {}
     for file in weight_files(folder):

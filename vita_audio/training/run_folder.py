@@ -46,6 +46,7 @@ _RESULTS = (
         "merges.txt",
         "chat_template*",
     ),
+    *("adapter_config.json", "adapter_model.safetensors"),
     *("model*.safetensors", "model.safetensors.index.json", "data_errors.jsonl", "runs"),
 )
 

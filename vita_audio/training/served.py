@@ -13,6 +13,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from vita_audio.training.optimizers import EIGHT_BIT
+
 
 @dataclass(frozen=True)
 class Option:
@@ -143,8 +145,9 @@ OPTIONS: dict[str, Option] = {
     **dict.fromkeys((*_SERVED, *_WITHOUT_EFFECT), Option()),
     "do_train": Option((True,), "this tool only trains; leave this option out"),
     "optim": Option(
-        ("adamw_torch", "adamw_torch_fused"),
-        "every stage uses AdamW; configure another optimizer in the DeepSpeed config's optimizer section",
+        ("adamw_torch", "adamw_torch_fused", *EIGHT_BIT),
+        f"every stage uses AdamW (or {EIGHT_BIT[0]}); configure another optimizer in the DeepSpeed config's "
+        "optimizer section",
     ),
     "save_strategy": Option(("steps", "no"), "there are no epochs and no evaluation: give steps or no"),
     "logging_strategy": Option(("steps", "no"), "rows are endless, so there are no epochs: give steps or no"),

@@ -22,6 +22,9 @@ from transformers import PreTrainedModel
 
 from vita_audio.models import freeze_audio_encoder, freeze_backbone, is_head_parameter
 from vita_audio.models.cost import AUDIO_ADAPTER, AUDIO_ENCODER, HEADS, LANGUAGE_MODEL
+from vita_audio.models.weights import WRAPPED
+
+LORA = "LoRA adapters"
 
 
 def apply_stage(
@@ -88,8 +91,11 @@ def describe_trainable(model: PreTrainedModel) -> str:
 
 def part_of(model: PreTrainedModel, name: str) -> str:
     """The part that a parameter belongs to, by the names of :func:`vita_audio.models.cost.count_parameters`."""
+    name = name.removeprefix(WRAPPED)
     if is_head_parameter(model, name):
         return HEADS
+    if ".lora_" in name:
+        return LORA
     if name.startswith("model.audio_model."):
         return AUDIO_ENCODER
     return AUDIO_ADAPTER if name.startswith("model.audio_projection.") else LANGUAGE_MODEL

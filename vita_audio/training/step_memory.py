@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from vita_audio.models import Qwen2MTPConfig
 from vita_audio.models.attention import PackedDocuments
 from vita_audio.models.compat import enable_checkpointing
+from vita_audio.training.lora_arguments import LoraArguments
 from vita_audio.training.stages import apply_stage
 
 
@@ -72,6 +73,7 @@ def step_memory(
     held_gradient: float = 1.0,
     earlier_gradients: bool = False,
     chunk_logits: int | None = None,
+    lora: LoraArguments | None = None,
 ) -> tuple[int, int]:
     """Bytes of a forward and backward pass above the weights.
 
@@ -79,6 +81,7 @@ def step_memory(
         held_gradient: share of each gradient that this rank keeps (one over the ranks with ZeRO-2).
         earlier_gradients: the pass adds to gradients that are there already, as in accumulation.
         chunk_logits: see :class:`vita_audio.models.loss.LanguageModelHead`.
+        lora: options of the adapters. None: no LoRA.
 
     Returns:
         The peak, and the part of it that are gradients kept for the optimizer.
@@ -88,6 +91,8 @@ def step_memory(
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
         model.tie_weights()
         apply_stage(model, language_model_freeze=language_model_freeze, audio_model_freeze=audio_model_freeze)
+        if lora is not None:
+            _adapt(model, lora)
         model.lm_head.chunk_logits = chunk_logits
         if checkpointing:
             enable_checkpointing(model.model)
@@ -101,6 +106,20 @@ def step_memory(
         with memory:
             _pass(model, batch).backward()
     return memory.peak, gradients
+
+
+def _adapt(model: Any, lora: LoraArguments) -> None:
+    """Put adapters into a model of tensors without data."""
+    from vita_audio.training import lora as adapters  # PEFT takes seconds to import
+
+    # PEFT moves new adapters to their layer, which tensors without data do not support. On meta it leaves them.
+    with torch.device("meta"):
+        adapters.insert_adapters(model, lora)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                empty = torch.empty(parameter.shape, dtype=model.dtype)
+                setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
 
 
 def _hold_gradients(parameters: list[nn.Parameter], memory: _LiveBytes, share: float) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -47,7 +47,9 @@ from vita_audio.training.callbacks import (
 )
 from vita_audio.training.checkpoints import (
     CheckpointStateError,
+    checkpoint_step,
     delete_old_checkpoints,
+    last_complete_checkpoint,
     mark_complete,
     mark_incomplete,
     save_loader_state,
@@ -55,10 +57,12 @@ from vita_audio.training.checkpoints import (
 from vita_audio.training.continuation import PlannedRates
 from vita_audio.training.interruption import HangDump, Interruption
 from vita_audio.training.model_card import write_model_card
+from vita_audio.training.optimizers import build_optimizer
 from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
+from vita_audio.training.straggler import Straggler
 from vita_audio.training.validation import Speaker, listen, score
-from vita_audio.training.watching import CountingLoader, Watch
+from vita_audio.training.watching import CountingLoader, TimedLoader, Watch
 
 _TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")
 """Part of torch.save's message when it cannot write; the error has no type of its own."""
@@ -108,6 +112,7 @@ class SpeechTrainer(Trainer):
         )
         self._lines = _LoggedSteps(self)
         self.add_callback(self._lines)
+        self._straggler = Straggler(self.args.device)
         self.add_callback(Continue(lambda: self._loader.counts()["epoch"]))
         self.add_callback(
             StopOnBadGradients(lambda: self.model_wrapped if self.is_deepspeed_enabled else None)
@@ -145,7 +150,10 @@ class SpeechTrainer(Trainer):
         """
         if resume_from_checkpoint is None:
             return super().train(None, *args, **kwargs)
-        loaded = _ObeyArguments(self._planned_rates)
+        # The Trainer restores random states (of dropout) only where it skips batches itself.
+        loaded = _ObeyArguments(
+            self._planned_rates, lambda: self._load_rng_state(str(resume_from_checkpoint))
+        )
         self.add_callback(loaded)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -159,7 +167,7 @@ class SpeechTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:  # the Trainer's signature expects a DataLoader
         """This rank's loader, which shards and shuffles itself; the time that it is waited for is noted."""
-        return self._watch.batches
+        return _Rows(self._watch.batches, self._straggler)
 
     # -- optimizer ----------------------------------------------------------------------------------------
 
@@ -174,11 +182,12 @@ class SpeechTrainer(Trainer):
                 self.args.mtp_learning_rate_multiplier,
                 decay_norms=self.args.decay_norms,
             )
-            self.optimizer = torch.optim.AdamW(
+            self.optimizer = build_optimizer(
+                self.args.optim,
                 groups,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
-                fused=self.args.device.type == "cuda",
+                device=self.args.device,
             )
         return self.optimizer
 
@@ -220,9 +229,10 @@ class SpeechTrainer(Trainer):
         """
         kinds = inputs.pop("kinds", None)
         inputs["return_predictions"] = True
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        with self._straggler.working():
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"loss is {loss.item()} at step {self.state.global_step + 1} on rank {self.args.process_index}; "
@@ -236,14 +246,16 @@ class SpeechTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what :class:`vita_audio.training.watching.Watch` has seen to a training log line."""
         if "loss" in logs:
+            steps = self._lines.steps_since_last()
             logs.update(
                 self._watch.columns(
                     logs,
                     self.lr_scheduler.get_last_lr(),
-                    steps=self._lines.steps_since_last(),
+                    steps=steps,
                     detailed=self._lines.is_detailed(),
                 )
             )
+            self._straggler.report(self.state.global_step, max(1, steps))
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -303,17 +315,32 @@ def _writing(folder: str | Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not _TORCH_WRITER.search(str(error)):
             raise
+        run = Path(folder).parent if checkpoint_step(folder) is not None else Path(folder)
+        whole = last_complete_checkpoint(run)
         raise MachineError(
             f"{folder}: cannot be written: {first_line(error)}; free some space there and start the stage "
-            "again; it continues from its last complete checkpoint"
+            f"again; it continues from {'the beginning' if whole is None else f'{whole.name}, which is whole'}"
         ) from error
 
 
-class _ObeyArguments(TrainerCallback):
-    """Restores this run's rates after a checkpoint is loaded and before the first step."""
+class _Rows:
+    """The loader, with the time spent on waiting for it counted."""
 
-    def __init__(self, planned: list[PlannedRates]) -> None:
+    def __init__(self, loader: TimedLoader, straggler: Straggler) -> None:
+        self._loader = loader
+        self._straggler = straggler
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._straggler.rows(self._loader)
+
+
+class _ObeyArguments(TrainerCallback):
+    """After a checkpoint is loaded and before the first step: restores this run's rates and the random states."""
+
+    def __init__(self, planned: list[PlannedRates], load_random_states: Callable[[], None]) -> None:
         self._planned = planned
+        self._load_random_states = load_random_states
+        self._continued = False
         self.reached = False
 
     def on_train_begin(
@@ -322,6 +349,13 @@ class _ObeyArguments(TrainerCallback):
         self.reached = True
         for rates in self._planned:
             rates.restore()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._continued:  # not earlier: the loader draws a seed when it starts
+            self._continued = True
+            self._load_random_states()
 
 
 class _LoggedSteps(TrainerCallback):

@@ -18,7 +18,7 @@ from vita_audio.evaluation.metrics import seed_tts_error_rate, seed_tts_tokens, 
 from vita_audio.evaluation.normalisers import plain_words
 from vita_audio.evaluation.statistics import Marks, rates
 from vita_audio.evaluation.tasks.task import AnyPath, Column, Items, Scores, need_utterances
-from vita_audio.evaluation.tasks.tts import Reading, check_text, requested_text, similarity_mark
+from vita_audio.evaluation.tasks.tts import Reading, check_text, requested_text, sound_marks
 
 LANGUAGES = ("zh", "en")
 
@@ -41,6 +41,7 @@ class SeedTTS(Reading):
         Column("as published %", "seed_tts_wer_answered"),
         Column("all words %", "seed_tts_wer_words"),
         Column("SIM", "seed_tts_similarity", ".3f", 1),
+        Column("DNSMOS", "seed_tts_quality", ".2f", 1),
     )
     speaks: bool = True
     samples: bool = True
@@ -68,7 +69,7 @@ class SeedTTS(Reading):
         }
         if heard is not None:
             marks["seed_tts_wer_answered"] = (mean, 1.0)
-        return marks | similarity_mark("seed_tts_similarity", utterance)
+        return marks | sound_marks("seed_tts", utterance)
 
     def score(self, utterances: Sequence[Utterance]) -> Scores:
         """The rates of :meth:`marks` as fractions, and the number of utterances behind them."""

@@ -47,6 +47,7 @@ class SpeechSynthesis(Reading):
         Column("codec floor %", "tts_floor_wer"),
         Column("natural %", "tts_natural_wer"),
         Column("SIM", "tts_similarity", ".3f", 1),
+        Column("DNSMOS", "tts_quality", ".2f", 1),
     )
     speaks: bool = True
     samples: bool = True
@@ -60,7 +61,7 @@ class SpeechSynthesis(Reading):
         leaves it out, as the published scripts do (bug 17 of the data specification)."""
         errors = self._errors(utterance)
         marks = {"tts_wer": errors} | ({} if utterance.heard is None else {"tts_wer_answered": errors})
-        return marks | similarity_mark("tts_similarity", utterance)
+        return marks | sound_marks("tts", utterance)
 
     def score(self, utterances: Sequence[Utterance]) -> Scores:
         """The rates of :meth:`marks` as fractions, and the numbers behind them."""
@@ -117,9 +118,10 @@ def run_recordings(
     )
 
 
-def similarity_mark(key: str, utterance: Utterance) -> dict[str, Mark]:
-    """The mark of the voice's similarity, if it was measured."""
-    return {} if utterance.similarity is None else {key: (utterance.similarity, 1.0)}
+def sound_marks(prefix: str, utterance: Utterance) -> dict[str, Mark]:
+    """The marks of the voice's similarity and of the speech's quality, if they were measured."""
+    found = {"similarity": utterance.similarity, "quality": utterance.quality}
+    return {f"{prefix}_{name}": (value, 1.0) for name, value in found.items() if value is not None}
 
 
 def requested_text(item: BenchmarkItem) -> str:

@@ -1,0 +1,46 @@
+"""The modes of a table: a schedule by name or numbers, or ``lossless``; either with ``+audio_rows``.
+
+``lossless`` and ``audio_rows`` are the engine's (docs/engine.md): the former gives Vanilla's replies, the latter reads
+only the vocabulary's rows of speech where tokens of speech are expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vita_audio.inference import SCHEDULES, Schedule, schedules_for
+
+LOSSLESS, AUDIO_ROWS = "lossless", "audio_rows"
+TRADEOFF = (*SCHEDULES, LOSSLESS, f"vanilla+{AUDIO_ROWS}", f"boost+{AUDIO_ROWS}", f"turbo+{AUDIO_ROWS}")
+"""The modes between quality and speed that a trade-off compares."""
+
+
+def mode_fields(mode: str) -> dict[str, Any]:
+    """The fields of :class:`~vita_audio.inference.GenerationOptions` that a mode sets.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    name, plus, feature = mode.partition("+")
+    if plus and feature != AUDIO_ROWS:
+        raise ValueError(f"mode {mode!r}: only +{AUDIO_ROWS} can be added to a mode")
+    lossless = name == LOSSLESS
+    schedule = Schedule.parse("vanilla" if lossless else name)
+    return {"mode": schedule.name, "lossless": lossless, "audio_rows": "on" if plus else "off"}
+
+
+def needs_engine(mode: str) -> bool:
+    """Whether ``generate()`` does not have a mode."""
+    fields = mode_fields(mode)
+    return bool(fields["lossless"]) or fields["audio_rows"] != "off"
+
+
+def modes_for(num_heads: int, modes: Sequence[str]) -> list[str]:
+    """Those of the modes that a model with so many heads can run as intended; see ``schedules_for``."""
+    schedules = {mode: mode_fields(mode)["mode"] for mode in modes}
+    fitting = schedules_for(num_heads, list(dict.fromkeys(schedules.values())))
+    kept = [
+        mode for mode in modes if schedules[mode] in fitting and (num_heads or not mode.startswith(LOSSLESS))
+    ]
+    return [*kept, *(one for one in fitting if one not in schedules.values())]
