@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Scores checkpoints on ASR, TTS and question-answering test sets:
 #   bash scripts/deepspeed/evaluate_sts.sh [TIMESTAMP] [flags of tools/evaluate_table.py]
-#   bash scripts/deepspeed/evaluate_sts.sh [TIMESTAMP] --speed [flags of tools/benchmark.py speed]
+#   bash scripts/deepspeed/evaluate_sts.sh [TIMESTAMP] --speed [flags of tools/benchmark.py paper-speed]
 #
 # Which checkpoints (one of):
 #   MODEL_NAME_OR_PATH   a checkpoint folder, or several as "NAME=DIR NAME=DIR@vanilla,turbo"
@@ -82,7 +82,7 @@ if [[ -n $speed ]]; then
     [[ -z ${FLOW_PATH:-} ]] || options+=(--flow_path "$FLOW_PATH")
     [[ -z ${AUDIO_MODEL_NAME_OR_PATH:-} ]] || options+=(--frontend_path "$AUDIO_MODEL_NAME_OR_PATH")
   fi
-  exec "${PYTHON:-python}" "$REPOSITORY/tools/benchmark.py" speed "${options[@]}" "$@"
+  exec "${PYTHON:-python}" "$REPOSITORY/tools/benchmark.py" paper-speed "${options[@]}" "$@"
 fi
 
 # -- checkpoints ----------------------------------------------------------------------------------------

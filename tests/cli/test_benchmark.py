@@ -70,7 +70,7 @@ def test_the_engine_is_measured_beside_the_plain_loop_in_every_mode(main, tmp_pa
 def test_speed_is_reported_as_the_paper_does(main, tiny_world, codec_flags, tmp_path, capsys, refusal):
     size = ["--dtype", "float32", "--tokens", "60", "--warm_up", "11", "--ways", "plain", "engine"]
     sound = [*codec_flags, "--question", tiny_world.audio("question.wav")]
-    main(["speed", "--model", str(tiny_world.model_dir), *size, *sound, "--output_dir", str(tmp_path)])
+    main(["paper-speed", "--model", str(tiny_world.model_dir), *size, *sound, "--output_dir", str(tmp_path)])
     found = json.loads((tmp_path / "speed.json").read_text())
     (ways,) = found["models"].values()
     assert list(ways) == ["plain", "engine"]
@@ -89,8 +89,10 @@ def test_speed_is_reported_as_the_paper_does(main, tiny_world, codec_flags, tmp_
     for name in ("speed.png", "speed.svg", "chunks.png", "chunks.svg", "speed.md"):
         assert (tmp_path / name).stat().st_size > 1000
     nothing = ["--sizes", "0.5b", "--output_dir", str(tmp_path)]
-    assert refusal(main, "speed", *nothing, "--tokens", "10").startswith("--tokens 10: give 11 or more")
-    assert refusal(main, "speed", *nothing, "--question", "q.wav").startswith("--question needs --model")
+    assert refusal(main, "paper-speed", *nothing, "--tokens", "10").startswith("--tokens 10: give 11 or more")
+    assert refusal(main, "paper-speed", *nothing, "--question", "q.wav").startswith(
+        "--question needs --model"
+    )
 
 
 def test_a_long_reply_is_followed_alone_and_in_company(main, tiny_world, codec_flags, capsys):

@@ -362,7 +362,8 @@ def test_the_script_scores_the_published_sets_that_are_there(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_score_what_one_scores(tiny_world, tmp_path):
+def test_two_processes_and_two_nodes_score_what_one_process_scores(tiny_world, tmp_path):
+    """A node is a launcher of its own; the second joins the first over loopback."""
     grammar = tmp_path / "words.gram"
     grammar.write_text(GRAMMAR)
     variables = os.environ | {
@@ -377,16 +378,25 @@ def test_two_processes_score_what_one_scores(tiny_world, tmp_path):
         path.write_text("\n".join(json.dumps({"id": str(number)} | sample) for number in range(3)) + "\n")
         variables[f"{task.upper()}_JSON"] = str(path)
     rows = []
-    for processes in ("1", "2"):
-        out = tmp_path / processes
-        subprocess.run(
-            ["bash", str(REPOSITORY / "scripts" / "deepspeed" / "evaluate_sts.sh"), "--transcriber_processes", "0"],
-            env=variables | {"EVALUATION_PROCESSES": processes, "OUTPUT_DIR": str(out)},
-            check=True,
-        )  # fmt: skip
+    command = [
+        "bash",
+        str(REPOSITORY / "scripts" / "deepspeed" / "evaluate_sts.sh"),
+        "--transcriber_processes",
+        "0",
+    ]
+    for nodes, processes in ((1, 1), (1, 2), (2, 1)):
+        out = tmp_path / f"{nodes}x{processes}"
+        more = {"EVALUATION_PROCESSES": str(processes), "OUTPUT_DIR": str(out), "NNODES": str(nodes)}
+        if nodes > 1:
+            more |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "34575"}
+        started = [
+            subprocess.Popen(command, env=variables | more | {"NODE_RANK": str(node)})
+            for node in range(nodes)
+        ]
+        assert [process.wait(timeout=600) for process in started] == [0] * nodes
         assert len((out / "tiny-turbo" / "tts.jsonl").read_text().splitlines()) == 3
         (row,) = json.loads((out / "results.json").read_text())
         assert row["tokens_per_second"] > 0
         rows.append({name: value for name, value in row.items() if name.startswith(("asr", "tts", "sqa"))})
-    assert rows[0] == rows[1]
+    assert rows[0] == rows[1] == rows[2]
     assert rows[0]["sqa_s2t_accuracy"] == 1.0

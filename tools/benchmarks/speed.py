@@ -1,7 +1,7 @@
 """The paper's speed tables and figures: total time by size and mode, first chunk, cost of a head, chunks in streaming.
 
-``python tools/benchmark.py speed --sizes 0.5b 1.5b 3b 7b --output_dir output/speed``
-``python tools/benchmark.py speed --model DIR --question q.wav --audio_tokenizer_path DIR --output_dir output/speed``
+``python tools/benchmark.py paper-speed --sizes 0.5b 1.5b 3b 7b --output_dir output/speed``
+``python tools/benchmark.py paper-speed --model DIR --question q.wav --audio_tokenizer_path DIR --output_dir output``
 
 As the paper measures: 4096 tokens after a prompt of 32 (``--tokens``, ``--prompt``), for ``--sizes`` with random
 weights, on which speed does not depend. Speed-up is against Vanilla made in the same way. A chunk is ten speech tokens,
@@ -41,7 +41,7 @@ Result = dict[str, Any]
 
 
 def main(argv: list[str]) -> None:
-    parser = command_parser(__doc__, prog="benchmark.py speed")
+    parser = command_parser(__doc__, prog="benchmark.py paper-speed")
     decode.add_arguments(parser)
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR")
     parser.add_argument(

@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoints", nargs="+", required=True, metavar="STAGE=DIR[@MODE,…]")
     parser.add_argument(
         "--modes", nargs="+", metavar="MODE",
-        help="names, numbers joined by dashes such as 1-10-4-10, or lossless; MODE+audio_rows reads only the rows of "
-        "speech (default: the paper's four)",
+        help="names, numbers joined by dashes such as 1-10-4-10, or lossless; MODE+audio_rows and MODE+audio_rows_on "
+        "read only the vocabulary's rows of speech (default: the paper's four)",
     )  # fmt: skip
     parser.add_argument(
         "--tradeoff", action="store_true",

@@ -96,16 +96,22 @@ def tradeoff_figure(panels: Mapping[str, Sequence[Mapping[str, Any]]], speed: st
         panels: title of the score to its points: ``{label, speed, value, interval}``; values in percent.
         speed: label of the speed.
     """
-    figure = Figure(figsize=(max(4.8 * len(panels), 5.5), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for panel, (title, points) in zip(axes, panels.items(), strict=True):
+    across = min(2, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(5.2 * across, 0.5 + 3.2 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    labels = list(dict.fromkeys(point["label"] for points in panels.values() for point in points))
+    for panel in axes[len(panels) :]:
+        panel.axis("off")
+    for panel, (title, points) in zip(axes, panels.items(), strict=False):
         for point in points:
-            _point(panel, point)
-        panel.set_xlim(0, 1.2 * max(point["speed"] for point in points))
+            _point(panel, point, labels.index(point["label"]))
+        panel.set_xlim(0, 1.1 * max(point["speed"] for point in points))
         panel.set_xlabel(speed)
         panel.set_title(title, **_TITLE)
         panel.grid(color="#e6eaf0")
         panel.set_axisbelow(True)
+    _legend(figure)
     return figure
 
 
@@ -131,14 +137,7 @@ def bar_groups(panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, str]]
         panel.set_ylabel(label)
         panel.margins(y=0.18)
         panel.set_title(title, **_TITLE)
-    found = {
-        label: handle
-        for panel in axes
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        found.values(), found.keys(), loc="outside upper right", frameon=False, fontsize=8, ncols=len(found)
-    )
+    _legend(figure)
     return figure
 
 
@@ -162,11 +161,24 @@ def lines(panels: Mapping[str, Mapping[str, Sequence[float]]], across: str, up: 
 _TITLE: dict[str, Any] = {"loc": "left", "fontweight": "bold", "fontsize": 10}
 
 
-def _point(panel: Axes, point: Mapping[str, Any]) -> None:
-    value, limits = point["value"], point["interval"]
-    if limits:
-        panel.plot([point["speed"]] * 2, limits, color=SOFT, linewidth=1.0)
-    panel.plot([point["speed"]], [value], "o", color=ACCENT)
-    panel.annotate(
-        point["label"], (point["speed"], value), xytext=(5, 4), textcoords="offset points", fontsize=8
-    )
+_MARKERS = "osD^vPX*"
+
+
+def _point(panel: Axes, point: Mapping[str, Any], number: int) -> None:
+    colour = f"C{number % 10}"
+    if point["interval"]:
+        panel.plot([point["speed"]] * 2, point["interval"], color=colour, linewidth=1.0, alpha=0.6)
+    marker = _MARKERS[number % len(_MARKERS)]
+    panel.plot([point["speed"]], [point["value"]], marker, color=colour, label=point["label"])
+
+
+def _legend(figure: Figure) -> None:
+    """One legend for all panels, above them."""
+    found = {
+        label: handle
+        for panel in figure.axes
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        found.values(), found.keys(), loc="outside upper left", frameon=False, fontsize=8, ncols=min(4, len(found))
+    )  # fmt: skip

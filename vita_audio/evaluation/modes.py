@@ -1,7 +1,8 @@
 """The modes of a table: a schedule by name or numbers, or ``lossless``; either with ``+audio_rows``.
 
-``lossless`` and ``audio_rows`` are the engine's (docs/engine.md): the former gives Vanilla's replies, the latter reads
-only the vocabulary's rows of speech where tokens of speech are expected.
+These are the engine's (docs/engine.md): ``lossless`` gives Vanilla's replies; ``audio_rows`` reads only the rows of
+speech in the vocabulary between the markers of speech, ``audio_rows_on`` also for all tokens of the heads, so heads
+that write text are wrong.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from typing import Any
 
 from vita_audio.inference import SCHEDULES, Schedule, schedules_for
 
-LOSSLESS, AUDIO_ROWS = "lossless", "audio_rows"
-TRADEOFF = (*SCHEDULES, LOSSLESS, f"vanilla+{AUDIO_ROWS}", f"boost+{AUDIO_ROWS}", f"turbo+{AUDIO_ROWS}")
+LOSSLESS = "lossless"
+FEATURES = {"": "off", "audio_rows": "auto", "audio_rows_on": "on"}
+"""What can be added to a mode, with the engine's choice of rows."""
+TRADEOFF = (*SCHEDULES, LOSSLESS, "boost+audio_rows", "turbo+audio_rows", "turbo+audio_rows_on")
 """The modes between quality and speed that a trade-off compares."""
 
 
@@ -23,11 +26,12 @@ def mode_fields(mode: str) -> dict[str, Any]:
         ValueError: there is no such mode.
     """
     name, plus, feature = mode.partition("+")
-    if plus and feature != AUDIO_ROWS:
-        raise ValueError(f"mode {mode!r}: only +{AUDIO_ROWS} can be added to a mode")
+    if feature not in FEATURES or (plus and not feature):
+        known = ", ".join(f"+{one}" for one in FEATURES if one)
+        raise ValueError(f"mode {mode!r}: only {known} can be added to a mode")
     lossless = name == LOSSLESS
     schedule = Schedule.parse("vanilla" if lossless else name)
-    return {"mode": schedule.name, "lossless": lossless, "audio_rows": "on" if plus else "off"}
+    return {"mode": schedule.name, "lossless": lossless, "audio_rows": FEATURES[feature]}
 
 
 def needs_engine(mode: str) -> bool:
