@@ -21,8 +21,6 @@ esac
 prepare_environment dev
 PATH=$VENV/bin:$PATH
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu
-# The tests always run on the CPU.
-export CUDA_VISIBLE_DEVICES=
 
 processes=(-n "${TEST_PROCESSES:-2}" --dist loadfile)
 

@@ -29,6 +29,7 @@ BENCHMARKS = {
     "long-stream": "long_stream",
     "sts": "sts",
     "serve": "serve",
+    "gpu": "gpu",
     "soak": "soak",
     "barge-in": "barge_in",
     "benchmark_llm": "generate",

@@ -27,10 +27,11 @@ def test_losses_and_gradients_equal_full_logits(rows, chunk, trainable, seed):
     expected = torch.autograd.grad((plain * scales).sum() * 3, wanted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "CHUNK_LOGITS_CPU", chunk)
-        total, losses = head(hidden, targets, scales)
+        total, losses, hits = head(hidden, targets, scales)
         found = torch.autograd.grad(total * 3, wanted)
     torch.testing.assert_close(losses, plain)
     assert not losses.requires_grad
+    assert torch.equal(hits, (hidden @ head.weight.T).argmax(dim=1) == targets)
     torch.testing.assert_close(total, (plain * scales).sum())
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
@@ -42,12 +43,12 @@ def test_half_precision_stays_close_to_float32(autocast):
     head = LanguageModelHead(64, 500, bias=False)
     hidden = torch.randn(50, 64)
     targets, scales = torch.randint(500, (50,)), torch.full((50,), 1 / 50)
-    expected, _ = head(hidden, targets, scales)
+    expected, *_ = head(hidden, targets, scales)
     if not autocast:
         head, hidden = head.to(torch.bfloat16), hidden.to(torch.bfloat16)
     hidden.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        total, _ = head(hidden, targets, scales)
+        total, *_ = head(hidden, targets, scales)
     total.backward()
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(expected.item(), rel=2e-3)
@@ -77,7 +78,7 @@ def test_extreme_logits_give_finite_losses():
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[300.0], [0.0], [-300.0]]))
     hidden = torch.ones(1, 1, requires_grad=True)
-    total, losses = head(hidden, torch.tensor([2]), torch.ones(1))
+    total, losses, _ = head(hidden, torch.tensor([2]), torch.ones(1))
     total.backward()
     assert losses.tolist() == [600.0]
     assert hidden.grad.item() == pytest.approx(600.0)
@@ -98,7 +99,7 @@ def test_logits_never_exist_for_more_than_a_chunk(monkeypatch):
 
     hidden = torch.randn(400, 4, requires_grad=True)
     with Watch():
-        total, _ = head(hidden, torch.randint(5_000, (400,)), torch.ones(400))
+        total, *_ = head(hidden, torch.randint(5_000, (400,)), torch.ones(400))
         total.backward()
     assert largest <= 20_000  # the head's weight; full logits would be 2,000,000
 

@@ -215,7 +215,6 @@ class World:
             "PYTHONPATH": str(REPOSITORY),
             # CPUs are chosen: the tool takes gloo, sdpa and PyTorch's Adam, and says so.
             "ACCELERATE_USE_CPU": "true",
-            "CUDA_VISIBLE_DEVICES": "",
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_DATASETS_CACHE": str(self.root / "arrow"),

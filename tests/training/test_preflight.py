@@ -26,6 +26,11 @@ def attend(module, query, key, value, mask, **kwargs):
         value = value.flip(2)
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
+if how.endswith("flash"):
+    import runpy
+    runpy.run_path(os.environ["FLASH_STAND_IN"])["install"](wrong=how == "wrong_flash")
+    if how == "flash":  # as it is chosen on a GPU
+        preflight.choose_numerics = lambda *_: (torch.bfloat16, "flash_attention_2")
 AttentionInterface.register("stand_in", attend)
 AttentionMaskInterface.register("stand_in", sdpa_mask)
 if how == "missing_file" and rank == 1:
@@ -54,6 +59,12 @@ def check(world, how: str, *more: object, **settings: str) -> subprocess.Complet
     )
     settings = {"PREFLIGHT_ATTENTION": "sdpa eager stand_in", "PREFLIGHT_TIMEOUT": "60", **settings}
     return world.launch(2, world.root / "break.py", how, *options, *more, **settings)
+
+
+FLASH = {
+    "PREFLIGHT_ATTENTION": "sdpa eager flash_attention_2",
+    "FLASH_STAND_IN": str(REPOSITORY / "tests/models/flash_stand_in.py"),
+}
 
 
 def verdicts(run: subprocess.CompletedProcess) -> dict[str, str]:
@@ -93,6 +104,17 @@ def test_each_broken_setup_is_named_in_one_line(world, how, more, failed, said):
     assert line.startswith(f"preflight: 1 of 10 checks failed: {failed}: ")
     assert said in line
     assert "Traceback" not in run.stderr
+
+
+def test_flash_attention_is_compared_with_sdpa_and_wrong_numbers_are_named(world):
+    run = check(world, "flash", "--bf16", "True", **FLASH)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "equal with flash_attention_2, sdpa, eager" in run.stdout
+    wrong = check(world, "wrong_flash", "--bf16", "True", **FLASH)
+    assert wrong.returncode == 78, wrong.stdout + wrong.stderr
+    line = wrong.stderr.strip().splitlines()[-1]
+    assert line.startswith("preflight: 1 of 10 checks failed: step: ")
+    assert "with flash_attention_2 attention" in line
 
 
 def test_a_process_that_hangs_is_named_and_everything_ends(world):

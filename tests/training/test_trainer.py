@@ -1,6 +1,7 @@
 """The training loop on batches that the test makes: what is logged, how the optimizer is set up."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -168,3 +169,11 @@ def test_one_bad_step_among_good_ones_loses_only_that_step(make_trainer):
 
 def test_the_configuration_keeps_the_cache_enabled_for_users_of_the_result(make_trainer):
     assert make_trainer([make_batch(0, 12)]).model.config.use_cache is True
+
+
+def test_a_trace_shows_the_steps_and_the_waits_for_data(make_trainer, tmp_path):
+    make_trainer([make_batch(0, 12)], trace_steps=2, max_steps=6, gradient_accumulation_steps=2).train()
+    events = json.loads((tmp_path / "trace-0.json").read_text())["traceEvents"]
+    names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
+    assert names.count("step") == 2
+    assert names.count("wait for data") == 4, "two rows a step"

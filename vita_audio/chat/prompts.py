@@ -20,6 +20,8 @@ from vita_audio.constants import (
     VOICE_PROMPT,
 )
 
+TASKS = ("ASR", "TTS", "voice clone", "speech QA", "text")
+"""Every answer of :func:`task_of`."""
 SYSTEM_PROMPTS: dict[str, str | None] = {"luke": LUKE_SYSTEM_PROMPT, "omni": OMNI_SYSTEM_PROMPT, "none": None}
 """System messages by name, for command lines."""
 
@@ -79,7 +81,12 @@ def from_sample(sample: Sample | Mapping[str, Any], default_system: str | None =
 
 
 def task_of(conversation: Conversation) -> str:
-    """``"ASR"``, ``"TTS"``, ``"voice clone"``, ``"speech QA"`` or ``"text"``, by the last message."""
+    """The task in :data:`TASKS` that the last message sets, or, of a sample, the message before its last reply."""
+    if isinstance(conversation, Sample):
+        try:
+            conversation = from_sample(conversation)
+        except SampleError:  # the sample begins with the reply
+            return "text"
     question = conversation.messages[-1]
     if TTS_PROMPT in question.text:
         return "voice clone" if _VOICE in conversation.messages else "TTS"

@@ -25,17 +25,21 @@ from typing import Any, NoReturn
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_flash_attn_2_available
 
 from vita_audio.audio import is_continuous_kind
 from vita_audio.cli.launch import end_with_launcher, refuse
+from vita_audio.cli.validation import open_speaker
 from vita_audio.data import (
     CodecSpec,
     DataConfig,
     ResumeError,
     TooManyBadSamples,
+    ValidationSet,
     build_train_loader,
     extend_tokenizer,
+    read_validation_set,
 )
 from vita_audio.data.faults import MachineError
 from vita_audio.data.loader import TrainLoader
@@ -121,6 +125,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 loader.load_state_dict(states[rank()] if len(states) == world_size() else states)
         with told_in_one_line(*AT_THE_DOOR):
             loader.check_ranks_agree()
+            validation = open_validation(data_args, stage_args, tokenizer, codec)
+            speaker = None
+            if validation is not None and is_deepspeed_zero3_enabled():
+                logger.warning("validation speaks no answers under ZeRO-3: no process holds the whole model")
+            elif validation is not None:
+                speaker = open_speaker(
+                    data_args, codec, tokenizer, validation.requests, rank=rank(), world_size=world_size()
+                )
         if is_first():
             with told_in_one_line(*AT_THE_DOOR):
                 folder.reopen()
@@ -141,7 +153,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             # 7. Train, from where an earlier run was stopped.
             trainer = SpeechTrainer(
-                model=model, args=stage_args, processing_class=tokenizer, loader=loader, run=run
+                model=model,
+                args=stage_args,
+                processing_class=tokenizer,
+                loader=loader,
+                run=run,
+                validation=validation,
+                speaker=speaker,
             )
             with told_in_one_line(*WHILE_TRAINING):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -258,17 +276,7 @@ def open_rows(
     codec: CodecSpec,
 ) -> TrainLoader:
     """This rank's rows, from the beginning."""
-    config = DataConfig(
-        dataset_path=data_args.dataset_name,
-        seq_length=data_args.model_max_length,
-        text_audio_interval_ratio=data_args.text_audio_interval_ratio,
-        num_workers=stage_args.dataloader_num_workers,
-        micro_batch_size=stage_args.per_device_train_batch_size,
-        max_error_share=data_args.max_error_share,
-        strict=data_args.strict_data,
-        data_root=data_args.data_root,
-        token_cache=data_args.audio_token_cache,
-    )
+    config = rows_config(data_args, stage_args, data_args.dataset_name)
     return build_train_loader(
         config,
         tokenizer,
@@ -277,6 +285,41 @@ def open_rows(
         world_size=world_size(),
         seed=stage_args.data_seed if stage_args.data_seed is not None else stage_args.seed,
         output_dir=stage_args.output_dir,
+    )
+
+
+def open_validation(
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    codec: CodecSpec,
+) -> ValidationSet | None:
+    """The validation set; None if no mix was given for it."""
+    if data_args.eval_dataset_name is None:
+        return None
+    return read_validation_set(
+        rows_config(data_args, stage_args, data_args.eval_dataset_name),
+        tokenizer,
+        codec,
+        samples=data_args.eval_samples,
+        requests=data_args.eval_speech_samples,
+        rank=rank(),
+        world_size=world_size(),
+    )
+
+
+def rows_config(data_args: DataArguments, stage_args: StageArguments, mix: str) -> DataConfig:
+    """How a mix becomes rows."""
+    return DataConfig(
+        dataset_path=mix,
+        seq_length=data_args.model_max_length,
+        text_audio_interval_ratio=data_args.text_audio_interval_ratio,
+        num_workers=stage_args.dataloader_num_workers,
+        micro_batch_size=stage_args.per_device_train_batch_size,
+        max_error_share=data_args.max_error_share,
+        strict=data_args.strict_data,
+        data_root=data_args.data_root,
+        token_cache=data_args.audio_token_cache,
     )
 
 

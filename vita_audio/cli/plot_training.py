@@ -2,8 +2,9 @@
 
     python tools/plot_training.py output/LM/finetune_glm4voice_mtp10_stage1/run1 [RUN …] --out curves
 
-Reads the log of each run's folder, finished or not, and draws one panel for each group of columns: losses, losses of
-the heads, learning rate, gradient norm, and data. Several runs share the panels. Writes curves.png and curves.html.
+Reads the log of each run's folder, finished or not, and draws one panel for each group of columns: losses and
+accuracies of backbone, heads, tasks and sources, learning rates, gradient norms, speed and data. Validation is dashed.
+Several runs share the panels. Writes curves.png and curves.html.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from vita_audio.files import read_json, write_text
 from vita_audio.training.checkpoints import last_complete_checkpoint
 
 _LOG = "trainer_state.json"
-_SINGLE = ("loss", "main_loss", "learning_rate", "grad_norm")
+_SINGLE = ("loss", "main_loss", "main_accuracy", "learning_rate", "grad_norm")
+_BY_KIND = ("main_loss", "main_accuracy", "mtp_loss_0", "mtp_accuracy_0", "mtp_loss", "mtp_accuracy")
+"""What is drawn of each task and source."""
+_VALIDATION = "eval_"
 _WIDTH, _HEIGHT = 6.0, 3.2
 """Inches of a panel."""
 
@@ -50,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_log(run: Path) -> list[dict[str, float]]:
-    """The log lines of a run with a loss: of its result, else of its last complete checkpoint.
+    """The log lines of a run with a loss, of steps and of validations.
+
+    They are those of its result, else of its last complete checkpoint.
 
     Raises:
         ValueError: there is no log, or it is damaged.
@@ -64,7 +70,7 @@ def read_log(run: Path) -> list[dict[str, float]]:
             )
         file = checkpoint / _LOG
     try:
-        lines = [line for line in read_json(file)["log_history"] if "loss" in line]
+        lines = [line for line in read_json(file)["log_history"] if {"loss", "eval_loss"} & line.keys()]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: damaged ({error}); restore it from the checkpoint before") from error
     if not lines:
@@ -74,15 +80,24 @@ def read_log(run: Path) -> list[dict[str, float]]:
 
 def panels(logs: dict[str, list[dict[str, float]]]) -> dict[str, list[str]]:
     """Columns of each panel that some run has."""
-    names = {name for lines in logs.values() for line in lines for name in line}
-    heads = sorted(
-        (name for name in names if name.startswith("mtp_loss_")), key=lambda name: int(name.rsplit("_", 1)[1])
-    )
-    found = {name: [name] for name in _SINGLE if name in names}
-    if heads:
-        found["losses of the heads"] = heads
-    found |= {name: [name] for name in sorted(names) if name.startswith("data/")}
-    return found
+    logged = {name for lines in logs.values() for line in lines for name in line}
+    names = {name.removeprefix(_VALIDATION) for name in logged}
+    groups = {name: [name] for name in _SINGLE}
+    for what, title in (("loss", "losses"), ("accuracy", "accuracies")):
+        heads = [name for name in names if name.startswith(f"mtp_{what}_")]
+        groups[f"{title} of the heads"] = sorted(heads, key=lambda name: int(name.rsplit("_", 1)[1]))
+    for part in ("learning_rate", "grad_norm", "speech"):
+        groups[f"{part} by part"] = sorted(name for name in names if name.startswith(f"{part}/"))
+    for kind in ("task", "source"):
+        for what in _BY_KIND:
+            own = [name for name in names if name.startswith(f"{kind}/") and name.endswith(f"/{what}")]
+            groups[f"{what} by {kind}"] = sorted(own)
+    groups |= {name: [name] for name in sorted(names) if name.startswith(("speed/", "data/"))}
+    with_validation = {
+        title: [one for name in group for one in (name, _VALIDATION + name) if one in logged]
+        for title, group in groups.items()
+    }
+    return {title: group for title, group in with_validation.items() if group}
 
 
 def draw(logs: dict[str, list[dict[str, float]]], smooth: int) -> Figure:
@@ -105,6 +120,7 @@ def draw(logs: dict[str, list[dict[str, float]]], smooth: int) -> Figure:
                     steps,
                     list(_averaged(values, smooth)),
                     color=colours(number % 10),
+                    linestyle="--" if name.startswith(_VALIDATION) else "-",
                     alpha=alpha,
                     label=label,
                 )
@@ -123,7 +139,7 @@ def page(logs: dict[str, list[dict[str, float]]], picture: Path) -> str:
     columns = [name for names in panels(logs).values() for name in names]
     rows = [["run", "step", *columns]]
     for run, lines in logs.items():
-        last = lines[-1]
+        last = {name: value for line in lines for name, value in line.items()}
         shown: list[Any] = [last.get(name, "") for name in columns]
         rows.append(
             [run, str(last["step"]), *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in shown)]

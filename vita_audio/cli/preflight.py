@@ -12,7 +12,6 @@ status is 0, or 78 if a check has failed; nothing is trained and the output fold
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import shutil
@@ -38,7 +37,16 @@ from vita_audio.cli.finetune import (
     told_in_one_line,
 )
 from vita_audio.cli.launch import end_with_launcher, refuse
-from vita_audio.constants import IGNORE_INDEX
+from vita_audio.cli.preflight_step import (
+    DOCUMENT,
+    TOLERANCE,
+    CheckFailed,
+    StepResult,
+    close,
+    compare,
+    one_loss,
+    one_step,
+)
 from vita_audio.data.faults import first_line
 from vita_audio.distributed import gather_objects, is_first, local_rank, rank, world_size
 from vita_audio.models.attention import PACKED_SDPA
@@ -52,16 +60,9 @@ from vita_audio.training.quiet import hush_libraries
 
 _GROUP_TIMEOUT = timedelta(days=1)
 """Of the group that watches the others; each wait has its own, shorter limit."""
-_TOLERANCE = {torch.bfloat16: 0.02, torch.float16: 0.02, torch.float32: 1e-3}
-"""Largest relative difference of two losses that should be equal."""
 _DISK_SPEED_BYTES = 2**26
 _SLOW_DISK = 100e6
 """Bytes a second below which saving a checkpoint takes longer than training between two of them might."""
-_DOCUMENT = 512
-
-
-class CheckFailed(ValueError):
-    """A check that has found a fault; the message is one line."""
 
 
 class NotTried(ValueError):
@@ -293,23 +294,15 @@ def check_step(run: Preflight) -> str:
     run.state["model"] = model.train()
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
-    results = {}
-    for name in run.attention:
-        model.set_attn_implementation(PACKED_SDPA if name == "sdpa" else name)
-        torch.manual_seed(0)
-        # A dense mask over long rows would not fit; short rows compare the numbers as well.
-        length = min(run.data_args.model_max_length, 2 * _DOCUMENT if name == "eager" else 2**30)
-        results[name] = one_step(model, length, run.device)
-        if name == "eager":
-            model.set_attn_implementation(PACKED_SDPA)
-            torch.manual_seed(0)
-            results["sdpa, short row"] = one_step(model, length, run.device)
-            compare("eager", results.pop("eager"), "sdpa", results.pop("sdpa, short row"), run.dtype)
+    try:
+        results = {name: step_with(run, model, name) for name in run.attention}
+    finally:
+        model.set_attn_implementation(built_as(run.attention[0]))
     reference = next(iter(results))
     for name, result in results.items():
-        compare(name, result, reference, results[reference], run.dtype)
-    model.set_attn_implementation(PACKED_SDPA if run.attention[0] == "sdpa" else run.attention[0])
-    loss, norm, seconds = results[reference]
+        if name != "eager":  # compared on a short row
+            compare(name, result, reference, results[reference], run.dtype)
+    loss, norm, seconds, _ = results[reference]
     shown = ", ".join(run.attention)
     return f"loss {loss:.4f}, gradient norm {norm:.3g}, {seconds:.2f} s; equal with {shown}"
 
@@ -317,16 +310,17 @@ def check_step(run: Preflight) -> str:
 def check_precision(run: Preflight) -> str:
     """The loss in the stage's type against float32, and Liger's against ours."""
     model = run.need("model")
-    length = min(run.data_args.model_max_length, 2 * _DOCUMENT)
+    length = min(run.data_args.model_max_length, 2 * DOCUMENT)
     said = "float32 already"
     with torch.no_grad():
         torch.manual_seed(0)
         loss = one_loss(model, length, run.device)
         if run.dtype != torch.float32:
             torch.manual_seed(0)
+            model.set_attn_implementation(PACKED_SDPA)  # FlashAttention has no float32
             exact = one_loss(model.float(), length, run.device)
-            model.to(run.dtype)
-            close(f"{run.dtype}".removeprefix("torch."), loss, "float32", exact, _TOLERANCE[run.dtype])
+            model.to(run.dtype).set_attn_implementation(built_as(run.attention[0]))
+            close(f"{run.dtype}".removeprefix("torch."), loss, "float32", exact, TOLERANCE[run.dtype])
             said = f"loss {loss:.4f}, {exact:.4f} in float32"
     if run.device.type == "cuda" and liger_forward() is not None:
         hidden = torch.randn(256, model.config.hidden_size, device=run.device, dtype=run.dtype)
@@ -337,7 +331,7 @@ def check_precision(run: Preflight) -> str:
             function(hidden, weight, targets, ones, False, False)[0].mean().item()
             for function in (chunked_losses, liger_losses)
         )
-        close("Liger's loss", theirs, "ours", ours, _TOLERANCE[run.dtype])
+        close("Liger's loss", theirs, "ours", ours, TOLERANCE[run.dtype])
         said += "; Liger's loss equals ours"
     return said
 
@@ -421,52 +415,26 @@ def existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
-def one_loss(model: Any, length: int, device: torch.device) -> Any:
-    """The loss of a row of random documents."""
-    positions = (torch.arange(length, device=device) % _DOCUMENT)[None]
-    ids = torch.randint(min(model.config.vocab_size, 1000), (1, length), device=device)
-    labels = ids.masked_fill(positions < min(_DOCUMENT, length) // 2, IGNORE_INDEX)
-    return model(input_ids=ids, position_ids=positions, labels=labels).loss
+def built_as(attention: str) -> str:
+    """The back end that a model gets when it is built with this one."""
+    return PACKED_SDPA if attention == "sdpa" else attention
 
 
-def one_step(model: Any, length: int, device: torch.device) -> tuple[float, float, float]:
-    """Loss, norm of the gradients, and seconds of a forward and backward pass."""
-    model.zero_grad(set_to_none=True)
-    start = time.perf_counter()
-    loss = one_loss(model, length, device)
-    loss.backward()
-    norms = [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
-    norm = torch.stack(norms).norm().item()  # waits for the device
-    seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    gc.collect()
-    return loss.item(), norm, seconds
-
-
-def compare(
-    name: str,
-    result: tuple[float, float, float],
-    other: str,
-    reference: tuple[float, float, float],
-    dtype: torch.dtype,
-) -> None:
-    """Refuse back ends whose losses or gradients differ.
+def step_with(run: Preflight, model: Any, name: str) -> StepResult:
+    """:func:`one_step` at the real row length; with ``eager``, whose mask would not fit, on a short row beside sdpa.
 
     Raises:
-        CheckFailed: they do.
+        CheckFailed: eager and sdpa differ.
     """
-    tolerance = _TOLERANCE[dtype]
-    close(f"the loss with {name} attention", result[0], f"with {other}", reference[0], tolerance)
-    close(f"the gradient norm with {name} attention", result[1], f"with {other}", reference[1], 5 * tolerance)
-
-
-def close(name: str, value: float, other: str, reference: float, tolerance: float) -> None:
-    """Refuse numbers that differ by more than a share, or that are not finite.
-
-    Raises:
-        CheckFailed: they do.
-    """
-    if not math.isclose(value, reference, rel_tol=tolerance):
-        raise CheckFailed(
-            f"{name} is {float(value):.5g}, but {float(reference):.5g} {other}; do not train with it"
-        )
+    length = run.data_args.model_max_length
+    if name != "eager":
+        model.set_attn_implementation(built_as(name))
+        torch.manual_seed(0)
+        return one_step(model, length, run.device)
+    short = {}
+    for each in ("eager", PACKED_SDPA):
+        model.set_attn_implementation(each)
+        torch.manual_seed(0)
+        short[each] = one_step(model, min(length, 2 * DOCUMENT), run.device)
+    compare("eager", short["eager"], "sdpa", short[PACKED_SDPA], run.dtype)
+    return short["eager"]

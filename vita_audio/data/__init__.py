@@ -17,6 +17,7 @@ with needs_extra("train"):
     from vita_audio.data.packing import pack_lengths
     from vita_audio.data.report import TooManyBadSamples
     from vita_audio.data.speech import CodecSpec
+    from vita_audio.data.validation import ValidationSet, read_validation_set
 
 __all__ = [
     "CodecSpec",
@@ -26,11 +27,13 @@ __all__ = [
     "SampleError",
     "TooManyBadSamples",
     "TrainLoader",
+    "ValidationSet",
     "build_example",
     "build_prompt",
     "build_train_loader",
     "extend_tokenizer",
     "interleave_text_audio",
     "pack_lengths",
+    "read_validation_set",
     "split_reply",
 ]

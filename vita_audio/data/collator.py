@@ -16,16 +16,23 @@ from vita_audio.chat import Example
 from vita_audio.constants import IGNORE_INDEX
 
 
-def collate_rows(rows: Sequence[Sequence[Example]], seq_length: int, pad_token_id: int) -> dict[str, Any]:
+def collate_rows(
+    rows: Sequence[Sequence[Example]],
+    seq_length: int,
+    pad_token_id: int,
+    kinds: Sequence[Sequence[int]] | None = None,
+) -> dict[str, Any]:
     """Make a batch.
 
     Args:
         rows: the documents of each row.
         seq_length: tokens in a row.
         pad_token_id: fills the rest.
+        kinds: for each document a number that tells what it is, see :attr:`vita_audio.data.TrainLoader.kinds`.
 
     Returns:
-        ``input_ids``, ``labels`` (not shifted), ``position_ids``: int64, shape (rows, seq_length).
+        ``input_ids``, ``labels`` (not shifted), ``position_ids`` and, if given, ``kinds`` of the document at
+        each position (0 in the padding): int64, shape (rows, seq_length).
         If a document has continuous audio, also ``audios``, a list of (frames, feature_dim), and
         ``audio_indices``, a list of (2, 1, frames + 4): batch row and position of each feature.
 
@@ -37,6 +44,8 @@ def collate_rows(rows: Sequence[Sequence[Example]], seq_length: int, pad_token_i
         "labels": _pad(rows, seq_length, IGNORE_INDEX, lambda document: document.labels),
         "position_ids": torch.stack([_positions(documents, seq_length) for documents in rows]),
     }
+    if kinds is not None:
+        batch["kinds"] = torch.stack([_kinds(*pair, seq_length) for pair in zip(rows, kinds, strict=True)])
     audios, audio_indices = [], []
     for row, documents in enumerate(rows):
         start = 0
@@ -66,3 +75,9 @@ def _positions(documents: Sequence[Example], seq_length: int) -> torch.Tensor:
         positions[start:] = torch.arange(seq_length - start)
         start += len(document)
     return positions
+
+
+def _kinds(documents: Sequence[Example], kinds: Sequence[int], seq_length: int) -> torch.Tensor:
+    lengths = torch.tensor([len(document) for document in documents], dtype=torch.long)
+    filled = torch.repeat_interleave(torch.tensor(list(kinds), dtype=torch.long), lengths)
+    return torch.nn.functional.pad(filled, (0, seq_length - len(filled)))

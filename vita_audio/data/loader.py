@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +31,7 @@ from vita_audio.chat import (
     build_example,
     locate,
     parse_sample,
+    prompts,
 )
 from vita_audio.data.checks import DataIdentity, check_codec, check_ranks_agree
 from vita_audio.data.collator import collate_rows
@@ -45,6 +43,7 @@ from vita_audio.data.report import ErrorFile, FileJudge, Report
 from vita_audio.data.sharding import ShardState, reshard
 from vita_audio.data.speech import CodecSpec, SpeechReader, check_codec_matches, codec_fingerprint
 from vita_audio.data.token_cache import TokenCache
+from vita_audio.data.workers import set_up_worker
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +84,19 @@ def build_train_loader(
         MachineError: the disk or the Arrow cache failed.
         ValueError: tokenizer and codec do not match, or the mix needs a codec that does not open.
     """
+    rows, identity = open_packed_rows(config, tokenizer, codec, rank, world_size, seed)
+    return TrainLoader(config, rows, ErrorFile(output_dir), identity)
+
+
+def open_packed_rows(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    codec: CodecSpec | Any | None,
+    rank: int,
+    world_size: int,
+    seed: int,
+) -> tuple[PackedRows, DataIdentity]:
+    """The rows of a mix, and what identifies their content; see :func:`build_train_loader`."""
     if codec is not None:
         check_codec_matches(codec, ChatTokens.of(tokenizer).context is not None)
     specs = read_mix(config.dataset_path, config.root)
@@ -101,8 +113,7 @@ def build_train_loader(
         if check_codec(mix, reader, config.root):
             settings["codec"] = f"{codec.kind} {codec_fingerprint(codec)}"
     identity = DataIdentity.of(mix, settings)
-    rows = PackedRows(config, mix, tokenizer, reader, rank, world_size)
-    return TrainLoader(config, rows, ErrorFile(output_dir), identity)
+    return PackedRows(config, mix, tokenizer, reader, rank, world_size), identity
 
 
 class TrainLoader:
@@ -142,6 +153,11 @@ class TrainLoader:
         """The data mix behind the rows."""
         return self._rows.mix
 
+    @property
+    def kinds(self) -> list[tuple[str, str]]:
+        """Source and task of each number in a batch's ``kinds``."""
+        return self._rows.kinds
+
     def check_ranks_agree(self) -> None:
         """Compare mix, token cache and codec with those of the other ranks.
 
@@ -160,7 +176,11 @@ class TrainLoader:
         return self._report
 
     def counts(self) -> dict[str, float]:
-        """This rank's ``epoch``, ``used``, ``skipped``, ``skipped/REASON`` and ``speech/ORIGIN``, for logging."""
+        """Counts of this rank, for logging.
+
+        ``epoch``, ``used``, ``skipped``, ``skipped/REASON``, ``speech/ORIGIN``, and ``tokens`` and ``positions`` of
+        the rows, without and with padding.
+        """
         report = self._report
         reasons: dict[str, float] = {}
         for (_, reason), count in report.skipped.items():
@@ -169,6 +189,8 @@ class TrainLoader:
             "epoch": report.position / len(self._rows.mix),
             "used": report.used.total(),
             "skipped": report.skipped.total(),
+            "tokens": report.tokens,
+            "positions": report.positions,
             **reasons,
             **{f"speech/{origin}": count for origin, count in report.speech.items()},
         }
@@ -264,7 +286,7 @@ class TrainLoader:
             rows,
             batch_size=None,  # rows are batched, so a report may arrive without a batch
             num_workers=workers,
-            worker_init_fn=_set_up_worker if workers else None,
+            worker_init_fn=set_up_worker if workers else None,
             multiprocessing_context=context if workers else None,
         )
 
@@ -309,6 +331,11 @@ class PackedRows(IterableDataset):
         }
         return rows
 
+    @property
+    def kinds(self) -> list[tuple[str, str]]:
+        """See :attr:`TrainLoader.kinds`."""
+        return [(spec.name, task) for spec in self.mix.specs for task in prompts.TASKS]
+
     def state_dict(self) -> dict[str, Any]:
         return {"shard": self._state or self._start().to_dict()}
 
@@ -341,7 +368,9 @@ class PackedRows(IterableDataset):
                     report = Report()
             rows, ready = ready[: self.config.micro_batch_size], ready[self.config.micro_batch_size :]
             self._remember(shard, packer, ready)
-            yield self._collate(rows), report
+            report.tokens = sum(len(document.example) for row in rows for document in row)
+            report.positions = len(rows) * self.config.seq_length
+            yield self.collate(rows), report
             report = Report()
 
     def _start(self) -> ShardState:
@@ -408,7 +437,8 @@ class PackedRows(IterableDataset):
                 self.reader.sources.clear()
         report.used[spec.name] += 1
         report.useful_files.add(str(spec.path))
-        return Document(place.position, example)
+        kind = place.source * len(prompts.TASKS) + prompts.TASKS.index(prompts.task_of(sample))
+        return Document(place.position, example, kind)
 
     def _skip(self, report: Report, place: Place, reason: str, message: str) -> None:
         spec = self.mix.specs[place.source]
@@ -424,17 +454,20 @@ class PackedRows(IterableDataset):
             }
         )
 
-    def _collate(self, rows: list[list[Document]]) -> dict[str, Any]:
+    def collate(self, rows: list[list[Document]]) -> dict[str, Any]:
+        """A batch of rows of documents."""
         examples = [[document.example for document in row] for row in rows]
-        return collate_rows(examples, self.config.seq_length, self.tokenizer.pad_token_id)
+        kinds = [[document.kind for document in row] for row in rows]
+        return collate_rows(examples, self.config.seq_length, self.tokenizer.pad_token_id, kinds)
 
 
 @dataclass
 class Document:
-    """A tokenised sample, and its position in the mix's stream."""
+    """A tokenised sample, its position in the mix's stream, and its number in :attr:`TrainLoader.kinds`."""
 
     position: int
     example: Example
+    kind: int
 
 
 def _positions(documents: list[Document]) -> list[int]:
@@ -453,21 +486,3 @@ def _shards_of(states: Sequence[dict[str, Any]]) -> list[ShardState]:
                     yield from search(branch)
 
     return [shard for state in states for shard in search(state["loader"])]
-
-
-def _set_up_worker(_worker: int) -> None:
-    torch.set_num_threads(1)  # one core per worker; the other cores are for the other workers and the trainer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_leave_with_the_trainer, daemon=True).start()
-
-
-def _leave_with_the_trainer() -> None:
-    """End this worker when the trainer has exited.
-
-    torch's own watchdog watches the parent process. Here that is the fork server, which waits for its
-    workers: after a trainer is killed, neither would end.
-    """
-    trainer = multiprocessing.parent_process()
-    if trainer is not None:
-        trainer.join()
-        os._exit(1)

@@ -41,6 +41,8 @@ class Report:
         used: documents by source.
         skipped: samples by (source, reason).
         speech: origin of the codes (see :class:`vita_audio.data.speech.SpeechReader`).
+        tokens: in the rows that were handed out, without padding.
+        positions: in the same rows, with padding.
         errors: one object per skipped sample, for the error file.
         useful_files: files that yielded a document.
         position: the last stream position that was read.
@@ -50,6 +52,8 @@ class Report:
     used: Counter[str] = field(default_factory=Counter)
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)
     speech: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    positions: int = 0
     errors: list[dict[str, Any]] = field(default_factory=list)
     useful_files: set[str] = field(default_factory=set)
     position: int = 0
@@ -60,6 +64,8 @@ class Report:
         self.used.update(other.used)
         self.skipped.update(other.skipped)
         self.speech.update(other.speech)
+        self.tokens += other.tokens
+        self.positions += other.positions
         self.position = max(self.position, other.position)
 
     @property
@@ -106,6 +112,8 @@ class Report:
             "used": dict(self.used),
             "skipped": [[source, reason, count] for (source, reason), count in self.skipped.items()],
             "speech": dict(self.speech),
+            "tokens": self.tokens,
+            "positions": self.positions,
             "position": self.position,
         }
 
@@ -114,7 +122,12 @@ class Report:
         """The counts that :meth:`to_dict` made."""
         skipped = {(source, reason): count for source, reason, count in state["skipped"]}
         return cls(
-            Counter(state["used"]), Counter(skipped), Counter(state["speech"]), position=state["position"]
+            Counter(state["used"]),
+            Counter(skipped),
+            Counter(state["speech"]),
+            tokens=state.get("tokens", 0),  # not in checkpoints of earlier versions
+            positions=state.get("positions", 0),
+            position=state["position"],
         )
 
 

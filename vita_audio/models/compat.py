@@ -192,3 +192,29 @@ def disable_shared_memory_allreduce() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def reduced_gradients(engine: Any) -> list[tuple[Tensor, nn.Parameter]]:
+    """This rank's share of the reduced gradients before DeepSpeed's update, each with its parameter.
+
+    Empty if DeepSpeed keeps them on the host (offloading) or in another form.
+    """
+    optimizer = engine.optimizer
+    groups = getattr(optimizer, "params_in_partition", None) or getattr(optimizer, "fp16_groups", [])
+    held: dict[int, list[Tensor] | None] = getattr(optimizer, "averaged_gradients", {})
+    pairs: list[tuple[Tensor, nn.Parameter]] = []
+    for index, parameters in enumerate(groups):
+        gradients = [g for g in held.get(index) or [] if not getattr(g, "_zero_padding", False)]
+        pairs += zip(gradients, parameters, strict=False)
+    return pairs
+
+
+def before_update(engine: Any, function: Callable[[], None]) -> None:
+    """Call a function whenever DeepSpeed has reduced the gradients and is about to update."""
+    step: Callable[..., Any] = engine.optimizer.step
+
+    def with_function(*args: Any, **kwargs: Any) -> Any:
+        function()
+        return step(*args, **kwargs)
+
+    engine.optimizer.step = with_function

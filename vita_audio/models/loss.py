@@ -40,7 +40,7 @@ class LanguageModelHead(nn.Linear):
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, targets: Tensor | None = None, scales: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Logits, or losses when targets are given.
 
         Args:
@@ -49,8 +49,8 @@ class LanguageModelHead(nn.Linear):
             scales: (rows,) weight of each row in the total.
 
         Returns:
-            Logits (..., vocabulary), or the scalar sum of scales x losses and the plain losses (rows,),
-            which carry no gradient.
+            Logits (..., vocabulary), or the scalar sum of scales x losses, and for each row, without gradient, its
+            plain loss (rows,) and whether its target has the highest logit (rows,), bool.
         """
         if targets is None:
             return super().forward(hidden)
@@ -70,7 +70,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         scales: Tensor,
         chunk_logits: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -80,7 +80,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if chunk_logits is not None:
             compute = partial(chunked_losses, chunk_logits=chunk_logits)
         with torch.autocast(device, enabled=False):
-            losses, grad_hidden, grad_weight = compute(
+            losses, hits, grad_hidden, grad_weight = compute(
                 hidden.to(dtype),
                 weight.to(dtype),
                 targets,
@@ -92,12 +92,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_hidden.to(hidden.dtype) if grad_hidden is not None and needs_hidden else None,
             grad_weight.to(weight.dtype) if grad_weight is not None else None,
         )
-        ctx.mark_non_differentiable(losses)
-        return (scales * losses).sum(), losses
+        ctx.mark_non_differentiable(losses, hits)
+        return (scales * losses).sum(), losses, hits
 
     @staticmethod
     def backward(
-        ctx: Any, grad_total: Tensor, _grad_losses: Tensor
+        ctx: Any, grad_total: Tensor, *_unused: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = (
             None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors
@@ -113,67 +113,79 @@ def chunked_losses(
     needs_grad: bool,
     needs_weight: bool,
     chunk_logits: int | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses (rows,) and the gradients of their scaled sum: hidden (rows, d), weight (vocabulary, d) in float32."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Losses (rows,), hits (rows,) and the gradients of the losses' scaled sum.
+
+    The gradients are of hidden (rows, d) and, in float32, of weight (vocabulary, d). A hit is a target with the
+    highest logit.
+    """
     rows, vocabulary = len(targets), len(weight)
     if chunk_logits is None:
         chunk_logits = CHUNK_LOGITS_CPU if hidden.device.type == "cpu" else CHUNK_LOGITS_GPU
     chunk_rows = min(rows, max(1, chunk_logits // vocabulary))
     losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    hits = torch.empty(rows, dtype=torch.bool, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if needs_grad else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
     # All chunks use the same memory; fresh pages would cost a quarter of the time on a CPU.
     logits_buffer = hidden.new_empty(chunk_rows, vocabulary)
-    probs_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
+    half = logits_buffer.dtype != torch.float32
+    probs_buffer = torch.empty_like(logits_buffer, dtype=torch.float32) if half else logits_buffer
     for start in range(0, rows, max(chunk_rows, 1)):
         chunk = slice(start, start + chunk_rows)
         target = targets[chunk, None]
         count = len(target)
         logits = torch.mm(hidden[chunk], weight.T, out=logits_buffer[:count])
-        log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=probs_buffer[:count])
-        losses[chunk] = -log_probs.gather(1, target).squeeze(1)
+        of_target = logits.gather(1, target).float()
+        highest = logits.amax(dim=1, keepdim=True)
+        hits[chunk] = (of_target == highest).squeeze(1)
+        # In float32 the probabilities take the place of the logits: half the memory traffic.
+        probs = torch.softmax(logits, dim=-1, dtype=torch.float32, out=probs_buffer[:count])
+        # -log softmax(target), with log sum exp = highest - log of the highest probability.
+        losses[chunk] = (highest.float() - probs.amax(dim=1, keepdim=True).log() - of_target).squeeze(1)
         if grad_hidden is None:
             continue
         # d loss / d logits = softmax - one_hot; the row's scale is applied later, to the smaller products.
-        grad_logits = log_probs.exp_().scatter_add_(
-            1, target, torch.full_like(target, -1, dtype=torch.float32)
-        )
-        grad_logits = grad_logits.to(weight.dtype)
+        grad_logits = probs.scatter_add_(1, target, torch.full_like(of_target, -1))
+        if half:
+            grad_logits = logits.copy_(grad_logits)
         scale = scales[chunk, None]
-        torch.mul(grad_logits @ weight, scale, out=grad_hidden[chunk])
+        torch.mm(grad_logits, weight, out=grad_hidden[chunk]).mul_(scale)
         if grad_weight is not None:
             grad_weight += grad_logits.T @ (hidden[chunk] * scale).to(weight.dtype)
-    return losses, grad_hidden, grad_weight
+    return losses, hits, grad_hidden, grad_weight
 
 
 def liger_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, scales: Tensor, needs_grad: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The same, by Liger's fused linear cross-entropy kernels."""
     forward = liger_forward()
     assert forward is not None  # the caller has asked
-    losses, _, _, _, grad_hidden, grad_weight, _ = forward(
+    losses, _, hits, _, grad_hidden, grad_weight, _ = forward(
         hidden,
         weight,
         targets,
         reduction="none",
         accum_dtype=torch.float32,
+        return_token_accuracy=True,
         token_grad_output=scales,
         compute_gradients=needs_grad,
         weight_requires_grad=needs_weight,
     )
-    return losses.float(), grad_hidden, grad_weight
+    return losses.float(), hits.bool(), grad_hidden, grad_weight
 
 
 @lru_cache(maxsize=1)
 def liger_forward() -> Callable[..., tuple[Any, ...]] | None:
-    """Liger's forward function; None without Liger, or with a version too old to scale each row."""
+    """Liger's forward function; None without Liger, or with a version too old to scale each row and to find hits."""
     try:
         from liger_kernel.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_forward
     except ImportError:
         return None
+    needed = {"token_grad_output", "return_token_accuracy"}
     accepted = inspect.signature(fused_linear_cross_entropy_forward).parameters
-    return fused_linear_cross_entropy_forward if "token_grad_output" in accepted else None
+    return fused_linear_cross_entropy_forward if needed <= set(accepted) else None
 
 
 def shifted_targets(labels: Tensor, documents: Tensor, shift: int) -> Tensor:

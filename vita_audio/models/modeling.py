@@ -9,14 +9,14 @@ Everything is checked against tests/goldens/mctp (SPEC.md there).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.utils import can_return_tuple
 
 from vita_audio.constants import IGNORE_INDEX
@@ -33,9 +33,26 @@ from vita_audio.models.compat import (
     set_attention_implementation,
 )
 from vita_audio.models.configuration import Qwen2MTPConfig
+from vita_audio.models.fused import RMSNorm, take_rows, use_fused_norms
 from vita_audio.models.generation import MTPGenerationMixin
 from vita_audio.models.loss import LanguageModelHead, shifted_targets
 from vita_audio.models.mctp import MCTPHead, run_cascade
+
+
+class Predictions(NamedTuple):
+    """Every supervised prediction of a batch, without gradient; all of shape (predictions,).
+
+    Attributes:
+        head: 0 for the backbone, k + 1 for head k.
+        position: of the predicting token, in the flattened batch (batch * time).
+        loss: its cross-entropy, in nats.
+        hit: whether the target has the highest logit.
+    """
+
+    head: Tensor
+    position: Tensor
+    loss: Tensor
+    hit: Tensor
 
 
 @dataclass
@@ -43,11 +60,12 @@ class MTPOutput(CausalLMOutputWithPast):
     """Output of the causal LM.
 
     ``loss`` is what training minimises. ``main_loss`` (scalar, None with a frozen LM) and
-    ``mtp_losses`` (K,) are its parts, without gradient, for logging.
+    ``mtp_losses`` (K,) are its parts, without gradient, for logging; ``predictions`` on request.
     """
 
     main_loss: torch.Tensor | None = None
     mtp_losses: torch.Tensor | None = None
+    predictions: Predictions | None = None
 
 
 class Qwen2MTPModel(Qwen2Model):
@@ -59,6 +77,7 @@ class Qwen2MTPModel(Qwen2Model):
 
     def __init__(self, config: Qwen2MTPConfig) -> None:
         super().__init__(config)
+        use_fused_norms(self)
         if attention_implementation(config) == "sdpa":
             set_attention_implementation(config, PACKED_SDPA)
 
@@ -145,8 +164,8 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = LanguageModelHead(d, config.vocab_size, bias=False)
         self.mtp_projs = nn.ModuleList(nn.Linear(2 * d, d, bias=False) for _ in range(num_heads))
-        self.mtp_embed_norms = nn.ModuleList(Qwen2RMSNorm(d, config.rms_norm_eps) for _ in range(num_heads))
-        self.mtp_hidden_norms = nn.ModuleList(Qwen2RMSNorm(d, config.rms_norm_eps) for _ in range(num_heads))
+        self.mtp_embed_norms = nn.ModuleList(RMSNorm(d, config.rms_norm_eps) for _ in range(num_heads))
+        self.mtp_hidden_norms = nn.ModuleList(RMSNorm(d, config.rms_norm_eps) for _ in range(num_heads))
         self.post_init()
 
     @can_return_tuple
@@ -162,6 +181,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: Cache | None = None,
+        return_predictions: bool = False,
         **kwargs: Any,
     ) -> MTPOutput:
         """Backbone logits, or, with labels, the training loss over the backbone and all heads.
@@ -178,6 +198,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
             labels: (batch, time), not shifted, -100 at unsupervised positions.
             logits_to_keep: number of last positions whose logits are returned (0: all), or their indices.
             num_items_in_batch: divide each loss by this instead of by its own supervised positions.
+            return_predictions: with labels, also return the loss of every supervised prediction.
 
         Returns:
             MTPOutput. ``logits`` (batch, kept, vocabulary) is None in training with labels.
@@ -215,9 +236,9 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         if isinstance(cache, MCTPCache) and cache.heads:
             cache.heads[0].add(hidden)
 
-        loss = main_loss = mtp_losses = logits = None
+        loss = main_loss = mtp_losses = predictions = logits = None
         if labels is not None:
-            loss, main_loss, mtp_losses = self.training_loss(
+            loss, main_loss, mtp_losses, predictions = self.training_loss(
                 input_ids, hidden, labels, position_ids, masks, num_items_in_batch, **kwargs
             )
         if labels is None or not self.training:
@@ -232,6 +253,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
             attentions=outputs.attentions,
             main_loss=main_loss,
             mtp_losses=mtp_losses,
+            predictions=predictions if return_predictions else None,
         )
 
     def training_loss(
@@ -243,7 +265,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         masks: dict[str, object],
         num_items_in_batch: Tensor | int | None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Predictions]:
         """loss = CE_main + (mtp_loss_weight / K) sum_k CE_k, without the main term when the LM is frozen.
 
         Args:
@@ -251,7 +273,7 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
             masks: ready attention masks of the row.
 
         Returns:
-            The loss; the main loss or None; the head losses (K,), the last two detached.
+            The loss; and without gradient the main loss or None, the head losses (K,), and all predictions.
 
         Raises:
             ValueError: the labels were already shifted, or no token ids were given.
@@ -274,16 +296,19 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
         # One transfer to the host for the whole step: all indices, then the end of each term's indices.
         term_of_row, position_of_row = supervised.nonzero(as_tuple=True)
         positions = position_of_row.split(counts.tolist())
-        rows = torch.cat([state.flatten(0, 1)[index] for state, index in zip(states, positions, strict=True)])
+        rows = torch.cat(
+            [take_rows(state.flatten(0, 1), index) for state, index in zip(states, positions, strict=True)]
+        )
 
         items = counts if num_items_in_batch is None else num_items_in_batch
         means = (1.0 / torch.as_tensor(items, device=rows.device).clamp(min=1)).expand(len(states))
         weights = torch.full_like(means, self.config.mtp_loss_weight / max(num_heads, 1))
         if with_main:
             weights[0] = 1.0
-        loss, row_losses = self.lm_head(rows, targets[supervised], (weights * means)[term_of_row])
+        loss, row_losses, hits = self.lm_head(rows, targets[supervised], (weights * means)[term_of_row])
         losses = torch.zeros_like(means).index_add_(0, term_of_row, row_losses) * means
-        return loss, losses[0] if with_main else None, losses[1:] if with_main else losses
+        predictions = Predictions(term_of_row + first_shift - 1, position_of_row, row_losses, hits)
+        return loss, losses[0] if with_main else None, losses[1:] if with_main else losses, predictions
 
     def head_states(
         self,

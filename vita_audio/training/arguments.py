@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import strtobool
 
 from vita_audio.audio import available_kinds, is_continuous_kind
@@ -40,6 +41,7 @@ from vita_audio.training.optimizers import check_optimizer
 from vita_audio.training.published import check_architecture, heads_in_config
 from vita_audio.training.scheduler import SCHEDULER_NAMES, WARMUP_COSINE, build_scheduler
 from vita_audio.training.served import find_out_of_range, find_unserved
+from vita_audio.training.validation_arguments import ValidationArguments
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +155,7 @@ class ModelArguments(LoraArguments):
 
 
 @dataclass
-class DataArguments:
+class DataArguments(ValidationArguments):
     """The data mix, the codec that reads it, and the shape of a row."""
 
     dataset_name: str = field(metadata={"help": "YAML file of the data mix."})
@@ -203,6 +205,9 @@ class DataArguments:
             raise ArgumentError(f"--model_max_length {self.model_max_length}: give at most {_LONGEST_ROW}")
         if not 0 <= self.max_error_share <= 1:
             raise ArgumentError(f"--max_error_share {self.max_error_share}: give a share between 0 and 1")
+        problem = self.check_validation()
+        if problem is not None:
+            raise ArgumentError(problem)
         try:
             check_ratio(self.text_audio_interval_ratio)
         except ValueError as error:
@@ -270,6 +275,19 @@ class StageArguments(TrainingArguments):
         default=60,
         metadata={"help": "End a process, with its stacks, that makes no progress for so long; 0: never."},
     )
+    detail_steps: float = field(
+        default=0.01,
+        metadata={
+            "help": "Log losses and accuracies of each task and source every so many steps or, below 1, this share of "
+            "--max_steps."
+        },
+    )
+    trace_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Write a profiler trace of so many steps, from the third on, to OUTPUT_DIR/trace-RANK.json."
+        },
+    )
     # Rows are already tensors and the loader shards itself, so nothing may be dropped or split again.
     remove_unused_columns: bool = field(default=False)
     ignore_data_skip: bool = field(
@@ -288,6 +306,10 @@ class StageArguments(TrainingArguments):
             raise ArgumentError(f"--loss_average {self.loss_average}: give global or rank")
         if self.save_at is not None and not self.save_at > 0:
             raise ArgumentError(f"--save_at {self.save_at}: give minutes, more than 0")
+        if self.trace_steps < 0:
+            raise ArgumentError(f"--trace_steps {self.trace_steps}: give 0 or more")
+        if not self.detail_steps > 0:
+            raise ArgumentError(f"--detail_steps {self.detail_steps}: give steps, or a share below 1")
         if not self.hang_minutes >= 0:
             raise ArgumentError(f"--hang_minutes {self.hang_minutes}: give minutes, or 0 for no limit")
         if self.loss_average == "rank":  # also if the arguments were already processed once
@@ -440,6 +462,11 @@ class StageArguments(TrainingArguments):
                 check_values(self.hf_deepspeed_config.config, self._deepspeed_name)
             except DeepSpeedConfigError as error:
                 raise ArgumentError(str(error)) from error
+
+    def validate_every(self, default: float) -> None:
+        """Turn validation on, every ``--eval_steps`` or, without it, the default share of the steps."""
+        self.eval_strategy = IntervalStrategy.STEPS
+        self.eval_steps = default if self.eval_steps is None else self.eval_steps
 
 
 _NEED_EVALUATION = ("reduce_lr_on_plateau", "greedy")

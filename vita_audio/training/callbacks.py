@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+
+from vita_audio.training.validation import Spoken
 
 MOST_SKIPPED_STEPS = 10
 """A loss scale that is too high skips a few steps at the start; more skipped steps mean a broken run."""
@@ -120,3 +122,64 @@ class ContinuedTensorBoard(TensorBoardCallback):
             redone = state.global_step + 1 if state.global_step else None
             self.tb_writer = SummaryWriter(log_dir=folder, purge_step=redone)
         super().on_train_begin(args, state, control, **kwargs)
+
+    def show(self, answers: Sequence[Spoken], step: int) -> None:
+        """Add answers of a validation as sound and text; only the first process has a TensorBoard."""
+        if self.tb_writer is None:
+            return
+        for answer in answers:
+            self.tb_writer.add_text(f"eval/{answer.name}", answer.text, step)
+            if answer.waveform is not None:
+                sound = answer.waveform.float().clamp(-1, 1)[None]
+                self.tb_writer.add_audio(f"eval/{answer.name}", sound, step, answer.sample_rate)
+
+
+class Trace(TrainerCallback):
+    """Writes a trace of some steps, ``OUTPUT_DIR/trace-RANK.json``, for chrome://tracing and Perfetto.
+
+    The first two steps of a run are left out: they allocate and tune. "wait for data" is the time in which the
+    trainer stands still for its loader, "step" one optimizer step.
+
+    Args:
+        steps: how many.
+    """
+
+    _LEFT_OUT = 2
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._seen = 0
+        self._profiler: Any = None
+        self._step: Any = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._profiler is not None:
+            self._step = torch.profiler.record_function("step")
+            self._step.__enter__()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._step is not None:
+            self._step.__exit__(None, None, None)
+            self._step = None
+        self._seen += 1
+        if self._seen == self._LEFT_OUT:
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+        elif self._seen == self._LEFT_OUT + self._steps:
+            self._write(args)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._write(args)
+
+    def _write(self, args: TrainingArguments) -> None:
+        if self._profiler is None:
+            return
+        self._profiler.stop()
+        self._profiler.export_chrome_trace(f"{args.output_dir}/trace-{args.process_index}.json")
+        self._profiler = None

@@ -26,6 +26,8 @@ from vita_audio.training.arguments import (
 )
 from vita_audio.training.published import built_in, check_built_in
 
+_EVAL_STEPS = 0.05
+"""Share of the steps between two validations."""
 _SENSEVOICE_FOLDER = "models/FunAudioLLM/SenseVoiceSmall"
 
 
@@ -56,6 +58,12 @@ def parse_arguments(
         say_once("training on CPUs: sdpa instead of flash_attention_2")
         model.attn_implementation = "sdpa"
     _find_sensevoice(model, data)
+    if data.eval_dataset_name is not None:
+        stage.validate_every(_EVAL_STEPS)
+    elif stage.eval_steps is not None:
+        raise ArgumentError(
+            f"--eval_steps {stage.eval_steps}: also give --eval_dataset_name, the mix to validate on"
+        )
     return model, data, stage
 
 

@@ -60,7 +60,7 @@ RANGES = {
     **dict.fromkeys(
         ("adam_epsilon", "ddp_timeout", "mtp_learning_rate_multiplier"), Range(0, without_low=True)
     ),
-    **dict.fromkeys(("save_steps", "logging_steps"), Range(0, without_low=True)),
+    **dict.fromkeys(("save_steps", "logging_steps", "eval_steps"), Range(0, without_low=True)),
     "seed": Range(0, 2**32),  # NumPy's
 }
 """Ranges that transformers and PyTorch do not check, or check only after the model is loaded."""
@@ -123,7 +123,7 @@ _SERVED = """
     torch_empty_cache_steps
     logging_steps logging_first_step log_level log_level_replica log_on_each_node disable_tqdm report_to
     run_name project trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics debug
-    save_steps save_total_limit
+    save_steps save_total_limit eval_steps
     seed data_seed full_determinism dataloader_num_workers
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
 """.split()
@@ -132,9 +132,12 @@ _WITHOUT_EFFECT = """
     num_train_epochs per_device_eval_batch_size local_rank dataloader_pin_memory
 """.split()
 """Every value is accepted, because the published scripts or launchers pass them and they have no effect: rows are
-endless, so steps decide; there is no evaluation during training; torchrun sets the rank; rows are small."""
+endless, so steps decide; validation uses the train batch size; torchrun sets the rank; rows are small."""
 
-_NO_EVALUATION = "a stage trains without evaluation; score its result with scripts/deepspeed/evaluate_sts.sh"
+_NO_EVALUATION = (
+    "give --eval_dataset_name and --eval_steps to validate while training; score the result with "
+    "scripts/deepspeed/evaluate_sts.sh"
+)
 _OWN_LOADER = "the data engine makes, shards and orders the rows itself; leave this option out"
 _NO_UPLOAD = "nothing is uploaded during training; push the finished folder with `hf upload`"
 
@@ -153,7 +156,7 @@ OPTIONS: dict[str, Option] = {
     "logging_nan_inf_filter": Option((False,), "a non-finite loss stops the run and is never averaged away"),
     **_only_default(
         _NO_EVALUATION,
-        *"""do_eval do_predict eval_strategy eval_steps eval_delay eval_on_start eval_do_concat_batches
+        *"""do_eval do_predict eval_strategy eval_delay eval_on_start eval_do_concat_batches
         eval_use_gather_object eval_accumulation_steps prediction_loss_only include_for_metrics batch_eval_metrics
         bf16_full_eval fp16_full_eval load_best_model_at_end metric_for_best_model greater_is_better""".split(),
     ),

@@ -21,7 +21,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vita_audio.models import freeze_audio_encoder, freeze_backbone, is_head_parameter
+from vita_audio.models.cost import AUDIO_ADAPTER, AUDIO_ENCODER, HEADS, LANGUAGE_MODEL
 from vita_audio.models.weights import WRAPPED
+
+LORA = "LoRA adapters"
 
 
 def apply_stage(
@@ -78,19 +81,21 @@ def describe_trainable(model: PreTrainedModel) -> str:
     """One line for the log: how many parameters of each part train."""
     trained: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    for wrapped, parameter in model.named_parameters():
-        name = wrapped.removeprefix(WRAPPED)
-        if is_head_parameter(model, name):
-            part = "heads"
-        elif ".lora_" in name:
-            part = "LoRA adapters"
-        elif name.startswith("model.audio_model."):
-            part = "audio encoder"
-        elif name.startswith("model.audio_projection."):
-            part = "audio adapter"
-        else:
-            part = "language model"
+    for name, parameter in model.named_parameters():
+        part = part_of(model, name)
         size = getattr(parameter, "ds_numel", parameter.numel())
         total[part] += size
         trained[part] += size * parameter.requires_grad
     return ", ".join(f"{part}: {trained[part]:,} of {total[part]:,} parameters train" for part in total)
+
+
+def part_of(model: PreTrainedModel, name: str) -> str:
+    """The part that a parameter belongs to, by the names of :func:`vita_audio.models.cost.count_parameters`."""
+    name = name.removeprefix(WRAPPED)
+    if is_head_parameter(model, name):
+        return HEADS
+    if ".lora_" in name:
+        return LORA
+    if name.startswith("model.audio_model."):
+        return AUDIO_ENCODER
+    return AUDIO_ADAPTER if name.startswith("model.audio_projection.") else LANGUAGE_MODEL

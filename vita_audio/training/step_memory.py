@@ -152,7 +152,7 @@ def _pass(model: Any, batch: Batch) -> Tensor:
     places = torch.arange(batch.supervised_tokens)
     rows = torch.cat([state.flatten(0, 1)[places] for state in states])
     targets = torch.zeros(len(rows), dtype=torch.long)
-    loss, _ = model.lm_head(rows, targets, torch.zeros(len(rows)))
+    loss, *_ = model.lm_head(rows, targets, torch.zeros(len(rows)))
     return loss
 
 

@@ -2,18 +2,19 @@
 
 * Rows come from the data engine, which shards and shuffles them; every checkpoint includes its
   state, so a resumed run sees the same rows as an uninterrupted one.
-* Heads can have their own learning rate, and every head's loss is logged.
+* Heads can have their own learning rate. Their losses, accuracies and more are logged (``watching.py``).
 * A resumed run uses its own options: the checkpoint provides weights, moments and counters.
 * A loss that is not finite stops the run before the update, and so do ten skipped steps in a row.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -32,7 +33,9 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput
 
 from vita_audio.data.faults import MachineError, first_line, machine_fault
+from vita_audio.data.validation import ValidationSet
 from vita_audio.files import write_json
+from vita_audio.models.compat import before_update
 from vita_audio.provenance import RUN_FILE
 from vita_audio.training.arguments import StageArguments
 from vita_audio.training.callbacks import (
@@ -40,6 +43,7 @@ from vita_audio.training.callbacks import (
     ContinuedProgress,
     ContinuedTensorBoard,
     StopOnBadGradients,
+    Trace,
 )
 from vita_audio.training.checkpoints import (
     CheckpointStateError,
@@ -57,17 +61,11 @@ from vita_audio.training.optimizers import build_optimizer
 from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
 from vita_audio.training.straggler import Straggler
+from vita_audio.training.validation import Speaker, listen, score
+from vita_audio.training.watching import CountingLoader, TimedLoader, Watch
 
 _TORCH_WRITER = re.compile("inline_container|PytorchStreamWriter")
 """Part of torch.save's message when it cannot write; the error has no type of its own."""
-
-
-class ResumableLoader(Protocol):
-    """An endless source of batches that can report its position."""
-
-    def __iter__(self) -> Iterator[dict[str, Any]]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def counts(self) -> dict[str, float]: ...
 
 
 class SpeechTrainer(Trainer):
@@ -76,6 +74,8 @@ class SpeechTrainer(Trainer):
     Args:
         loader: this rank's rows, positioned where the run starts or continues.
         run: the content of ``run.json``; it is added to every checkpoint and to the model card.
+        validation: scored every ``--eval_steps``; None: nothing is.
+        speaker: answers requests aloud at each validation; None: nobody does.
         **kwargs: the Trainer's own arguments, including ``model``.
     """
 
@@ -84,9 +84,18 @@ class SpeechTrainer(Trainer):
     lr_scheduler: Any  # any scheduler; the Trainer's annotation allows one kind only
 
     def __init__(
-        self, *, loader: ResumableLoader, run: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        *,
+        loader: CountingLoader,
+        run: Mapping[str, Any] | None = None,
+        validation: ValidationSet | None = None,
+        speaker: Speaker | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(eval_dataset=None if validation is None else validation.batches, **kwargs)
+        self._validation = validation
+        self._speaker = speaker
+        self._board: ContinuedTensorBoard | None = None
         # The Trainer disables the cache; users of the result need it, and a pass with labels keeps none anyway.
         self.model.config.use_cache = True
         self._loader = loader
@@ -94,9 +103,16 @@ class SpeechTrainer(Trainer):
         self._planned_rates: list[PlannedRates] = []
         # We delete old checkpoints ourselves: the Trainer would do so before the new one is complete.
         self._checkpoints_to_keep, self.args.save_total_limit = self.args.save_total_limit, None
+        self._watch = Watch(
+            self.model,
+            loader,
+            self.args.gradient_accumulation_steps,
+            self.args.device,
+            global_mean=self.args.loss_average == "global",
+        )
+        self._lines = _LoggedSteps(self)
+        self.add_callback(self._lines)
         self._straggler = Straggler(self.args.device)
-        self._part_losses: dict[str, torch.Tensor] = {}
-        self._micro_batches = 0
         self.add_callback(Continue(lambda: self._loader.counts()["epoch"]))
         self.add_callback(
             StopOnBadGradients(lambda: self.model_wrapped if self.is_deepspeed_enabled else None)
@@ -105,12 +121,17 @@ class SpeechTrainer(Trainer):
         self.add_callback(self._interruption)
         if self.args.hang_minutes:
             self.add_callback(HangDump(self.args.hang_minutes))
+        if self.args.trace_steps:
+            self.add_callback(Trace(self.args.trace_steps))
         for theirs, ours in (
             (ProgressCallback, ContinuedProgress),
             (TensorBoardCallback, ContinuedTensorBoard),
         ):
             if self.pop_callback(theirs) is not None:
-                self.add_callback(ours())
+                callback = ours()
+                self.add_callback(callback)
+                if isinstance(callback, ContinuedTensorBoard):
+                    self._board = callback
 
     @property
     def stopped_by(self) -> str | None:
@@ -145,8 +166,8 @@ class SpeechTrainer(Trainer):
             ) from error
 
     def get_train_dataloader(self) -> Any:  # the Trainer's signature expects a DataLoader
-        """This rank's loader, which shards and shuffles itself."""
-        return _Rows(self._loader, self._straggler)
+        """This rank's loader, which shards and shuffles itself; the time that it is waited for is noted."""
+        return _Rows(self._watch.batches, self._straggler)
 
     # -- optimizer ----------------------------------------------------------------------------------------
 
@@ -201,11 +222,13 @@ class SpeechTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The model's loss; its parts are kept for the log.
+        """The model's loss; its parts and predictions are kept for the log.
 
         Raises:
             FloatingPointError: the loss is not finite.
         """
+        kinds = inputs.pop("kinds", None)
+        inputs["return_predictions"] = True
         with self._straggler.working():
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
@@ -217,33 +240,37 @@ class SpeechTrainer(Trainer):
                 "tools/inspect_data.py; the run continues from its last checkpoint"
             )
         if model.training:
-            self._keep_parts(outputs)
+            self._watch.add(outputs, kinds)
         return (loss, outputs) if return_outputs else loss
 
-    def _keep_parts(self, outputs: Any) -> None:
-        self._micro_batches += 1
-        parts = {}
-        if getattr(outputs, "main_loss", None) is not None:
-            parts["main_loss"] = outputs.main_loss
-        if getattr(outputs, "mtp_losses", None) is not None:
-            parts.update({f"mtp_loss_{k}": value for k, value in enumerate(outputs.mtp_losses)})
-        for name, value in parts.items():
-            self._part_losses[name] = self._part_losses.get(name, 0.0) + value.detach().float()
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the losses of backbone and heads, and the data counters, to a training log line."""
+        """Add what :class:`vita_audio.training.watching.Watch` has seen to a training log line."""
         if "loss" in logs:
-            steps = max(1, self._micro_batches // self.args.gradient_accumulation_steps)
-            # With --loss_average global, each rank's part is a share of the global mean: its sum was divided by the
-            # items of all ranks. With rank, it is that rank's own mean.
-            reduction = "sum" if self.args.loss_average == "global" else "mean"
-            for name, total in sorted(self._part_losses.items()):
-                logs[name] = self.accelerator.reduce(total, reduction=reduction).item() / steps
-            self._straggler.report(self.state.global_step, steps)
-            self._part_losses.clear()
-            self._micro_batches = 0
-            logs.update({f"data/{name}": value for name, value in self._loader.counts().items()})
+            steps = self._lines.steps_since_last()
+            logs.update(
+                self._watch.columns(
+                    logs,
+                    self.lr_scheduler.get_last_lr(),
+                    steps=steps,
+                    detailed=self._lines.is_detailed(),
+                )
+            )
+            self._straggler.report(self.state.global_step, max(1, steps))
         super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score the validation set, and have requests answered aloud."""
+        assert self._validation is not None, "eval_strategy is set with a validation set only"
+        with self._watch.paused():
+            metrics = score(self.model, self._validation, self.args.device)
+            if self._speaker is not None:
+                answers, rates = listen(self.model, self._speaker)
+                metrics |= rates
+                if self._board is not None:
+                    self._board.show(answers, self.state.global_step)
+            self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # -- checkpoints --------------------------------------------------------------------------------------
 
@@ -257,7 +284,7 @@ class SpeechTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with _writing(folder):
+        with _writing(folder), self._watch.paused():
             self._write_checkpoint(folder, model, trial)
 
     def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
@@ -299,7 +326,7 @@ def _writing(folder: str | Path) -> Iterator[None]:
 class _Rows:
     """The loader, with the time spent on waiting for it counted."""
 
-    def __init__(self, loader: ResumableLoader, straggler: Straggler) -> None:
+    def __init__(self, loader: TimedLoader, straggler: Straggler) -> None:
         self._loader = loader
         self._straggler = straggler
 
@@ -329,3 +356,56 @@ class _ObeyArguments(TrainerCallback):
         if not self._continued:  # not earlier: the loader draws a seed when it starts
             self._continued = True
             self._load_random_states()
+
+
+class _LoggedSteps(TrainerCallback):
+    """Which steps are logged, and has their gradients noted.
+
+    Args:
+        trainer: whose gradients.
+    """
+
+    def __init__(self, trainer: SpeechTrainer) -> None:
+        self._trainer = trainer
+        self._logged = self._detailed = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._logged = self._detailed = state.global_step
+        self._trainer._watch.start()
+        if self._trainer.is_deepspeed_enabled:
+            engine = self._trainer.model_wrapped
+            before_update(engine, lambda: self._note(engine))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._trainer.is_deepspeed_enabled:
+            self._note(None)
+
+    def _note(self, engine: Any) -> None:
+        state = self._trainer.state
+        step = state.global_step + 1
+        if (
+            step % state.logging_steps == 0
+            or step == state.max_steps
+            or (step == 1 and self._trainer.args.logging_first_step)
+        ):
+            self._trainer._watch.add_gradients(engine)
+
+    def steps_since_last(self) -> int:
+        """Steps since the last line."""
+        now = self._trainer.state.global_step
+        steps, self._logged = now - self._logged, now
+        return steps
+
+    def is_detailed(self) -> bool:
+        """Whether the line is the first after ``--detail_steps`` more steps, or the last."""
+        state, every = self._trainer.state, self._trainer.args.detail_steps
+        every = math.ceil(every * state.max_steps) if every < 1 else every
+        now = state.global_step
+        if now < state.max_steps and now - self._detailed < every:
+            return False
+        self._detailed = now
+        return True
