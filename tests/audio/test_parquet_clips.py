@@ -103,7 +103,14 @@ def test_a_large_row_group_is_not_held_in_memory(tmp_path):
     """One row group of 200 MB, in pages of some rows."""
     noise = np.random.default_rng(0).bytes(1_000_000)
     clips = [struct(bytes([number]) + noise) for number in range(200)]
-    file = write(tmp_path / "clips.parquet", clips, rows=200, compression="none", use_dictionary=False, write_batch_size=8)
+    file = write(
+        tmp_path / "clips.parquet",
+        clips,
+        rows=200,
+        compression="none",
+        use_dictionary=False,
+        write_batch_size=8,
+    )
     pool, most = pyarrow.default_memory_pool(), 0
     before = pool.bytes_allocated()
     for number in range(0, 200, 5):

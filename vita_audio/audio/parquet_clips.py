@@ -1,9 +1,9 @@
 """Clips in the rows of a Parquet file: ``COLUMN/ROW``, where the column holds ``{bytes, path}`` or bytes.
 
-A file is read forwards, in batches of a few rows of one row group, so memory is bounded by a page of the file, which
-pyarrow makes of up to 1,024 rows, and not by its row groups. Rows in order cost one pass over the file. A row out of order costs the part of its
-row group before it, since Parquet cannot be entered in the middle: half of 100 rows on average in a file that
-``datasets`` wrote.
+A file is read forwards, in batches of a few rows of one row group, so memory is bounded by a page of the file, for
+which pyarrow takes up to 1,024 rows, and not by its row groups. Rows in order cost one pass over the file. A row out of
+order costs the part of its row group before it, since Parquet cannot be entered in the middle: half of 100 rows on
+average in a file that ``datasets`` wrote.
 """
 
 from __future__ import annotations
