@@ -8,9 +8,11 @@ corpora      tools/prepare_data.py: public corpora to JSON lines
 libritts     the text normaliser of the published LibriTTS figures
 mos          the DNSMOS score of speech
 serve        the server: OpenAI's protocols over HTTP and websockets
+ray          the server on many machines, with Ray Serve
+demo         Gradio's pages of tools/web_demo.py
 quickstart   train, eval, and the synthesis and plotting of scripts/quickstart.sh
 docs         the documentation site
-dev          quickstart, serve, corpora, docs, and the tools that scripts/test.sh runs
+dev          quickstart, serve, ray, demo, corpora, docs, and the tools that scripts/test.sh runs
 ===========  =================================================================
 
 The tested versions are in requirements_ds_gpu.txt and constraints-cpu.txt.
@@ -26,6 +28,7 @@ TRAIN = [
     "deepspeed>=0.18",
     "filelock",
     "matplotlib",
+    "peft>=0.21",
     "pyarrow",
     "scikit-learn",
     "tensorboard",
@@ -54,6 +57,8 @@ SERVE = [
     "uvicorn>=0.40",
     "websockets>=15",
 ]
+RAY = [*SERVE, "aiohttp", "ray[serve]==2.60.*"]
+DEMO = [*SERVE, "gradio>=6.20,<7"]
 DOCS = ["mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0"]
 
 setup(
@@ -89,14 +94,18 @@ setup(
         "libritts": ["WeTextProcessing"],
         "mos": ["onnxruntime", "requests", "speechmos"],
         "serve": SERVE,
+        "ray": RAY,
+        "demo": DEMO,
         "quickstart": QUICKSTART,
         "docs": DOCS,
         "dev": [
             *QUICKSTART,
-            *SERVE,
+            *RAY,
+            *DEMO,
             *CORPORA,
             *DOCS,
             "coverage>=7.10",
+            "gradio-client",
             "httpx2",
             "hypothesis",
             "import-linter",

@@ -27,7 +27,7 @@ USED_WITHOUT_IMPORT = {
     "flash-attn": "transformers' flash_attention_2 needs it",
     "textgrid": "lhotse's recipe for AISHELL-4 needs it",
 }
-OPTIONAL = {"faster-whisper", "funasr"}
+OPTIONAL = {"bitsandbytes", "faster-whisper", "funasr", "openai"}
 """Imported where it is installed; the message of its absence says how to install it."""
 
 
@@ -50,7 +50,7 @@ def used_extras(packaging: dict) -> list[str]:
     """Requirements of the extras that vita_audio and its tools need."""
     return [
         line
-        for extra in ("quickstart", "corpora", "serve", "gpu")
+        for extra in ("quickstart", "corpora", "serve", "ray", "demo", "gpu")
         for line in packaging["extras_require"][extra]
     ]
 

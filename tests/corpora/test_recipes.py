@@ -113,6 +113,21 @@ def test_clips_of_an_uncompressed_archive_stay_in_it(miniatures, tmp_path):
     assert not (tmp_path / "root/datasets/clips").exists()
 
 
+def test_clips_of_a_parquet_file_can_stay_in_it(miniatures, tmp_path):
+    for name, audio in {
+        "MushanW/GLOBE_V2": "/data/train-00000-of-00123.parquet/audio/",
+        "gpt-omni/VoiceAssistant-400K": "/data/train-00000-of-00325.parquet/question_audio/",
+    }.items():
+        folder = tmp_path / name.replace("/", "-")
+        folder.mkdir()
+        [samples] = prepared(name, miniatures, folder, clips="stay").values()
+        assert [sample.audios[0] for sample in samples] == [
+            f"{folder}/source{audio}{row}" for row in range(2)
+        ]
+        assert [len(load_audio(sample.audios[0])[0]) for sample in samples] == [24_000] * 2
+        assert not (folder / "root/datasets/clips").exists()
+
+
 def test_texts_are_written_as_a_model_should_write_them(miniatures, tmp_path):
     for name, said in {
         "fixie-ai/librispeech_asr": "the quiet river runs past the mill",

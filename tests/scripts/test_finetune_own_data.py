@@ -114,7 +114,8 @@ def test_everything_that_would_stop_the_training_later_is_refused_in_one_line(ti
     assert "old.txt" in refusal(*model_and_codec(tiny_world), "--old_data", data / "old.txt")
     sample = json.loads((data / "tts.jsonl").read_text().splitlines()[0])
     (data / "tts.jsonl").write_text(json.dumps(sample | {"audios": ["gone.wav"]}) + "\n")
-    assert "tts.jsonl, line 1: gone.wav: no such file; set DATA_ROOT" in refusal(*model_and_codec(tiny_world))
+    message = refusal(*model_and_codec(tiny_world))
+    assert f"tts.jsonl, line 1: {tiny_world.audio('gone.wav')}: no such file; set DATA_ROOT" in message
 
 
 @pytest.mark.parametrize(

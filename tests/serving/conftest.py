@@ -80,3 +80,18 @@ def client(running) -> openai.OpenAI:
 def serve():
     """Starts a server with options of its own."""
     return serving
+
+
+@pytest.fixture
+def loud_is_speech(monkeypatch):
+    """Loud windows are speech: the tiny model's sounds are no speech that a real detector knows."""
+    from vita_audio.serving import detection
+
+    monkeypatch.setattr(
+        detection, "load_model", lambda: lambda window, rate: float(window.abs().mean() > 0.02)
+    )
+
+
+@pytest.fixture
+def codec_flags(tiny_world) -> list[str]:
+    return ["--audio_tokenizer_type", "mel_vq", "--audio_tokenizer_path", str(tiny_world.codec_dir)]

@@ -217,6 +217,24 @@ def test_metrics_count_what_happened(running, client, tiny_world):
     assert value("vita_audio_slots_used") == 0
 
 
+def test_metrics_tell_how_many_tokens_a_round_adds(running, client):
+    def value(name: str) -> float:
+        return running.service.metrics.registry.get_sample_value(f"vita_audio_{name}") or 0.0
+
+    def speak(**options) -> tuple[float, float, float]:
+        names = ("accepted_tokens_per_round_sum", "drafts_total", "accepted_drafts_total")
+        before = [value(name) for name in names]
+        client.audio.speech.create(model="tiny", voice="default", input=TEXT, extra_body=GREEDY | options)
+        return tuple(value(name) - start for name, start in zip(names, before, strict=True))
+
+    assert speak(mode="vanilla")[1:] == (0, 0)
+    tokens, drafts, accepted = speak(mode="turbo", lossless=True)
+    assert tokens >= 1
+    assert drafts >= accepted >= 0 < drafts
+    assert value("threads") > 0
+    assert value("queue") == 0
+
+
 def test_the_sound_of_a_stream_does_not_depend_on_its_pieces():
     from vita_audio.serving.sounds import SoundEncoder
 

@@ -43,15 +43,6 @@ def page(running, microphone):
         browser.close()
 
 
-@pytest.fixture
-def loud_is_speech(monkeypatch):
-    from vita_audio.serving import detection
-
-    monkeypatch.setattr(
-        detection, "load_model", lambda: lambda window, rate: float(window.abs().mean() > 0.02)
-    )
-
-
 def test_a_question_into_the_microphone_is_answered_and_can_be_interrupted(page, loud_is_speech):
     page.click("#talk")
     page.wait_for_selector("li.model small:has-text('first sound')", timeout=30_000)

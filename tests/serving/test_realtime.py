@@ -192,20 +192,10 @@ def test_a_reply_that_is_cut_is_a_history_of_what_was_heard(running, question, p
             )
 
 
-@pytest.fixture
-def speech_detector(monkeypatch):
-    """Loud windows are speech: the tiny model's sounds are no speech that a real detector knows."""
-    from vita_audio.serving import detection
-
-    monkeypatch.setattr(
-        detection, "load_model", lambda: lambda window, rate: float(window.abs().mean() > 0.02)
-    )
-
-
 SILENCE = bytes(2 * RATE)
 
 
-def test_the_server_finds_the_turns(running, question, speech_detector):
+def test_the_server_finds_the_turns(running, question, loud_is_speech):
     with talking(running) as talk:
         talk.say(SILENCE + question + SILENCE)
         started = talk.until("input_audio_buffer.speech_started")
@@ -217,7 +207,7 @@ def test_the_server_finds_the_turns(running, question, speech_detector):
         assert len(talk.answer()[1]) > 0
 
 
-def test_speaking_interrupts_the_reply(running, question, speech_detector, dialogues):
+def test_speaking_interrupts_the_reply(running, question, loud_is_speech, dialogues):
     """The sound ends with the event that reports speech, and the history with what can have been heard."""
     with talking(running) as talk:
         talk.say(question + SILENCE)
@@ -234,7 +224,7 @@ def test_speaking_interrupts_the_reply(running, question, speech_detector, dialo
         assert len(item.reply) < len(whole)
 
 
-def test_no_sound_follows_an_interruption(running, question, speech_detector, monkeypatch):
+def test_no_sound_follows_an_interruption(running, question, loud_is_speech, monkeypatch):
     """A reply that is still generated when the user speaks ends as cancelled."""
     stream = running.service.pipeline.backend.stream
 

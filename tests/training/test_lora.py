@@ -181,7 +181,7 @@ def test_a_folder_that_is_no_whole_result_is_not_merged(adapted, speaking, tmp_p
     ("flags", "message"),
     [
         ({"lora_r": -1}, "--lora_r -1: give a rank"),
-        ({"lora_r": 4, "lora_alpha": 0}, "--lora_alpha 0.0: give a number above 0"),
+        ({"lora_r": 4, "lora_alpha": 0}, "--lora_alpha 0: give 1 or more"),
         ({"lora_r": 4, "lora_dropout": 1}, "--lora_dropout 1.0: give a share"),
         (
             {"lora_r": 4, "lora_target_modules": ["q_proj", "lm_head"]},

@@ -8,7 +8,7 @@ second some milliseconds a file: nothing but the ends of blocks is read.
 
     python tools/benchmark.py mix [--files 116] [--rows 1000000] [--folder DIR]
 
-The copies need about 150 bytes a row: 17 GB with the defaults.
+The copies need about 110 bytes a row: 13 GB with the defaults.
 """
 
 from __future__ import annotations

@@ -110,13 +110,13 @@ def _tar_member(archive: str, member: str) -> tuple[int, int]:
 
 @lru_cache(maxsize=_OPEN_ARCHIVES)
 def _tar_members(archive: str, size: int, mtime_ns: int) -> dict[str, tuple[int, int]]:
-    """Offset and size of each file in an archive; a damaged end hides the members after it, not those before."""
+    """Offset and size of each file, of two with one name the first; a damaged end hides only the members after it."""
     members: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
                 if member.isfile():
-                    members[member.name.removeprefix("./")] = (member.offset_data, member.size)
+                    members.setdefault(member.name.removeprefix("./"), (member.offset_data, member.size))
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
     except tarfile.TarError as error:
         if not members:

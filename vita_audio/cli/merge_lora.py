@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     difference, largest = merge(locate(options.folder), Path(options.output_dir), options.base)
     print(
-        f"wrote {options.output_dir}; logits of up to {largest:.1f} differ from the adapters' by {difference:.1e} at most"
+        f"wrote {options.output_dir}: logits of up to {largest:.1f} differ from the adapters' by {difference:.1e}"
     )
 
 

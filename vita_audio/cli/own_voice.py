@@ -23,7 +23,6 @@ import soundfile
 from vita_audio.audio import is_continuous_kind
 from vita_audio.audio.archives import is_stored
 from vita_audio.chat import prompts, read_samples
-from vita_audio.chat.paths import locate_file
 from vita_audio.cli.arguments import command_parser, run_command
 from vita_audio.files import read_json, write_text
 from vita_audio.models import open_config
@@ -147,13 +146,12 @@ def read_data(files: Sequence[str], data_root: str) -> tuple[Counter[str], float
             counts[task] += 1
             if task == "TTS":
                 say = say or prompts.requested_text(question.messages[-1])
-            for audio in sample.audios:
-                path = locate_file(audio, data_root, Path(file).parent)
-                if not is_stored(path):
+            for audio in map(str, sample.audios):
+                if not is_stored(audio):
                     raise ValueError(
                         f"{file}, line {number}: {audio}: no such file; set DATA_ROOT to the folder that it starts from"
                     )
-                seconds += duration(path)
+                seconds += duration(audio)
     return counts, seconds, say
 
 

@@ -3,25 +3,31 @@
     python tools/serve.py --model_name_or_path DIR --audio_tokenizer_type mel_vq --audio_tokenizer_path DIR
 
 Without a model it serves the quickstart's. The server listens on this machine only unless --host says otherwise;
-give --api_key_file then. SIGTERM or Ctrl-C lets running replies end. docs/serving.md describes the protocols.
+give --api_key_file then. --ray runs several replicas, on one machine or many. SIGTERM or Ctrl-C lets running replies
+end. docs/serving.md describes the protocols.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from vita_audio.cli.arguments import CODEC, RUNTIME, OptionGroup, command_parser
+from vita_audio.extras import needs_extra
 from vita_audio.inference import CodecOptions, SpeechPipeline
 from vita_audio.serving import Service, create_app
-from vita_audio.serving.config import ServeOptions, read_keys
+from vita_audio.serving.config import Scale, ServeOptions, read_keys
 from vita_audio.serving.server import Server
 
 SERVING = OptionGroup("server", ServeOptions)
+SCALE = OptionGroup("Ray", Scale)
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "quickstart"
 NO_MODEL = """\
@@ -39,15 +45,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     options = SERVING.read(args)
     keys = read_keys(options.api_key_file)
+    scale = SCALE.read(args)
     folder, codec = choose_model(args)
-    pipeline = SpeechPipeline.open(folder, codec, RUNTIME.read(args))
-    service = Service(pipeline, options, Path(folder).resolve().name)
+    name = options.served_name or Path(folder).resolve().name
     if not options.on_loopback and not keys:
         print(
             "warning: everybody who reaches this address can use the server; see --api_key_file",
             file=sys.stderr,
         )
-    asyncio.run(serve(service, keys))
+    if args.ray or args.ray_address is not None:
+        serve_on_ray(args, str(folder), codec, scale, welcome(_url(options), name, bool(keys)))
+        return
+    pipeline = SpeechPipeline.open(folder, codec, RUNTIME.read(args))
+    asyncio.run(serve(Service(pipeline, options, name), keys))
+
+
+def web_demo(argv: Sequence[str] | None = None) -> None:
+    """The same as :func:`main`, or with ``--gradio`` the pages of vita_audio/serving/demo.py.
+
+    Raises:
+        ValueError, OSError: as for :func:`main`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--gradio" not in words:
+        main(words)
+        return
+    args = parse([word for word in words if word != "--gradio"])
+    with needs_extra("demo"):
+        from vita_audio.serving.demo import open_demo
+    options = SERVING.read(args)
+    folder, codec = choose_model(args)
+    pipeline = SpeechPipeline.open(folder, codec, RUNTIME.read(args))
+    with open_demo(pipeline, options, options.served_name or Path(folder).resolve().name) as address:
+        print(f"pages for files: {address}", flush=True)
+        wait_for_a_signal()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -59,6 +90,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     CODEC.add_to(parser)
     RUNTIME.add_to(parser)
     SERVING.add_to(parser)
+    SCALE.add_to(parser)
+    parser.add_argument("--ray", action="store_true", help="deploy on Ray Serve, started on this machine")
+    parser.add_argument(
+        "--ray_address", metavar="ADDRESS", help="deploy on this Ray cluster instead; auto finds it"
+    )
     return parser.parse_args(argv)
 
 
@@ -87,6 +123,43 @@ async def serve(service: Service, keys: Sequence[str]) -> None:
     await running
     if not server.started:
         raise OSError("the server did not start; its log says why")
+
+
+def serve_on_ray(
+    args: argparse.Namespace, folder: str, codec: CodecOptions, scale: Scale, message: str
+) -> None:
+    """Deploy replicas on Ray Serve; see vita_audio/serving/cluster.py. With a Ray of its own, serve until a signal.
+
+    Raises:
+        OSError: the replicas do not start.
+    """
+    options = SERVING.read(args)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if args.ray_address is None and options.on_loopback:
+        # The one switch that makes Ray listen on loopback: 127.0.0.1 as its address is replaced by the machine's own.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    with needs_extra("ray"):
+        from vita_audio.serving import cluster
+    plan = cluster.Plan(
+        model_name_or_path=folder, codec=codec, runtime=RUNTIME.read(args), server=options, scale=scale
+    )
+    with cluster.deployed(plan, args.ray_address):
+        print(message, flush=True)
+        if args.ray_address is None:
+            wait_for_a_signal()
+
+
+def wait_for_a_signal() -> None:
+    """Return at SIGTERM or Ctrl-C."""
+    over = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: over.set())
+    over.wait()
+
+
+def _url(options: ServeOptions) -> str:
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    return f"http://{host}:{options.port}"
 
 
 def welcome(address: str, name: str, needs_key: bool) -> str:

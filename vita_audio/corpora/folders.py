@@ -13,6 +13,7 @@ subtitles      ``NAME.vtt`` or ``NAME.srt`` next to a long ``NAME.mp3``, cut at 
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pathlib import Path
 from vita_audio.audio.archives import file_exists
 from vita_audio.corpora.cleaning import Rejection
 from vita_audio.corpora.items import Broken, Clip, Utterance
-from vita_audio.corpora.layouts import Listed, SourceError, text_of
+from vita_audio.corpora.layouts import Listed, SourceError, text_of, utterance
 from vita_audio.corpora.tables import rows_of
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac", ".wma", ".aiff", ".webm", ".mp4")
@@ -41,7 +42,7 @@ class Beside(Listed):
         for path in _recordings(folder):
             name, transcript = _name(folder, path), path.with_suffix(".txt")
             if transcript.is_file():
-                yield Utterance(name, _read(transcript), Clip(str(path)))
+                yield _said(name, transcript, Clip(str(path)))
             else:
                 yield Broken(name, Rejection.NO_TRANSCRIPT, f"{path}: there is no {transcript.name}")
         for path in sorted(folder.rglob("*.txt")):
@@ -93,7 +94,7 @@ class VCTK(Listed):
             if found is None:
                 yield Broken(name, Rejection.NO_AUDIO, f"{transcript}: there is no recording of this name")
             else:
-                yield Utterance(name, _read(transcript), Clip(str(found)), speaker)
+                yield _said(name, transcript, Clip(str(found)), speaker)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +113,12 @@ class Kaldi(Listed):
                 yield Broken(name, Rejection.NO_AUDIO, f"{folder}: the recording {recording} {what}")
             elif name not in texts:
                 yield Broken(name, Rejection.NO_TRANSCRIPT, f"{folder / 'text'}: no line for {name}")
+            elif (part := _part(times)) is None:
+                yield Broken(
+                    name, Rejection.BAD_ROW, f"{folder / 'segments'}: {name} has no start before an end"
+                )
             else:
-                start, end = (float(times[0]), float(times[1])) if len(times) == 2 else (0.0, None)
+                start, end = part
                 audio = str(folder / path) if file_exists(folder / path) else path
                 yield Utterance(name, texts[name], Clip(audio, start, end), speakers.get(name))
 
@@ -130,7 +135,12 @@ class Subtitles(Listed):
                     _name(folder, path), Rejection.NO_AUDIO, f"{path}: there is no recording of this name"
                 )
                 continue
-            for number, (start, end, text) in enumerate(cues(_read(path)), 1):
+            try:
+                subtitles = _read(path)
+            except SourceError as error:
+                yield Broken(_name(folder, path), Rejection.NO_TRANSCRIPT, str(error))
+                continue
+            for number, (start, end, text) in enumerate(cues(subtitles), 1):
                 yield Utterance(f"{_name(folder, path)}-{number:05d}", text, Clip(str(recording), start, end))
 
 
@@ -195,9 +205,7 @@ def _table_row(table: Path, name: str, row: Mapping[str, object]) -> Utterance |
     if found is None:
         return Broken(id_, Rejection.NO_AUDIO, f"{table}: there is no recording {path}")
     speaker = _first(row, _SPEAKER_COLUMNS)
-    return Utterance(
-        id_, text_of(row[text]), Clip(str(found)), text_of(row[speaker]) or None if speaker else None
-    )
+    return utterance(id_, row[text], Clip(str(found)), text_of(row[speaker]) or None if speaker else None)
 
 
 def _first(row: Mapping[str, object], names: tuple[str, ...]) -> str | None:
@@ -232,6 +240,25 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+
+
+def _said(name: str, transcript: Path, clip: Clip, speaker: str | None = None) -> Utterance | Broken:
+    """A clip with the text of its own file; a file that is not text costs only its clip."""
+    try:
+        return Utterance(name, _read(transcript), clip, speaker)
+    except SourceError as error:
+        return Broken(name, Rejection.NO_TRANSCRIPT, str(error))
+
+
+def _part(times: list[str]) -> tuple[float, float | None] | None:
+    """Start and end of a segment; without times the whole recording, None if they are none."""
+    if not times:
+        return 0.0, None
+    try:
+        start, end = map(float, times)
+    except ValueError:
+        return None
+    return (start, end) if 0 <= start < end < math.inf else None
 
 
 def _mapping(path: Path, *, needed: bool = True) -> dict[str, str]:

@@ -26,7 +26,10 @@ _LISTED = "index.json"
 
 
 class SourceError(ValueError):
-    """A SOURCE that does not hold what the recipe needs. The message names the folder or file."""
+    """A SOURCE that does not hold what the recipe needs. The message names the folder or file, on one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
 
 
 class Layout(ABC):
@@ -131,6 +134,25 @@ def text_of(value: Any) -> str:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def utterance(id_: str, text: Any, clip: Clip, speaker: str | None = None) -> Utterance | Broken:
+    """An utterance whose transcript comes from a column of any type; only text is one, and null is an empty one."""
+    if text is None or isinstance(text, str | bytes):
+        return Utterance(id_, text_of(text), clip, speaker)
+    return Broken(id_, Rejection.BAD_ROW, f"the transcript of {id_} is {type(text).__name__}, not text")
+
+
+def parse_json(content: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def missing_column(id_: str, column: str, row: Any) -> Broken:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from vita_audio.extras import needs_extra
 
 _GIGASPEECH_MARKS = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _MARKS = re.compile(r"<[^<>|]{1,20}>|\[[^\[\]]{1,20}\]")
 _HAN = "\u3400-\u9fff"
 _BETWEEN_HAN = re.compile(rf"(?<=[{_HAN}，。！？、；：])\s+(?=[{_HAN}，。！？、；：])")
@@ -25,13 +26,14 @@ _SPELLED_OUT = 9
 
 
 def normalise(text: str, names: Sequence[str]) -> str:
-    """A text after some of :data:`NORMALISERS`, in Unicode's composed form and with single spaces.
+    """A text after some of :data:`NORMALISERS`, composed (NFC), with single spaces and no control characters.
 
     Raises:
         ModuleNotFoundError: a normaliser needs a library that is not installed.
     """
     for name in names:
         text = NORMALISERS[name](text)
+    text = _CONTROL.sub("", text)
     return re.sub(r"[^\S\n]+", " ", unicodedata.normalize("NFC", text)).strip()
 
 

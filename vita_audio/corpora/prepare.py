@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 _VERSION = 1
 """Part of every fingerprint: raised when the same input gives other samples."""
 _WORK = ".prepare"
+_LONGEST_MESSAGE = 500
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,8 @@ def prepare_unit(job: _Job) -> Tally:
         builder = Builder(job.part, job.settings.cleaning, store, job.checks.held_out, recogniser)
 
         def reject(id_: str, reason: str, message: str) -> None:
-            entry = {"unit": job.unit.name, "id": id_, "reason": reason, "message": message}
+            said = " ".join(message.split())[:_LONGEST_MESSAGE]
+            entry = {"unit": job.unit.name, "id": id_, "reason": reason, "message": said}
             rejected.write(_line(entry))
 
         try:
@@ -305,7 +307,9 @@ def _clip_folder(output: str) -> str:
 
 def _identity(unit: Path, work: Path) -> str | int:
     """What changes with a unit's content: the size of an archive, all of an index file."""
-    return hashlib.sha256(unit.read_bytes()).hexdigest() if unit.is_relative_to(work) else unit.stat().st_size
+    if unit.is_relative_to(work):
+        return hashlib.sha256(unit.read_bytes()).hexdigest()
+    return unit.stat().st_size if unit.exists() else "a link to nothing"
 
 
 def _names(units: Sequence[Path]) -> list[str]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -20,11 +21,13 @@ from vita_audio.audio.archives import file_exists
 from vita_audio.chat import SampleError, SampleFileError, parse_sample, sample_lines
 from vita_audio.constants import AUDIO_TAG
 from vita_audio.corpora.cleaning import Rejection
-from vita_audio.corpora.items import Broken, Clip, Dialogue, Item, Utterance
-from vita_audio.corpora.layouts import Layout, SourceError, missing_column, text_of
+from vita_audio.corpora.items import Broken, Clip, Dialogue, Item
+from vita_audio.corpora.layouts import Layout, SourceError, missing_column, parse_json, text_of, utterance
 
 _BATCH_ROWS = 64
 _FIELD = re.compile(r"\{(\w+)\}")
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+_LONGEST_FIELD = 1 << 30
 Row = Mapping[str, Any]
 
 
@@ -82,8 +85,19 @@ def _zip_rows(file: Path) -> Iterator[Any]:
     try:
         with zipfile.ZipFile(file) as archive:
             for name in sorted(archive.namelist()):
-                if name.endswith((".json", ".jsonl")) and not PurePath(name).name.startswith("."):
-                    yield from _member_rows(archive.read(name))
+                if not name.endswith((".json", ".jsonl")) or PurePath(name).name.startswith("."):
+                    continue
+                try:
+                    content = archive.read(name)
+                except (
+                    zipfile.BadZipFile,
+                    zlib.error,
+                    EOFError,
+                    RuntimeError,
+                ) as error:  # encrypted: RuntimeError
+                    yield ValueError(f"{name} cannot be read: {error}")
+                else:
+                    yield from _member_rows(content)
     except (OSError, zipfile.BadZipFile) as error:
         raise SourceError(f"{file}: cannot be read: {error}") from error
 
@@ -91,7 +105,7 @@ def _zip_rows(file: Path) -> Iterator[Any]:
 def _member_rows(content: bytes) -> Iterator[Any]:
     text = content.decode("utf-8", "replace").removeprefix("\ufeff")
     try:
-        whole = json.loads(text)
+        whole = parse_json(text)
     except ValueError:
         yield from (_parsed(line) for line in text.splitlines() if line.strip())
     else:
@@ -100,35 +114,55 @@ def _member_rows(content: bytes) -> Iterator[Any]:
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return parse_json(line)
+    except ValueError as error:
         return ValueError(f"not JSON: {error}")
 
 
 def _table_rows(file: Path) -> Iterator[Any]:
     try:
-        with file.open(encoding="utf-8-sig", newline="") as content:
+        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as content:
             yield from read_table(content, "\t" if file.suffix.lower() == ".tsv" else None)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, csv.Error) as error:
         raise SourceError(f"{file}: cannot be read: {error}") from error
 
 
 def read_table(
     content: io.TextIOBase | Sequence[str], delimiter: str | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Any] | ValueError]:
     """Rows of a table with a header. TSV is read without quotes, as Common Voice and VoxPopuli write it.
+
+    A field that a short row lacks is None. A row that is not UTF-8 is a fault of its own.
 
     Args:
         delimiter: None: ``,``, ``;`` or ``|``, the one that the header holds most often.
+
+    Raises:
+        csv.Error: the header is not UTF-8, or a quote is not closed, so that the rest of the table is one field.
     """
+    csv.field_size_limit(_LONGEST_FIELD)
     lines = iter(content)
     header = next(lines, "").rstrip("\r\n")
     delimiter = delimiter or max(",;|", key=header.count)
     quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     names = next(csv.reader([header], delimiter=delimiter, quoting=quoting), [])
-    for fields in csv.reader(lines, delimiter=delimiter, quoting=quoting):
-        if fields:
-            yield dict(zip(names, fields, strict=False))
+    if _NOT_UTF8.search(header):
+        raise csv.Error("its header is not UTF-8 text")
+    of_row: list[str] = []
+    for fields in csv.reader(_recorded(lines, of_row), delimiter=delimiter, quoting=quoting):
+        if len(of_row) > 1 and quoting == csv.QUOTE_MINIMAL and sum(line.count('"') for line in of_row) % 2:
+            raise csv.Error(f"a quote is not closed in the row {of_row[0].strip()!r:.80}")
+        of_row.clear()
+        if any(map(_NOT_UTF8.search, fields)):
+            yield ValueError("not UTF-8 text")
+        elif fields:
+            yield {name: fields[at] if at < len(fields) else None for at, name in enumerate(names)}
+
+
+def _recorded(lines: Iterable[str], record: list[str]) -> Iterator[str]:
+    for line in lines:
+        record.append(line)
+        yield line
 
 
 @dataclass(frozen=True)
@@ -158,7 +192,7 @@ class AudioTable(Layout):
             if clip is None:
                 yield Broken(id_, Rejection.NO_AUDIO, f"{unit.name}: the row {name} holds no audio")
             else:
-                yield Utterance(id_, text_of(row[self.columns["text"]]), clip, speaker)
+                yield utterance(id_, row[self.columns["text"]], clip, speaker)
 
 
 def stored_clip(row: Row, column: str, source: Path, unit: Path, number: int) -> Clip | None:
@@ -183,13 +217,12 @@ def find_below(source: Path, path: str) -> str:
     """A file that a corpus names by a path from elsewhere: the longest end of the path that exists below ``source``.
 
     Folders that were packed as ``FOLDER.tar`` are found without unpacking, with the folder's name in the archive or
-    without it.
+    without it. Nothing outside ``source`` is found.
 
     Returns:
         The path; if nothing exists, where it was expected.
     """
-    parts = PurePath(path).parts
-    parts = parts[1:] if parts and parts[0] == "/" else parts
+    parts = [part for part in PurePath(os.path.normpath(path)).parts if part not in ("/", "//", "..")]
     for start in range(len(parts)):
         end = parts[start:]
         candidates = [source.joinpath(*end)]
@@ -200,7 +233,7 @@ def find_below(source: Path, path: str) -> str:
         found = next((candidate for candidate in candidates if file_exists(candidate)), None)
         if found is not None:
             return str(found)
-    return str(source / path)
+    return str(source.joinpath(*parts))
 
 
 @dataclass(frozen=True)

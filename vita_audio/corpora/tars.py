@@ -6,9 +6,10 @@ Archives are read from front to back, compressed or not. Clips of an uncompresse
 
 from __future__ import annotations
 
-import json
+import posixpath
 import tarfile
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,8 +17,16 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vita_audio.corpora.cleaning import Rejection
-from vita_audio.corpora.items import Broken, Clip, Item, Utterance
-from vita_audio.corpora.layouts import Layout, SourceError, matching, missing_column, text_of
+from vita_audio.corpora.items import Broken, Clip, Item
+from vita_audio.corpora.layouts import (
+    Layout,
+    SourceError,
+    matching,
+    missing_column,
+    parse_json,
+    text_of,
+    utterance,
+)
 from vita_audio.corpora.tables import rows_of
 
 _AUDIO = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
@@ -64,7 +73,7 @@ class Tars(Layout):
                 yield Broken(name, Rejection.NO_TRANSCRIPT, f"{unit.name}: no transcript of {name}")
             else:
                 found.add(name)
-                yield row if isinstance(row, Broken) else Utterance(name, row[0], clip, row[1])
+                yield row if isinstance(row, Broken) else utterance(name, row[0], clip, row[1])
         for name in sorted(rows.keys() - found) if own else ():
             yield Broken(name, Rejection.NO_AUDIO, f"{unit.name}: no recording of {name}")
 
@@ -91,7 +100,7 @@ class Tars(Layout):
             return row
         if self.columns["text"] not in row:
             return missing_column(name, self.columns["text"], row)
-        return Utterance(name, text_of(row[self.columns["text"]]), clip, _speaker(row, self.columns))
+        return utterance(name, row[self.columns["text"]], clip, _speaker(row, self.columns))
 
 
 Transcript = tuple[str, str | None] | Broken
@@ -102,8 +111,12 @@ def _transcripts(
     metadata: str, tables: tuple[Path, ...], columns: tuple[tuple[str, str], ...]
 ) -> dict[str, Transcript]:
     """Transcripts by name of the recording, without suffix."""
-    rows = (_cuts(table) if metadata == "cuts" else _rows(table, dict(columns)) for table in tables)
-    return {name: row for table_rows in rows for name, row in table_rows}
+    found: dict[str, Transcript] = {}
+    for table in tables:
+        for name, row in _cuts(table) if metadata == "cuts" else _rows(table, dict(columns)):
+            if found.setdefault(name, row) != row:
+                found[name] = Broken(name, Rejection.REPEATED, f"{table}: {name} has different transcripts")
+    return found
 
 
 _kept_transcripts = lru_cache(maxsize=1)(_transcripts)
@@ -143,7 +156,7 @@ def _cuts(manifest: Path) -> Iterator[tuple[str, Transcript]]:
 
 def _json_object(unit: Path, name: str, content: bytes) -> Mapping[str, Any] | Broken:
     try:
-        row = json.loads(content)
+        row = parse_json(content.removeprefix(BOM_UTF8))
     except ValueError as error:
         return Broken(name, Rejection.BAD_ROW, f"{unit.name}: {name}.json is not JSON: {error}")
     if not isinstance(row, Mapping):
@@ -174,7 +187,7 @@ def _members(archive: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Cl
         with tarfile.open(archive, "r:*") as tar:
             for member in tar:
                 path = PurePath(member.name)
-                if member.isfile() and path.suffix.lower() in suffixes and not path.name.startswith("."):
+                if path.suffix.lower() in suffixes and not path.name.startswith(".") and not member.isdir():
                     yield path.stem, _content(archive, tar, member, compressed)
                 tar.members.clear()  # type: ignore[attr-defined]
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
@@ -182,9 +195,11 @@ def _members(archive: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Cl
 
 
 def _content(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, compressed: bool) -> Clip | bytes:
-    suffix = PurePath(member.name).suffix
-    if suffix.lower() in _AUDIO and not compressed:
-        return Clip(f"{archive}/{member.name.removeprefix('./')}")
-    file = tar.extractfile(member)
+    """A clip that a path can name, else the content. A link is a clip that is missing."""
+    suffix, name = PurePath(member.name).suffix, member.name.removeprefix("./")
+    named = name == posixpath.normpath(name) and not name.startswith(("/", "../"))
+    if suffix.lower() in _AUDIO and ((named and not compressed) or not member.isfile()):
+        return Clip(f"{archive}/{name}")
+    file = tar.extractfile(member) if member.isfile() else None
     content = file.read() if file is not None else b""
     return Clip(content, suffix=suffix) if suffix.lower() in _AUDIO else content

@@ -144,7 +144,7 @@ class EngineBackend(Backend):
         """The events of a reply that are ready; its end once all its sound is decoded."""
         while (news := handle.pop()) is not None:
             if isinstance(news, Finished):
-                yield from reply.finish()
+                yield from reply.finish(news.stats)
             else:
                 now = time.perf_counter()
                 for token in news.ids:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vita_audio.audio import AudioStream, AudioTokenizer
 from vita_audio.chat import Example, ReplyParser
-from vita_audio.engine import Session, SpeechStream
+from vita_audio.engine import Session, SpeechStream, Stats
 from vita_audio.inference.options import CHECKPOINT_OPTIONS, GenerationOptions
 
 Sound = Literal["streamed", "whole", "none"]
@@ -105,6 +105,7 @@ class Reply:
         timings: the time of each step.
         options: how the reply was generated, fully resolved.
         system: the system message of the prompt; None if it had none.
+        stats: rounds and drafts of the engine; None if the plain loop made the reply.
     """
 
     text: str
@@ -115,6 +116,7 @@ class Reply:
     timings: Timings
     options: GenerationOptions
     system: str | None = None
+    stats: Stats | None = None
 
 
 Event = TextDelta | AudioChunk | Reply
@@ -142,6 +144,7 @@ class ReplyAssembly:
         self.ended = False
         """The reply is complete."""
         self._finished = False
+        self._stats: Stats | None = None
         self._request = request
         self._options = options
         self._codec = codec
@@ -166,9 +169,10 @@ class ReplyAssembly:
         elif piece:
             yield from self._speak(piece, seconds)
 
-    def finish(self) -> Iterator[Event]:
+    def finish(self, stats: Stats | None = None) -> Iterator[Event]:
         """No token follows. Returns the events that this completes; sound may still come, see :attr:`speaking`."""
         self._finished = True
+        self._stats = stats
         seconds = time.perf_counter() - self._asked
         text, codes = self._parser.flush()
         if text:
@@ -257,6 +261,7 @@ class ReplyAssembly:
                 new_tokens=len(record.times),
             ),
             options=self._options,
+            stats=self._stats,
         )
 
 

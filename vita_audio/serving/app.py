@@ -24,6 +24,7 @@ from vita_audio.serving.chat import complete
 from vita_audio.serving.errors import ApiError
 from vita_audio.serving.fields import ChatBody, SpeechBody, TranscriptionFields
 from vita_audio.serving.guard import Guard
+from vita_audio.serving.metrics import PROMETHEUS
 from vita_audio.serving.realtime import converse
 from vita_audio.serving.service import Service
 from vita_audio.serving.speech import speak
@@ -35,7 +36,6 @@ _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; connect-src 'self' ws: wss:; img-src data:; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
 }
-_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
@@ -80,7 +80,7 @@ def _add_addresses(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        return Response(service.metrics.text(), headers={"Content-Type": _PROMETHEUS})
+        return Response(service.metrics.text(), headers={"Content-Type": PROMETHEUS})
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -77,6 +77,40 @@ class ServeOptions:
         return int(self.body_megabytes * 1_000_000)
 
 
+@dataclass(frozen=True)
+class Scale:
+    """How many servers run on Ray.
+
+    Attributes:
+        replicas: servers at the least.
+        most_replicas: servers at the most; defaults to ``replicas``. Ray starts and ends them so that each has
+            ``slots`` requests and conversations on average, those that wait included.
+        gpus_per_replica: GPUs that Ray reserves for a server.
+        cpus_per_replica: CPU cores that Ray reserves for a server.
+        revision: any text; another one replaces all servers in turn, for example after the weights have changed.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    replicas: int = 1
+    most_replicas: int | None = None
+    gpus_per_replica: float = 0.0
+    cpus_per_replica: float = 1.0
+    revision: str = ""
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ValueError(f"replicas={self.replicas}: give 1 or more")
+        if self.most_replicas is not None and self.most_replicas < self.replicas:
+            raise ValueError(
+                f"most_replicas={self.most_replicas}: give {self.replicas} or more, as replicas says"
+            )
+        for name in ("gpus_per_replica", "cpus_per_replica"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
+
+
 def read_keys(file: Path | None) -> tuple[str, ...]:
     """The API keys of a file, one a line; blank lines and lines that begin with ``#`` do not count.
 

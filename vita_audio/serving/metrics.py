@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import threading
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from vita_audio.inference import AudioChunk, Reply
 
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+"""Type of the page that Prometheus reads."""
+
 _SECONDS = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 _SPEEDS = (10, 20, 50, 100, 200, 300, 500, 750, 1000, 2000, 5000)
+_ROUND_TOKENS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9, 10, 11)
 
 
 class Metrics:
@@ -31,15 +41,34 @@ class Metrics:
         self.speed = Histogram(
             "vita_audio_tokens_per_second", "Speed of a reply", buckets=_SPEEDS, registry=self.registry
         )
+        self.round_tokens = Histogram(
+            "vita_audio_accepted_tokens_per_round", "Tokens that a reply gained per round: the backbone's own and the "
+            "heads'; of the latter, those that the backbone accepted if the reply is lossless",
+            buckets=_ROUND_TOKENS, registry=self.registry,
+        )  # fmt: skip
+        self.drafts = Counter(
+            "vita_audio_drafts_total", "Tokens drafted in lossless replies", registry=self.registry
+        )
+        self.accepted = Counter(
+            "vita_audio_accepted_drafts_total", "Of these, those that the backbone accepted", registry=self.registry
+        )  # fmt: skip
         self.slots = self._gauge("slots_used", "Replies that are being generated")
         self.waiting = self._gauge("queue", "Requests that wait for a slot")
         self.sessions = self._gauge("sessions", "Open realtime connections")
+        self._gauge("threads", "Threads of the server").set_function(threading.active_count)
+        ProcessCollector(
+            registry=self.registry
+        )  # memory, processor time and open files, by their usual names
 
     def observe(self, reply: Reply) -> None:
         """Record a complete reply."""
         timings = reply.timings
         self.tokens.inc(timings.new_tokens)
         self.speed.observe(timings.tokens_per_second)
+        if reply.stats is not None and reply.stats.rounds:
+            self.round_tokens.observe(reply.stats.new_tokens / reply.stats.rounds)
+            self.drafts.inc(reply.stats.drafts)
+            self.accepted.inc(reply.stats.accepted)
         if timings.first_chunk is not None:
             self.first_chunk.observe(timings.first_chunk)
         if timings.first_sound is not None:
@@ -56,6 +85,29 @@ class Metrics:
 
     def _gauge(self, name: str, what: str) -> Gauge:
         return Gauge(f"vita_audio_{name}", what, registry=self.registry)
+
+
+def joined_pages(pages: Mapping[str, str]) -> bytes:
+    """The pages of several servers as one; each figure has its server's name as the label ``replica``."""
+    registry = CollectorRegistry()
+    registry.register(_Joined(pages))
+    return generate_latest(registry)
+
+
+class _Joined(Collector):
+    def __init__(self, pages: Mapping[str, str]):
+        self._pages = pages
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for replica, page in self._pages.items():
+            for family in text_string_to_metric_families(page):
+                joined = families.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                )
+                for sample in family.samples:
+                    joined.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+        yield from families.values()
 
 
 class Player:

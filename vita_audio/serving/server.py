@@ -23,14 +23,16 @@ class Server(uvicorn.Server):
     Args:
         app: made by :func:`~vita_audio.serving.app.create_app`.
         service: the same.
+        host: address to listen on; defaults to that of the service's options.
+        port: port to listen on; defaults to that of the service's options.
     """
 
-    def __init__(self, app: FastAPI, service: Service):
+    def __init__(self, app: FastAPI, service: Service, host: str | None = None, port: int | None = None):
         super().__init__(
             uvicorn.Config(
                 app,
-                host=service.options.host,
-                port=service.options.port,
+                host=host or service.options.host,
+                port=service.options.port if port is None else port,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
@@ -60,8 +62,8 @@ class Server(uvicorn.Server):
         try:
             await super().startup(sockets)
         except SystemExit as error:  # uvicorn has logged why
-            options = self._service.options
-            raise OSError(f"the server cannot listen on {options.host}:{options.port}") from error
+            address = f"{self.config.host}:{self.config.port}"
+            raise OSError(f"the server cannot listen on {address}") from error
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; end at once at the second signal, or before the server has started."""

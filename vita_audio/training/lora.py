@@ -78,7 +78,7 @@ class LoraModel(PeftModel):
             return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        model = self.get_base_model()
+        model = cast(PreTrainedModel, self.get_base_model())
         model.config.architectures = [type(model).__name__]
         model.config.dtype = model.dtype
         model.config.save_pretrained(folder)

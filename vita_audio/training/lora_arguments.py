@@ -18,7 +18,7 @@ class LoraArguments:
             "help": "Rank of LoRA adapters, 8 to 64; the backbone stays frozen (stages 1 and 4). 0: no LoRA."
         },
     )
-    lora_alpha: float | None = field(
+    lora_alpha: int | None = field(
         default=None, metadata={"help": "Adapters are scaled by alpha / r (default: twice the rank)."}
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters' inputs."})
@@ -52,8 +52,8 @@ class LoraArguments:
                 "--lora_r with --language_model_freeze: there is nothing to adapt, since heads train whole; "
                 "leave one of the two out"
             )
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
-            raise ValueError(f"--lora_alpha {self.lora_alpha}: give a number above 0")
+        if self.lora_alpha is not None and self.lora_alpha < 1:
+            raise ValueError(f"--lora_alpha {self.lora_alpha}: give 1 or more")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout {self.lora_dropout}: give a share, 0 or more and below 1")
         unknown = [name for name in self.lora_target_modules if name not in PROJECTIONS]
@@ -63,6 +63,6 @@ class LoraArguments:
             )
 
     @property
-    def lora_scale(self) -> float:
+    def lora_scale(self) -> int:
         """``lora_alpha``, resolved."""
-        return 2.0 * self.lora_r if self.lora_alpha is None else self.lora_alpha
+        return 2 * self.lora_r if self.lora_alpha is None else self.lora_alpha
