@@ -69,6 +69,24 @@ def test_sound_that_a_thread_decodes_is_the_same_and_all_of_it_comes(tiny_world)
     assert len(events[-1].waveform) == len(expected)
 
 
+@pytest.mark.timeout(60)
+def test_a_reply_that_ends_while_nobody_looks_is_not_waited_for(tiny_world, monkeypatch):
+    """The engine's thread may end a request between two looks at it."""
+    ours = open_pipeline(tiny_world, True)
+    advance = ours.backend._advance
+
+    def late(made):
+        while made[0][0].finished is None:
+            ours.backend.engine.step()
+        monkeypatch.setattr(
+            ours.backend.speech, "wait", lambda _: pytest.fail("waits for sound that is not due")
+        )
+        advance(made)
+
+    monkeypatch.setattr(ours.backend, "_advance", late)
+    assert ours.transcribe(tiny_world.audio("question.wav"), options=options()).text == "the blue key"
+
+
 def test_with_weights_in_8_bits_the_words_are_the_same(tiny_world):
     codec = CodecOptions("mel_vq", tiny_world.codec_dir)
     small = SpeechPipeline.open(

@@ -116,9 +116,17 @@ class TinyWorld:
 
     @staticmethod
     def logged(folder: Path) -> list[dict[str, float]]:
-        """The log lines of all steps."""
+        """The log lines of all steps, without what a clock measured."""
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        return [line for line in history if "loss" in line]
+        return [
+            {
+                name: value
+                for name, value in line.items()
+                if not name.startswith(("speed/", "data/wait_share"))
+            }
+            for line in history
+            if "loss" in line
+        ]
 
 
 class Processes:

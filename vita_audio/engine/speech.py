@@ -134,9 +134,9 @@ class SpeechWorker:
             return True
 
     def wait(self, streams: Sequence[SpeechStream]) -> None:
-        """Return when one of the streams has a chunk or has ended; for a worker with a thread."""
+        """Return when one of the streams has a chunk or has ended, or after a second."""
         with self._changed:
-            self._changed.wait_for(lambda: any(stream._ready or stream.ended for stream in streams))
+            self._changed.wait_for(lambda: any(each._ready or each.ended for each in streams), timeout=1.0)
 
     def close(self) -> None:
         """Cancel all streams and end the thread, after the pass in progress. May be called twice."""

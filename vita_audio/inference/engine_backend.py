@@ -160,7 +160,7 @@ class EngineBackend(Backend):
         waiting = [handle for handle, _ in made if handle.finished is None]
         if waiting:
             self.engine.wait(*waiting)
-        else:  # the codec's thread decodes the rest
+        elif all(reply.finished for _, reply in made):  # another thread decodes the rest
             self.speech.wait([reply.speech for _, reply in made if reply.speech is not None])
 
     def speech_step(self) -> bool:

@@ -143,7 +143,8 @@ class ReplyAssembly:
         ready = time.perf_counter()
         self.ended = False
         """The reply is complete."""
-        self._finished = False
+        self.finished = False
+        """No token follows; sound may."""
         self._stats: Stats | None = None
         self._request = request
         self._options = options
@@ -171,7 +172,7 @@ class ReplyAssembly:
 
     def finish(self, stats: Stats | None = None) -> Iterator[Event]:
         """No token follows. Returns the events that this completes; sound may still come, see :attr:`speaking`."""
-        self._finished = True
+        self.finished = True
         self._stats = stats
         seconds = time.perf_counter() - self._asked
         text, codes = self._parser.flush()
@@ -203,7 +204,7 @@ class ReplyAssembly:
 
     def end(self) -> Iterator[Event]:
         """The remaining events, ending with the reply."""
-        if not self._finished:
+        if not self.finished:
             yield from self.finish()
         yield from self.heard()
         self.ended = True
