@@ -6,10 +6,7 @@ import errno
 import gzip
 import json
 import os
-import resource
 import shutil
-import signal
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from disks import full_disk
 
 from vita_audio.audio import AudioError
 from vita_audio.audio.mel_vq import MelVQConfig, MelVQTokenizer
@@ -201,18 +199,6 @@ def test_a_codec_that_no_longer_opens_stops_the_run_and_loses_no_sample(
 
 
 # -- the machine ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def full_disk(free: int):
-    """No file may grow beyond ``free`` bytes."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

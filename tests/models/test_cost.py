@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from sizes import SIZES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import DynamicCache
@@ -30,16 +31,6 @@ from vita_audio.models.cost import (
     lm_head_pass,
 )
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 5,
-    "num_nextn_predict_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 ENCODER = {"input_size": 16, "output_size": 12, "attention_heads": 2, "linear_units": 20, "num_blocks": 2}
 
 

@@ -1,29 +1,15 @@
 """A disk that fills up while a checkpoint is written costs nothing but that checkpoint."""
 
-import resource
 import shutil
-import signal
-from contextlib import contextmanager
 
 import pytest
+from disks import full_disk
 
 from vita_audio.cli import finetune
 from vita_audio.cli.launch import REFUSED
 from vita_audio.training import last_complete_checkpoint
 
 IN_THE_WEIGHTS, IN_THE_OPTIMIZER = 1_000_000, 5_000_000
-
-
-@contextmanager
-def full_disk(free):
-    """No file can grow beyond so many bytes."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def refusal(options, capsys) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sizes import SIZES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,16 +24,6 @@ from vita_audio.training.planner import Setup, Zero, make_plan, step_flops
 from vita_audio.training.stages import apply_stage
 from vita_audio.training.step_memory import Batch, step_memory
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 5,
-    "num_nextn_predict_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 CONFIG = Qwen2MTPConfig(**SIZES)
 EVERY = list(itertools.product((False, True), (False, True), (1, 3)))
 
