@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from vita_audio.inference import SpeechPipeline
 from vita_audio.serving import ServeOptions, Service, create_app
@@ -30,6 +32,21 @@ class Serving:
     @property
     def address(self) -> str:
         return self.server.address
+
+    @property
+    def open_connections(self) -> float:
+        text = httpx.get(f"{self.address}/metrics").text
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        return next(sample.value for sample in samples if sample.name.endswith("sessions"))
+
+    def assert_nothing_is_left(self) -> None:
+        """Of connections that end: no reply, no row, after a while."""
+        deadline = time.monotonic() + 20
+        while self.open_connections and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert self.open_connections == 0
+        assert self.service.idle
+        assert self.service.pipeline.backend.engine.num_rows == 0
 
     def client(self, key: str = "none", **options) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=30, **options)

@@ -91,12 +91,12 @@ def test_mutated_requests_get_proper_answers(running):
                 assert response.status_code < 500 or error["code"] == "no_speech", (content, error)
         assert client.get("/health").json() == {"status": "ready"}
     assert set(Path.cwd().iterdir()) == before
-    assert running.service.idle
+    running.assert_nothing_is_left()
 
 
 def test_mutated_frames_get_proper_answers(running):
     asyncio.run(_send_frames(running.address.replace("http", "ws") + "/v1/realtime"))
-    assert running.service.idle
+    running.assert_nothing_is_left()
 
 
 async def _send_frames(address: str) -> None:

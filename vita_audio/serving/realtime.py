@@ -8,10 +8,10 @@ can have been heard by then; a client that knows better cuts further with ``conv
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing, suppress
 from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
@@ -36,11 +36,12 @@ MOST_ITEMS = 1024
 async def converse(service: Service, socket: WebSocket) -> None:
     """Serve one connection until it ends."""
     offered = socket.headers.get("sec-websocket-protocol", "")
-    await socket.accept("realtime" if "realtime" in [name.strip() for name in offered.split(",")] else None)
+    protocol = "realtime" if "realtime" in [name.strip() for name in offered.split(",")] else None
     connection = Connection(service, socket)
     try:
+        await socket.accept(protocol)
         with service.session_of(key_of(socket.headers)):
-            async with asyncio.timeout(service.options.session_seconds):
+            async with aclosing(connection), asyncio.timeout(service.options.session_seconds):
                 await connection.run()
     except ApiError as error:
         await connection.say_error(error)
@@ -49,8 +50,7 @@ async def converse(service: Service, socket: WebSocket) -> None:
     except WebSocketDisconnect:
         pass
     finally:
-        await connection.close()
-        with contextlib.suppress(RuntimeError, OSError):
+        with suppress(RuntimeError, OSError, WebSocketDisconnect):  # the client closed it already
             await socket.close()
 
 
@@ -98,7 +98,7 @@ class Connection:
                 return
             await self._handle(text)
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         """End what runs and free the caches."""
         await self._replies.close()
         self._dialogue.close()
@@ -112,7 +112,7 @@ class Connection:
 
     async def say_error(self, error: ApiError, event_id: str | None = None) -> None:
         """Send an ``error`` event, if the client is still there."""
-        with contextlib.suppress(WebSocketDisconnect):
+        with suppress(WebSocketDisconnect):
             await self.send("error", error=error.to_dict() | {"event_id": event_id})
 
     async def _receive(self) -> str | bytes:
