@@ -29,7 +29,7 @@ from ray.serve.exceptions import BackPressureError
 from vita_audio.cli import serve
 from vita_audio.serving import cluster
 from vita_audio.serving.cluster import Plan
-from vita_audio.serving.config import Scale
+from vita_audio.serving.config import Scale, ServeOptions
 from vita_audio.serving.errors import ApiError
 from vita_audio.serving.gateway import Gateway, ReplicaLost
 
@@ -292,7 +292,7 @@ class Calls:
 )
 def test_a_lease_ends_however_it_went(ray_untouched, answer, error):
     calls = Calls(answer)
-    entrance = cluster.Entrance(calls, 1000)
+    entrance = cluster.Entrance(calls, ServeOptions())
     assert isinstance(entrance.__serve_build_asgi_app__(), Gateway)
     assert asyncio.run(entrance._metrics()) == {"one": "page"}
 

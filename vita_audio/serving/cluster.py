@@ -71,6 +71,8 @@ def application(args: Plan) -> serve.Application:
             "min_replicas": scale.replicas,
             "max_replicas": scale.most_replicas or scale.replicas,
             "target_ongoing_requests": options.slots,
+            "upscale_delay_s": scale.grow_seconds,
+            "downscale_delay_s": scale.shrink_seconds,
         },
         max_ongoing_requests=places,
         max_queued_requests=options.queue,
@@ -88,7 +90,7 @@ def application(args: Plan) -> serve.Application:
         graceful_shutdown_timeout_s=options.drain_seconds,
         max_surge_percent=100,
     )(serve.ingress()(Entrance))
-    return gateway.bind(replica.bind(args), options.body_bytes)
+    return gateway.bind(replica.bind(args), options)
 
 
 @contextmanager
@@ -183,14 +185,14 @@ def _listen_on_the_nodes_address() -> None:
 class Entrance:
     """The gateway as a deployment."""
 
-    def __init__(self, replicas: DeploymentHandle[Any], body_bytes: int):
+    def __init__(self, replicas: DeploymentHandle[Any], options: ServeOptions):
         _listen_on_the_nodes_address()
         self._replicas = replicas
-        self._body_bytes = body_bytes
+        self._options = options
 
     def __serve_build_asgi_app__(self) -> Gateway:
         """Called by Ray."""
-        return Gateway(self._lease, self._body_bytes, self._metrics)
+        return Gateway(self._lease, self._options, self._metrics)
 
     @asynccontextmanager
     async def _lease(self, session: str) -> AsyncIterator[str]:
