@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 import httpx2 as httpx
 import pytest
@@ -21,6 +23,7 @@ from vita_audio.serving.errors import overloaded
 from vita_audio.serving.gateway import Gateway
 from vita_audio.serving.metrics import joined_pages
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -169,6 +172,30 @@ def test_a_full_cluster_refuses_requests_and_conversations():
             assert json.loads(talk.recv())["error"]["code"] == "overloaded"
 
 
+def test_a_key_has_a_limited_number_of_connections_at_all_replicas_together(running, pipeline, serve):
+    with (
+        serve(pipeline) as other,
+        opened(Door([running.address, other.address], sessions_per_key=1, api_key_file="keys")) as address,
+    ):
+
+        def talk(key: str):
+            return websockets.sync.client.connect(
+                address.replace("http", "ws") + "/v1/realtime",
+                additional_headers={"Authorization": f"Bearer {key}"},
+            )
+
+        def first_event(key: str) -> str:
+            with talk(key) as second:
+                event = json.loads(second.recv())
+                return event["error"]["code"] if event["type"] == "error" else event["type"]
+
+        with talk("mine") as first:
+            first.recv()
+            assert first_event("mine") == "too_many_sessions"
+            assert first_event("another") == "session.created"
+        eventually(lambda: first_event("mine") == "session.created")
+
+
 def test_a_body_that_is_too_large_is_refused_at_the_door(running):
     with opened(Door([running.address], body_megabytes=0.0001)) as address:
         answer = httpx.post(f"{address}/v1/chat/completions", json=HELLO | {"user": "x" * 200})
@@ -183,6 +210,27 @@ def test_a_client_that_leaves_ends_its_lease(running):
             next(answer.iter_lines())
         eventually(lambda: not door.open)
         running.assert_nothing_is_left()
+
+
+def test_the_benchmark_sees_replicas_come_and_go(running, tiny_world, monkeypatch, capsys):
+    """Of one server, which shows its figures as those of two replicas until both have been seen."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    looks = 0
+
+    async def metrics() -> dict[str, str]:
+        nonlocal looks
+        page = httpx.get(f"{running.address}/metrics").text
+        looks += not looks or 'outcome="complete"' in page
+        return {"one": page, "two": page} if 1 < looks < 8 else {"one": page}
+
+    door = Door([running.address])
+    door.gateway = Gateway(door.lease, ServeOptions(), metrics)
+    with opened(door) as address:
+        at = ["--url", address, "--questions", str(tiny_world.data_dir / "sqa.jsonl")]
+        importlib.import_module("benchmarks.scale").main([*at, "--talkers", "2", "--patience", "60"])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["replicas"] == 1
+    assert record["failures"] == 0
 
 
 def test_figures_of_replicas_are_told_apart_by_their_names():
