@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
     if is_on_ray(args):
-        serve_on_ray(args, folder, codec, welcome(_url(options), name, bool(keys)))
+        serve_on_ray(args, folder, codec, welcome(options.url, name, bool(keys)))
         return
     pipeline = SpeechPipeline.open(folder, codec, RUNTIME.read(args))
     asyncio.run(serve(Service(pipeline, options, name), keys))
@@ -179,16 +179,13 @@ def _absolute(options: Paths) -> Paths:
 
 
 def wait_for_a_signal() -> None:
-    """Return at SIGTERM or Ctrl-C."""
+    """Return at SIGTERM or Ctrl-C; a second one raises KeyboardInterrupt."""
     over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: over.set())
     over.wait()
-
-
-def _url(options: ServeOptions) -> str:
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    return f"http://{host}:{options.port}"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
 
 
 def welcome(address: str, name: str, needs_key: bool) -> str:

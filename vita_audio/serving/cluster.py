@@ -10,13 +10,18 @@ goes to the less busy of two replicas, or, if it names a session in ``X-Session-
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import re
+import signal
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import ray
 from pydantic import BaseModel, ConfigDict
@@ -30,15 +35,17 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
 from vita_audio.inference import CodecOptions, RuntimeOptions, SpeechPipeline
+from vita_audio.inference.pipeline import check_family, read_checkpoint_config
 from vita_audio.serving.app import create_app
 from vita_audio.serving.config import Scale, ServeOptions, read_keys
 from vita_audio.serving.errors import overloaded
 from vita_audio.serving.gateway import Gateway, ReplicaLost
 from vita_audio.serving.server import Server
-from vita_audio.serving.service import Service
+from vita_audio.serving.service import Service, read_voices
 
 HEALTH_SECONDS = 2.0
 NAME = "vita-audio"
+_WARM_UP_SECONDS = 60.0
 
 
 class Plan(BaseModel):
@@ -99,13 +106,16 @@ def deployed(plan: Plan, address: str | None) -> Iterator[None]:
 
     Args:
         plan: what is deployed.
-        address: of a Ray cluster, where the application stays; None: Ray is started on this machine, and ended at the
-            end of the context, after running replies.
+        address: of a Ray cluster, where the application stays; None: Ray is started on this machine, and ended with
+            the context, after running replies.
 
     Raises:
-        OSError: the replicas do not start, or there is no such cluster.
+        ValueError: on this machine, a folder cannot be used, or the replicas have no room.
+        OSError: the replicas do not start, the address cannot be used, or there is no such cluster.
     """
     options = plan.server
+    if address is None:
+        _check_machine(plan)
     try:
         ray.init(
             address=address or "local",
@@ -115,17 +125,82 @@ def deployed(plan: Plan, address: str | None) -> Iterator[None]:
     except (ConnectionError, RuntimeError) as error:
         raise OSError(f"there is no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
     try:
-        serve.start(proxy_location="EveryNode", http_options={"host": options.host, "port": options.port})
+        if threading.current_thread() is threading.main_thread():
+            # Ray's handler would abort this process with a stack trace, and leave nobody to end Ray.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if address is None:
+            _check_room(plan.scale)
         try:
+            serve.start(proxy_location="EveryNode", http_options={"host": options.host, "port": options.port})
             serve.run(application(plan), name=NAME, route_prefix="/")
         except RuntimeError as error:
-            reason = [line for line in str(error).splitlines() if line.strip()][-1]
-            raise OSError(f"the replicas do not start: {reason.strip()}") from error
+            raise OSError(f"the replicas do not start: {_reason(error)}") from error
+        if address is None:
+            _warm_up(options)
         yield
         if address is None:
-            serve.shutdown()
+            _drain(options)
     finally:
         ray.shutdown()
+
+
+def _check_machine(plan: Plan) -> None:
+    """What a server on this machine needs. Ray tries a replica several times before it says that one cannot start.
+
+    Raises:
+        ValueError: the model or a voice cannot be used.
+        OSError: the address cannot be used.
+    """
+    check_family(read_checkpoint_config(plan.model_name_or_path), plan.codec.audio_tokenizer_type)
+    read_voices(plan.server.voices_dir)
+    address = (plan.server.host, plan.server.port)
+    try:
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        socket.create_server(address, family=family).close()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise OSError(f"the server cannot listen on {address[0]}:{address[1]}: {reason}") from error
+
+
+def _check_room(scale: Scale) -> None:
+    """Whether the least number of replicas fits the nodes of this cluster; Ray would wait for further nodes.
+
+    Raises:
+        ValueError: it does not.
+    """
+    found = ray.cluster_resources()
+    for resource, each in (("CPU", scale.cpus_per_replica), ("GPU", scale.gpus_per_replica)):
+        if scale.replicas * each > found.get(resource, 0):
+            needed = f"{scale.replicas} times {each:g} {resource}s are more than the {found.get(resource, 0):g} here"
+            raise ValueError(f"replicas={scale.replicas}: {needed}; change --{resource.lower()}s_per_replica")
+
+
+def _reason(error: Exception) -> str:
+    """The last line of the error that a replica's start ended with, else of what Serve says."""
+    application = serve.status().applications.get(NAME)
+    deployments = () if application is None else application.deployments.values()
+    text = next((each.message for each in deployments if "Error" in each.message), str(error))
+    last = [line.strip() for line in text.splitlines() if line.strip()][-1]
+    return re.sub(r"^[\w.]*Error: ", "", last)
+
+
+def _warm_up(options: ServeOptions) -> None:
+    """Wait for an answer: proxy and gateway connect to each other and to the replicas at the first request."""
+    deadline = time.monotonic() + _WARM_UP_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(OSError), urlopen(f"{options.url}/health", timeout=_WARM_UP_SECONDS):
+            return
+        time.sleep(0.2)
+    raise OSError(f"the gateway does not answer at {options.url}")
+
+
+def _drain(options: ServeOptions) -> None:
+    """Let running replies end. Serve's own way to end would kill its proxies first, and all replies with them."""
+    replicas = serve.get_deployment_handle("replica", NAME)
+    for step in ("drain", "close"):
+        answers = replicas.broadcast(step)
+        with suppress(TimeoutError):
+            answers.results(timeout_s=options.drain_seconds + HEALTH_SECONDS, return_exceptions=True)
 
 
 class Replica:
@@ -156,6 +231,18 @@ class Replica:
     def metrics(self) -> tuple[str, str]:
         """The replica's name, and its figures for Prometheus."""
         return serve.get_replica_context().replica_id.unique_id, self._service.metrics.text().decode()
+
+    async def drain(self) -> None:
+        """Refuse new replies. Returns when the running ones have ended."""
+        self._service.draining = True
+        deadline = time.monotonic() + self._service.options.drain_seconds
+        while not self._service.idle and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        """End the server. Returns when its conversations are closed."""
+        self._server.should_exit = True
+        await asyncio.to_thread(self._thread.join)
 
     def check_health(self) -> None:
         """Called by Ray.

@@ -72,6 +72,12 @@ class ServeOptions:
         return self.host in LOOPBACK
 
     @property
+    def url(self) -> str:
+        """The address for clients on this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
     def body_bytes(self) -> int:
         """Largest body of a request, in bytes."""
         return int(self.body_megabytes * 1_000_000)
