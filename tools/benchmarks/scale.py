@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ LOOKS = 3
 def main(argv: list[str] | None = None) -> None:
     """Run and print."""
     args = parse(argv)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request
     crowd, record = asyncio.run(scale(args, read_questions(args.questions, args.limit)))
     print(json.dumps({"benchmark": "scale"} | record | {"versions": versions()}))
     if crowd.failures:
