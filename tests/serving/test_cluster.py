@@ -405,6 +405,14 @@ def test_replicas_that_do_not_fit_are_refused(monkeypatch):
         cluster._check_room(Scale(gpus_per_replica=0.5))
 
 
+def test_a_port_other_than_that_of_a_running_serve_is_refused(monkeypatch):
+    client = SimpleNamespace(http_config=SimpleNamespace(port=8000))
+    monkeypatch.setattr(cluster, "_get_global_client", lambda: client)
+    cluster._check_port(ServeOptions(port=8000))
+    with pytest.raises(ValueError, match="Serve runs at port 8000"):
+        cluster._check_port(ServeOptions(port=8001))
+
+
 def test_the_reason_why_a_replica_does_not_start_is_its_own_error(monkeypatch):
     text = "The deployment failed to start 3 times.\nTraceback …\nvita_audio.models.CheckpointError: no weights\n"
     deployments = {"gateway": SimpleNamespace(message=""), "replica": SimpleNamespace(message=text)}

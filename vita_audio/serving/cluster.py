@@ -29,6 +29,7 @@ from ray import serve
 from ray._common.network_utils import build_address
 from ray.exceptions import RayError
 from ray.serve._private import replica as ray_replica
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.handle import DeploymentHandle
@@ -132,6 +133,7 @@ def deployed(plan: Plan, address: str | None) -> Iterator[None]:
             _check_room(plan.scale)
         try:
             serve.start(proxy_location="EveryNode", http_options={"host": options.host, "port": options.port})
+            _check_port(options)
             serve.run(application(plan), name=NAME, route_prefix="/")
         except RuntimeError as error:
             raise OSError(f"the replicas do not start: {_reason(error)}") from error
@@ -173,6 +175,19 @@ def _check_room(scale: Scale) -> None:
         if scale.replicas * each > found.get(resource, 0):
             needed = f"{scale.replicas} times {each:g} {resource}s are more than the {found.get(resource, 0):g} here"
             raise ValueError(f"replicas={scale.replicas}: {needed}; change --{resource.lower()}s_per_replica")
+
+
+def _check_port(options: ServeOptions) -> None:
+    """Where Serve runs already, it keeps its port.
+
+    Raises:
+        ValueError: that is another one.
+    """
+    runs_at = _get_global_client().http_config.port
+    if runs_at != options.port:
+        raise ValueError(
+            f"port={options.port}: Serve runs at port {runs_at} of this cluster already; give that"
+        )
 
 
 def _reason(error: Exception) -> str:
