@@ -183,7 +183,9 @@ def _check_port(options: ServeOptions) -> None:
     Raises:
         ValueError: that is another one.
     """
-    runs_at = _get_global_client().http_config.port
+    client = _get_global_client()
+    assert client is not None  # Serve has been started
+    runs_at = client.http_config.port
     if runs_at != options.port:
         raise ValueError(
             f"port={options.port}: Serve runs at port {runs_at} of this cluster already; give that"
