@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
+import socket
 import threading
 
 import httpx2 as httpx
@@ -238,6 +240,30 @@ def test_a_client_that_leaves_frees_its_slot(running):
     with httpx.stream("POST", f"{running.address}/v1/chat/completions", json=body, timeout=30) as response:
         next(response.iter_lines())
     running.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/chat/completions", "application/json"),
+        ("/v1/audio/transcriptions", "multipart/form-data; boundary=x"),
+    ],
+)
+def test_a_client_that_leaves_within_its_body_leaves_no_traceback(running, caplog, path, kind):
+    def left() -> float:
+        labels = {"path": path, "status": "499"}
+        return running.service.metrics.registry.get_sample_value("vita_audio_requests_total", labels) or 0
+
+    before = left()
+    host = running.address.removeprefix("http://")
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n--x\r\n"
+    )
+    with socket.create_connection(tuple(host.split(":"))) as client:
+        client.sendall(head.encode())
+        eventually(lambda: not running.service.idle)
+    eventually(lambda: left() == before + 1)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_a_reply_that_takes_too_long_ends_with_an_error(pipeline, serve):

@@ -23,7 +23,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from vita_audio.serving.config import ServeOptions
-from vita_audio.serving.errors import ApiError
+from vita_audio.serving.errors import ApiError, client_left
 from vita_audio.serving.guard import POLICY_VIOLATION, key_of, too_large
 from vita_audio.serving.metrics import PROMETHEUS, joined_pages
 from vita_audio.serving.realtime import new_id
@@ -122,7 +122,7 @@ class Gateway:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise ApiError("the client left", None, 499)
+                raise client_left()
             pieces.append(message.get("body", b""))
             size += len(pieces[-1])
             if size > self._body_bytes:
