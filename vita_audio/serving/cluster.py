@@ -214,10 +214,13 @@ def _warm_up(options: ServeOptions) -> None:
 def _drain(options: ServeOptions) -> None:
     """Let running replies end. Serve's own way to end would kill its proxies first, and all replies with them."""
     replicas = serve.get_deployment_handle("replica", NAME)
-    for step in ("drain", "close"):
-        answers = replicas.broadcast(step)
-        with suppress(TimeoutError):
-            answers.results(timeout_s=options.drain_seconds + HEALTH_SECONDS, return_exceptions=True)
+    try:
+        for step in ("drain", "close"):
+            answers = replicas.broadcast(step)
+            with suppress(TimeoutError):
+                answers.results(timeout_s=options.drain_seconds + HEALTH_SECONDS, return_exceptions=True)
+    finally:
+        replicas.shutdown()  # its thread would go on, and start Ray again
 
 
 class Replica:
