@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import eventually
 
-from vita_audio.inference import SpeechPipeline
+from vita_audio.inference import AudioChunk, SpeechPipeline
 from vita_audio.serving import ServeOptions, Service, create_app
 from vita_audio.serving.server import Server
 
@@ -111,6 +111,22 @@ def loud_is_speech(monkeypatch):
     monkeypatch.setattr(
         detection, "load_model", lambda: lambda window, rate: float(window.abs().mean() > 0.02)
     )
+
+
+@pytest.fixture
+def endless(running, monkeypatch) -> None:
+    """Replies go on with their first sound until they are cancelled."""
+    stream = running.service.pipeline.backend.stream
+
+    def repeating(request):
+        with closing(stream(request)) as events:
+            for event in events:
+                yield event
+                while isinstance(event, AudioChunk):
+                    time.sleep(0.1)
+                    yield event
+
+    monkeypatch.setattr(running.service.pipeline.backend, "stream", repeating)
 
 
 @pytest.fixture

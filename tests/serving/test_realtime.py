@@ -7,9 +7,8 @@ import json
 import logging
 import os
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +20,7 @@ from pydantic import TypeAdapter
 from waiting import eventually
 
 from vita_audio.audio import load_audio
-from vita_audio.inference import AudioChunk, GenerationOptions, Request
+from vita_audio.inference import GenerationOptions, Request
 from vita_audio.inference.session import heard_part
 from vita_audio.serving import realtime, turns
 from vita_audio.serving.sounds import RATE, to_pcm
@@ -229,22 +228,6 @@ def test_speaking_interrupts_the_reply(running, question, loud_is_speech, dialog
         assert cut.item_id == item.id
         assert cut.audio_end_ms == 500
         assert len(item.reply) < len(whole)
-
-
-@pytest.fixture
-def endless(running, monkeypatch) -> None:
-    """Replies go on with their first sound until they are cancelled."""
-    stream = running.service.pipeline.backend.stream
-
-    def repeating(request):
-        with closing(stream(request)) as events:
-            for event in events:
-                yield event
-                while isinstance(event, AudioChunk):
-                    time.sleep(0.02)
-                    yield event
-
-    monkeypatch.setattr(running.service.pipeline.backend, "stream", repeating)
 
 
 def test_no_sound_follows_an_interruption(running, question, loud_is_speech, endless):
