@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import eventually
 
@@ -115,16 +116,20 @@ def loud_is_speech(monkeypatch):
 
 @pytest.fixture
 def endless(running, monkeypatch) -> None:
-    """Replies go on with their first sound until they are cancelled."""
+    """Spoken replies are their first sound, or silence if they have none, over and over until they are cancelled."""
     stream = running.service.pipeline.backend.stream
 
     def repeating(request):
         with closing(stream(request)) as events:
-            for event in events:
-                yield event
-                while isinstance(event, AudioChunk):
-                    time.sleep(0.1)
-                    yield event
+            if request.sound != "streamed":
+                yield from events
+                return
+            silence = AudioChunk(torch.zeros(running.service.pipeline.codec.sample_rate // 10), (), 0.0)
+            chunks = (event for event in events if isinstance(event, AudioChunk) and len(event.samples))
+            sound = next(chunks, silence)
+            while True:
+                yield sound
+                time.sleep(0.1)
 
     monkeypatch.setattr(running.service.pipeline.backend, "stream", repeating)
 
