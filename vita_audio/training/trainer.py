@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,6 +54,7 @@ from vita_audio.training.checkpoints import (
     mark_incomplete,
     save_loader_state,
 )
+from vita_audio.training.compilation import compile_layers, not_compiled
 from vita_audio.training.continuation import PlannedRates
 from vita_audio.training.interruption import HangDump, Interruption
 from vita_audio.training.model_card import write_model_card
@@ -93,6 +94,10 @@ class SpeechTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(eval_dataset=None if validation is None else validation.batches, **kwargs)
+        if self.args.torch_compile:
+            compile_layers(
+                self.model, self.args.torch_compile_backend or "inductor", self.args.torch_compile_mode
+            )
         self._validation = validation
         self._speaker = speaker
         self._board: ContinuedTensorBoard | None = None
@@ -132,6 +137,11 @@ class SpeechTrainer(Trainer):
                 self.add_callback(callback)
                 if isinstance(callback, ContinuedTensorBoard):
                     self._board = callback
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Layers are compiled here; accelerate would compile the whole model."""
+        with self.args.without_compilation():
+            super().create_accelerator_and_postprocess()
 
     @property
     def stopped_by(self) -> str | None:
@@ -261,7 +271,7 @@ class SpeechTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the validation set, and have requests answered aloud."""
         assert self._validation is not None, "eval_strategy is set with a validation set only"
-        with self._watch.paused():
+        with self._watch.paused(), not_compiled() if self.args.torch_compile else nullcontext():
             metrics = score(self.model, self._validation, self.args.device)
             if self._speaker is not None:
                 answers, rates = listen(self.model, self._speaker)
