@@ -48,7 +48,7 @@ from vita_audio.models import (
     Qwen2MTPSenseVoiceForCausalLM,
 )
 from vita_audio.models.attention import attention_masks, document_ids
-from vita_audio.models.compat import checkpointing_function, enable_checkpointing
+from vita_audio.models.compat import enable_checkpointing
 from vita_audio.models.cost import attention_flops
 from vita_audio.models.loss import CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU, shifted_targets
 from vita_audio.models.mctp import run_cascade
@@ -207,7 +207,6 @@ def plain_loss(
     main_loss = loss_of(hidden, 1)
     if not config.num_nextn_predict_layers:
         return main_loss
-    checkpoint = checkpointing_function(model.model)
     states = run_cascade(
         model.heads,
         plain_embeds.detach() if detached else plain_embeds,
@@ -215,7 +214,6 @@ def plain_loss(
         position_ids,
         model.model.rotary_emb,
         attention_mask=masks["full_attention"],
-        checkpoint=checkpoint,
     )
     head_losses = [loss_of(state, k + 2) for k, state in enumerate(states)]
     head_loss = config.mtp_loss_weight * torch.stack(head_losses).mean()
@@ -253,8 +251,8 @@ def operations(arguments: argparse.Namespace) -> tuple[int, int]:
 
 def build_setup(arguments: argparse.Namespace) -> Setup:
     batch = Batch(1, arguments.seq, arguments.document, arguments.supervised)
-    checkpointing = arguments.gradient_checkpointing
-    return Setup(language_model_freeze=arguments.frozen, batch=batch, checkpointing=checkpointing)
+    layers = None if arguments.gradient_checkpointing else 0
+    return Setup(language_model_freeze=arguments.frozen, batch=batch, checkpointed_layers=layers)
 
 
 def planned_gigabytes(arguments: argparse.Namespace) -> float:
@@ -265,7 +263,7 @@ def planned_gigabytes(arguments: argparse.Namespace) -> float:
         build_setup(arguments).batch,
         language_model_freeze=arguments.frozen,
         dtype=getattr(torch, arguments.dtype),
-        checkpointing=arguments.gradient_checkpointing,
+        checkpointed_layers=build_setup(arguments).checkpointed_layers,
         chunk_logits=CHUNK_LOGITS_GPU if on_gpu else CHUNK_LOGITS_CPU,
     )
     return peak / 1e9

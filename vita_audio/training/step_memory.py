@@ -26,6 +26,7 @@ from vita_audio.models import Qwen2MTPConfig
 from vita_audio.models.attention import PackedDocuments
 from vita_audio.models.compat import enable_checkpointing
 from vita_audio.training.lora_arguments import LoraArguments
+from vita_audio.training.recomputation import recompute_first
 from vita_audio.training.stages import apply_stage
 
 
@@ -69,7 +70,7 @@ def step_memory(
     language_model_freeze: bool,
     audio_model_freeze: bool = True,
     dtype: torch.dtype = torch.bfloat16,
-    checkpointing: bool = True,
+    checkpointed_layers: int | None = None,
     held_gradient: float = 1.0,
     earlier_gradients: bool = False,
     chunk_logits: int | None = None,
@@ -78,6 +79,7 @@ def step_memory(
     """Bytes of a forward and backward pass above the weights.
 
     Args:
+        checkpointed_layers: how many layers recompute their activations, the first ones. None: all.
         held_gradient: share of each gradient that this rank keeps (one over the ranks with ZeRO-2).
         earlier_gradients: the pass adds to gradients that are there already, as in accumulation.
         chunk_logits: see :class:`vita_audio.models.loss.LanguageModelHead`.
@@ -94,8 +96,9 @@ def step_memory(
         if lora is not None:
             _adapt(model, lora)
         model.lm_head.chunk_logits = chunk_logits
-        if checkpointing:
-            enable_checkpointing(model.model)
+        enable_checkpointing(model.model)
+        if checkpointed_layers is not None:
+            recompute_first(model, checkpointed_layers)
         memory = _LiveBytes()
         memory.keep(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

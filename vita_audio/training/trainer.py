@@ -59,6 +59,7 @@ from vita_audio.training.continuation import PlannedRates
 from vita_audio.training.interruption import HangDump, Interruption
 from vita_audio.training.model_card import write_model_card
 from vita_audio.training.optimizers import build_optimizer
+from vita_audio.training.recomputation import RecomputeFirst
 from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
 from vita_audio.training.straggler import Straggler
@@ -77,6 +78,7 @@ class SpeechTrainer(Trainer):
         run: the content of ``run.json``; it is added to every checkpoint and to the model card.
         validation: scored every ``--eval_steps``; None: nothing is.
         speaker: answers requests aloud at each validation; None: nobody does.
+        checkpointed_layers: how many layers recompute their activations, with gradient checkpointing; None: all.
         **kwargs: the Trainer's own arguments, including ``model``.
     """
 
@@ -91,6 +93,7 @@ class SpeechTrainer(Trainer):
         run: Mapping[str, Any] | None = None,
         validation: ValidationSet | None = None,
         speaker: Speaker | None = None,
+        checkpointed_layers: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(eval_dataset=None if validation is None else validation.batches, **kwargs)
@@ -126,6 +129,8 @@ class SpeechTrainer(Trainer):
         self.add_callback(self._interruption)
         if self.args.hang_minutes:
             self.add_callback(HangDump(self.args.hang_minutes))
+        if checkpointed_layers is not None:
+            self.add_callback(RecomputeFirst(checkpointed_layers))
         if self.args.trace_steps:
             self.add_callback(Trace(self.args.trace_steps))
         for theirs, ours in (
