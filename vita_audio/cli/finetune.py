@@ -47,7 +47,7 @@ from vita_audio.data.mixing import MixError
 from vita_audio.data.token_cache import TokenCacheError
 from vita_audio.distributed import agreed, barrier, is_first, local_rank, rank, world_size
 from vita_audio.files import write_json
-from vita_audio.models import Qwen2MTPConfig, load_with_heads, open_tokenizer, resize_vocabulary
+from vita_audio.models import load_with_heads, open_tokenizer, resize_vocabulary
 from vita_audio.models.compat import disable_shared_memory_allreduce
 from vita_audio.provenance import RUN_FILE, describe_run
 from vita_audio.training import (
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 validation=validation,
                 speaker=speaker,
                 checkpointed_layers=choose_checkpointed_layers(
-                    model.config, model_args, data_args, stage_args, dtype
+                    model, model_args, data_args, stage_args, dtype
                 ),
             )
             with told_in_one_line(*WHILE_TRAINING):
@@ -394,7 +394,7 @@ def with_lora(model: PreTrainedModel, model_args: ModelArguments) -> PreTrainedM
 
 
 def choose_checkpointed_layers(
-    config: Qwen2MTPConfig,
+    model: PreTrainedModel,
     model_args: ModelArguments,
     data_args: DataArguments,
     stage_args: StageArguments,
@@ -403,6 +403,7 @@ def choose_checkpointed_layers(
     """How many layers recompute their activations, by the options or by the plan; None: all."""
     if not stage_args.chooses_checkpointed_layers:
         return stage_args.fixed_checkpointed_layers
+    config: Any = model.config
     device = stage_args.device.type
     plan = plan_run(config, model_args, data_args, stage_args, gpus=world_size(), dtype=dtype, device=device)
     logger.info(
