@@ -7,7 +7,8 @@ A step is forward and backward over one packed row. The plain way computes, as t
 float32 logits of the backbone and of every head over the whole row, and keeps autograd's record of
 them; attention is transformers' ``sdpa`` with a dense mask. Ours computes logits only where there is a label,
 one chunk at a time together with their gradient, and attends document by document. A third line gives the plain
-way our attention, which separates the two gains.
+way our attention, which separates the two gains. ``--torch_compile`` adds ours with compiled layers; the warm-up step
+compiles.
 
 The floor is the time the necessary multiplications alone would take at the speed this machine
 reaches on one large matrix product: backbone forward (and backward when it trains), heads forward and
@@ -52,12 +53,14 @@ from vita_audio.models.compat import enable_checkpointing
 from vita_audio.models.cost import attention_flops
 from vita_audio.models.loss import CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU, shifted_targets
 from vita_audio.models.mctp import run_cascade
+from vita_audio.training.compilation import compile_layers
 from vita_audio.training.planner import Batch, Setup, step_flops
 from vita_audio.training.stages import apply_stage
 from vita_audio.training.step_memory import step_memory
 
 WAYS = {"plain": "sdpa", "plain, our attention": "packed_sdpa", "ours": "packed_sdpa"}
 """The measured implementations, and their attention."""
+COMPILED = "ours, compiled"
 STAGES = {1: (0, False), 2: (1, True), 3: (10, True), 4: (10, False)}
 """Heads, and whether only they train."""
 SMALL_ENCODER = {
@@ -74,7 +77,7 @@ def main(argv: list[str]) -> None:
     arguments = parse(argv)
     context = multiprocessing.get_context("spawn")
     results = {}
-    for way in WAYS:
+    for way in (*WAYS, *([COMPILED] if arguments.torch_compile else [])):
         with context.Pool(1) as pool:
             results[way] = pool.apply(measure, (way, vars(arguments)))
         print(f"{way}: {json.dumps(results[way])}", file=sys.stderr)
@@ -100,6 +103,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         action="store_false",
         help="keep all activations; by default all ways use checkpointing, as the stage scripts do",
     )
+    parser.add_argument("--torch_compile", action="store_true", help="also measure ours with compiled layers")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one warm-up step")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -116,9 +120,12 @@ def measure(way: str, options: dict) -> dict[str, float]:
     """
     arguments = argparse.Namespace(**options)
     torch.manual_seed(0)
-    model = build_model(arguments, WAYS[way])
+    model = build_model(arguments, WAYS.get(way, WAYS["ours"]))
+    if way == COMPILED:
+        compile_layers(model)
     batch = build_batch(arguments)
-    step = (lambda: model(**batch).loss) if way == "ours" else (lambda: plain_loss(model, **batch))
+    plain = way.startswith("plain")
+    step = (lambda: plain_loss(model, **batch)) if plain else (lambda: model(**batch).loss)
     memory_before = peak_memory(arguments.device)
     seconds, cpu_seconds = [], []
     for _ in range(arguments.steps + 1):
@@ -292,6 +299,9 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, float]]) 
         "floor_seconds": round(floor, 2),
         "times_floor": round(ours["seconds"] / floor, 2),
     }
+    if COMPILED in results:
+        summary["compiled"] = round(results[COMPILED]["seconds"] / ours["seconds"], 3)
+        summary["compiled_cpu_time"] = round(results[COMPILED]["cpu_seconds"] / ours["cpu_seconds"], 3)
     console.print(
         f"ours: {summary['speedup']}x faster, {summary['memory_ratio']:.1%} of the memory "
         f"({summary['gigabytes']} GB, planned {summary['planned_gigabytes']}); "

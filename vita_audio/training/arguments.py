@@ -451,6 +451,11 @@ class StageArguments(StepArguments):
                 self.hf_deepspeed_config.mismatches[0].removeprefix("- ds ").replace(" vs hf ", ", but --")
             )
             raise ArgumentError(f'--deepspeed has {mismatch}; set the config\'s value to "auto"')
+        if self.deepspeed and self.torch_compile and self.hf_deepspeed_config.is_zero3():
+            raise ArgumentError(
+                "--torch_compile True: ZeRO-3 gathers weights between all operations, so nothing would be compiled; "
+                "leave it out, or give a DeepSpeed config with ZeRO-2"
+            )
         if self.deepspeed:
             try:
                 check_values(self.hf_deepspeed_config.config, self._deepspeed_name)
