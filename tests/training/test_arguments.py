@@ -95,7 +95,8 @@ def test_layers_are_not_compiled_under_zero3_whose_hooks_would_prevent_it(tmp_pa
     auto = dict.fromkeys(
         ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
     )
-    config = auto | {"train_batch_size": "auto", "zero_optimization": {"stage": stage}}
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+    config = auto | {"train_batch_size": "auto", "zero_optimization": zero}
     refused = pytest.raises(ArgumentError, match="--torch_compile True: ZeRO-3")
     with refused if stage == 3 else nullcontext():
         StageArguments(**options, deepspeed=config, torch_compile=True)
