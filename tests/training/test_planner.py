@@ -12,6 +12,11 @@ import torch
 from sizes import SIZES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    is_deepspeed_zero3_enabled,
+    unset_hf_deepspeed_config,
+)
 
 from vita_audio.cli import plan_run
 from vita_audio.models import Qwen2MTPConfig, Qwen2MTPForCausalLM
@@ -171,6 +176,17 @@ def test_more_gpus_hold_less_each_as_the_zero_stage_says(stage):
     assert (plans[0].states["weights"] > plans[1].states["weights"]) is (stage == 3)
     assert plans[1].flops_per_step == 4 * plans[0].flops_per_step
     assert plans[1].hours(1e12, 0.5) == plans[0].hours(1e12, 0.5)
+
+
+def test_a_run_with_zero3_plans_itself_though_transformers_would_partition_every_model_it_makes():
+    setup = Setup(gpus=4, batch=Batch(1, 32, 32), checkpointed_layers=1)
+    alone = make_plan(CONFIG, setup, Zero(stage=3))
+    active = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert is_deepspeed_zero3_enabled(), active
+    try:
+        assert make_plan(CONFIG, setup, Zero(stage=3)) == alone
+    finally:
+        unset_hf_deepspeed_config()
 
 
 def test_a_frozen_backbone_has_no_optimizer_states():

@@ -20,9 +20,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
 
-from vita_audio.models import Qwen2MTPConfig
+from vita_audio.models import (
+    Qwen2MTPConfig,
+    Qwen2MTPForCausalLM,
+    Qwen2MTPSenseVoiceConfig,
+    Qwen2MTPSenseVoiceForCausalLM,
+)
 from vita_audio.models.attention import PackedDocuments
 from vita_audio.models.compat import enable_checkpointing
 from vita_audio.training.lora_arguments import LoraArguments
@@ -90,8 +94,7 @@ def step_memory(
     """
     config = type(config)(**{**config.to_dict(), "attn_implementation": "sdpa"})
     with FakeTensorMode():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-        model.tie_weights()
+        model = _build(config, dtype)
         apply_stage(model, language_model_freeze=language_model_freeze, audio_model_freeze=audio_model_freeze)
         if lora is not None:
             _adapt(model, lora)
@@ -109,6 +112,20 @@ def step_memory(
         with memory:
             _pass(model, batch).backward()
     return memory.peak, gradients
+
+
+def _build(config: Qwen2MTPConfig, dtype: torch.dtype) -> Any:
+    """The model, by its class: transformers' ``from_config`` would partition it in a run with ZeRO-3."""
+    plus = isinstance(config, Qwen2MTPSenseVoiceConfig)
+    model_class = Qwen2MTPSenseVoiceForCausalLM if plus else Qwen2MTPForCausalLM
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = model_class(config).train()
+    finally:
+        torch.set_default_dtype(before)
+    model.tie_weights()
+    return model
 
 
 def _adapt(model: Any, lora: LoraArguments) -> None:
