@@ -155,6 +155,19 @@ def test_as_few_layers_as_fit_the_memory_recompute_their_activations(frozen, dev
     assert plan_within(CONFIG, setup, Zero(), 1000).recomputed_layers == layers, "too little for any"
 
 
+def test_a_head_that_recomputes_keeps_few_tensors_of_its_row_and_one_that_does_not_many():
+    row = 512 * 64 * 4  # (time, d) in float32
+    for layers, fewest, most in ((None, 3, 5), (0, 12, 20)):
+        peaks = []
+        for heads in (2, 6):
+            sizes = {"hidden_size": 64, "num_hidden_layers": 1 + heads, "num_nextn_predict_layers": heads}
+            config = Qwen2MTPConfig(**SIZES | sizes)
+            batch = Batch(1, 512, 512, supervised=0.02)
+            settings = {"language_model_freeze": True, "dtype": torch.float32, "held_gradient": 0.0}
+            peaks.append(step_memory.step_memory(config, batch, **settings, checkpointed_layers=layers)[0])
+        assert fewest < (peaks[1] - peaks[0]) / 4 / row < most
+
+
 def test_gradients_of_earlier_batches_stand_beside_the_activations():
     settings = {"language_model_freeze": False, "dtype": torch.float32, "held_gradient": 1.0}
     batch = Batch(1, 64, 64)
