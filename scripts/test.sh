@@ -2,7 +2,7 @@
 # The checks that every change must pass: style, layers, types, shell scripts, documentation, then pytest. It also
 # sets up a fresh machine.
 #   bash scripts/test.sh            everything but the slow tests
-#   bash scripts/test.sh --all      also the slow tests, line coverage, and a small run of the whole chain (as in CI)
+#   bash scripts/test.sh --all      also the slow tests and line coverage (as in CI)
 #   bash scripts/test.sh -- ARGS    only pytest, with these arguments, in one process
 # TEST_PROCESSES: processes that share the test files, 2 by default.
 set -euo pipefail
@@ -22,7 +22,7 @@ prepare_environment dev
 PATH=$VENV/bin:$PATH
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=cpu
 
-processes=(-n "${TEST_PROCESSES:-2}" --dist loadfile)
+processes=(-n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder)
 
 if [[ ${1:-} == -- ]]; then
   shift
@@ -54,7 +54,3 @@ coverage combine --quiet
 coverage report | tee build/coverage/report.txt
 untested=$(awk -v least="$LEAST_COVERAGE" '/^vita_audio/ && $NF + 0 < least { print $1 }' build/coverage/report.txt)
 [[ -z $untested ]] || die "less than $LEAST_COVERAGE% of the lines covered: ${untested//$'\n'/, }; add tests"
-echo "== a small run of the whole chain, Plus variant"
-smoke_folder=$(mktemp -d)
-trap 'rm -rf "$smoke_folder"' EXIT
-bash scripts/quickstart.sh --smoke --variant plus --out "$smoke_folder/plus"

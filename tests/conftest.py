@@ -29,6 +29,13 @@ HEADS = 10
 KNOWN_BY_HEART = 0.05  # loss of the backbone and of every head
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process is left with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @dataclass(frozen=True)
 class TinyWorld:
     """Folders of a model, its codec and the samples it knows by heart."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_requests import golden_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -45,16 +46,6 @@ def reference(model, prompt, mode, max_new_tokens=30, stops=(), penalty=1.0, **i
         **inputs,
     )
     return output[0, len(prompt) :].tolist()
-
-
-def golden_request(case):
-    return Request(
-        case["prompt"],
-        case["mtp_inference_mode"],
-        Sampling(repetition_penalty=case["repetition_penalty"]),
-        max_new_tokens=case["max_new_tokens"],
-        stop_tokens=[] if case["eos_token_id"] is None else [case["eos_token_id"]],
-    )
 
 
 def test_tokens_equal_the_golden_ones_alone_and_in_company(golden_model):

@@ -1,6 +1,7 @@
 """What tests of the evaluation share.
 
 * ``miniature``: the public layout of every benchmark, two or three items each, laid out as their publishers do.
+* ``tiny_flags``: the command line that scores the tiny model.
 * ``whisper``, ``sensevoice``, ``released``: small untrained networks in the layouts of the recognisers and of the
   speaker embedding.
 """
@@ -275,3 +276,21 @@ def released(golden, tmp_path_factory) -> Path:
     weights = small_weights(golden["shapes"]) | {"loss_calculator.projection.weight": torch.ones(2, 2)}
     torch.save({"model": weights}, path)
     return path
+
+
+@pytest.fixture
+def tiny_flags(tiny_world, tmp_path) -> Callable[..., list[str]]:
+    """Flags that score the tiny model, in a mode of its own; more may follow."""
+    grammar = tmp_path / "words.gram"
+    grammar.write_text("#JSGF V1.0;\ngrammar words;\npublic <words> = ( river | blue | quiet )+;\n")
+
+    def flags(*more: str, mode: str = "") -> list[str]:
+        common = [
+            "--checkpoints", f"tiny={tiny_world.model_dir}{mode}", "--audio_tokenizer_type", "mel_vq",
+            "--audio_tokenizer_path", tiny_world.codec_dir, "--tts", tiny_world.data_dir / "tts.jsonl",
+            "--sqa", tiny_world.data_dir / "sqa.jsonl", "--grammar", grammar, "--transcriber_processes", 0,
+            "--system_prompt", "none", "--device", "cpu", "--output_dir", tmp_path / "out",
+        ]  # fmt: skip
+        return [*map(str, common), *more]
+
+    return flags

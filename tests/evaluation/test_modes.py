@@ -39,16 +39,8 @@ def test_a_model_gets_the_modes_that_it_has_heads_for():
 
 
 @pytest.fixture
-def flags(tiny_world, tmp_path) -> list[str]:
-    grammar = tmp_path / "words.gram"
-    grammar.write_text("#JSGF V1.0;\ngrammar words;\npublic <words> = ( river | blue | quiet )+;\n")
-    flags = [
-        "--checkpoints", f"tiny={tiny_world.model_dir}", "--audio_tokenizer_type", "mel_vq", "--device", "cpu",
-        "--audio_tokenizer_path", tiny_world.codec_dir, "--tts", tiny_world.data_dir / "tts.jsonl",
-        "--sqa", tiny_world.data_dir / "sqa.jsonl", "--grammar", grammar, "--transcriber_processes", 0,
-        "--speed_items", 1, "--system_prompt", "none", "--output_dir", tmp_path / "out",
-    ]  # fmt: skip
-    return [str(flag) for flag in flags]
+def flags(tiny_flags) -> list[str]:
+    return tiny_flags("--speed_items", "1")
 
 
 def test_quality_against_speed_is_one_table_and_one_plot(flags, tmp_path, capsys):

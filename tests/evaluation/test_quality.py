@@ -34,16 +34,8 @@ def heard(monkeypatch) -> list[np.ndarray]:
 
 
 @pytest.fixture
-def flags(tiny_world, tmp_path) -> list[str]:
-    grammar = tmp_path / "words.gram"
-    grammar.write_text("#JSGF V1.0;\ngrammar words;\npublic <words> = ( river | blue | quiet )+;\n")
-    flags = [
-        "--checkpoints", f"tiny={tiny_world.model_dir}@turbo", "--audio_tokenizer_type", "mel_vq", "--device", "cpu",
-        "--audio_tokenizer_path", tiny_world.codec_dir, "--tts", tiny_world.data_dir / "tts.jsonl",
-        "--sqa", tiny_world.data_dir / "sqa.jsonl", "--grammar", grammar, "--transcriber_processes", 0,
-        "--speed_items", 0, "--system_prompt", "none", "--output_dir", tmp_path / "out", "--quality_model", "dnsmos",
-    ]  # fmt: skip
-    return [str(flag) for flag in flags]
+def flags(tiny_flags) -> list[str]:
+    return tiny_flags("--speed_items", "0", "--quality_model", "dnsmos", mode="@turbo")
 
 
 def test_synthesised_speech_has_a_column_of_its_quality(flags, heard, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_requests import golden_request
 from transformers import AutoModelForCausalLM
 
 import vita_audio  # noqa: F401
@@ -20,17 +21,6 @@ def model():
     return AutoModelForCausalLM.from_pretrained(GOLDENS / "checkpoint").cuda()
 
 
-def request(case, **changes):
-    return Request(
-        case["prompt"],
-        case["mtp_inference_mode"],
-        Sampling(repetition_penalty=case["repetition_penalty"]),
-        max_new_tokens=case["max_new_tokens"],
-        stop_tokens=[] if case["eos_token_id"] is None else [case["eos_token_id"]],
-        **changes,
-    )
-
-
 def recordings(engine):
     return sum(graph is not None for graph in engine._turns._graphs._graphs.values())
 
@@ -39,14 +29,14 @@ def test_recorded_rounds_give_the_golden_tokens_alone(model):
     engine = Engine(model, max_rows=2, max_length=512)
     for _ in range(3):  # run, recorded, replayed
         for case in CASES:
-            assert engine.submit(request(case)).tokens() == case["new_tokens"]
+            assert engine.submit(golden_request(case)).tokens() == case["new_tokens"]
     assert recordings(engine) > 10
 
 
 def test_recorded_rounds_give_the_golden_tokens_in_company(model):
     engine = Engine(model, max_rows=4, max_length=512)
     for _ in range(3):
-        handles = [engine.submit(request(case)) for case in CASES]
+        handles = [engine.submit(golden_request(case)) for case in CASES]
         assert [handle.tokens() for handle in handles] == [case["new_tokens"] for case in CASES]
     assert recordings(engine) > 10
 
@@ -54,7 +44,9 @@ def test_recorded_rounds_give_the_golden_tokens_in_company(model):
 def test_without_recordings_the_tokens_are_the_same(model, monkeypatch):
     monkeypatch.setenv("VITA_AUDIO_CUDA_GRAPHS", "0")
     engine = Engine(model, max_rows=4, max_length=512)
-    assert [engine.submit(request(case)).tokens() for case in CASES] == [case["new_tokens"] for case in CASES]
+    assert [engine.submit(golden_request(case)).tokens() for case in CASES] == [
+        case["new_tokens"] for case in CASES
+    ]
     assert recordings(engine) == 0
 
 

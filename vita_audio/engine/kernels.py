@@ -26,10 +26,18 @@ class Product:
     Args:
         weights: (out_i, in) each; they are joined along their outputs.
         biases: (out_i,) each, or None for all.
+        scale: (in,), a factor of the inputs that goes into the weight.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None):
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None] | None = None,
+        scale: Tensor | None = None,
+    ):
         weight, self.bias = joined(weights, biases)
+        if scale is not None:
+            weight = weight * scale
         self.out_features, self.in_features = weight.shape
         self._weight, self._transposed = weight, weight.t()
         self._packed: Tensor | None = pack(weight)
@@ -82,22 +90,24 @@ class Norm:
     """RMSNorm over the last dimension for a fixed weight, (d,), on its device.
 
     On CPUs PyTorch composes it of nine operations. Four give the same: x w sqrt(d) / sqrt(sum x^2 + d eps).
+
+    Args:
+        folded: leave out :attr:`scale`; the product that follows has it in its weight. On a CPU only.
     """
 
-    def __init__(self, weight: Tensor, eps: float):
-        self._weight, self._eps = weight.detach(), eps
-        self._scaled: Tensor | None = None
-        if weight.device.type == "cpu":
-            d = weight.numel()
-            self._scaled = self._weight.float() * math.sqrt(d)
-            self._least = torch.tensor(math.sqrt(d * eps))
+    def __init__(self, weight: Tensor, eps: float, folded: bool = False):
+        self._weight, self._eps, self._folded = weight.detach(), eps, folded
+        self._on_cpu = weight.device.type == "cpu"
+        self.scale = self._weight.float() * math.sqrt(weight.numel())
+        self._least = torch.tensor(math.sqrt(weight.numel() * eps))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(n, d) -> (n, d)."""
-        if self._scaled is None:
+        if not self._on_cpu:
             return rms_norm(x, self._weight.shape, self._weight, self._eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).hypot_(self._least)
-        return x.div(length).mul_(self._scaled).to(x.dtype)
+        normed = x.div(length)
+        return normed if self._folded else normed.mul_(self.scale).to(x.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -134,5 +144,5 @@ def rotate(
 
 def gate(gate_up: Tensor) -> Tensor:
     """The gated activation of an MLP: (n, 2 m) -> (n, m)."""
-    gated, up = gate_up.chunk(2, dim=-1)
-    return silu(gated) * up
+    half = gate_up.shape[-1] // 2
+    return silu(gate_up[:, :half]).mul_(gate_up[:, half:])

@@ -9,7 +9,7 @@ rows are inside speech and then reads the rows of speech only.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from vita_audio.engine.sampling import (
     project,
 )
 from vita_audio.engine.speculation import accept_greedy, accept_sampled
-from vita_audio.engine.state import State
+from vita_audio.engine.state import State, Window
 from vita_audio.engine.steps import backbone_pass, emit, head_window, run_head
 from vita_audio.engine.weights import Weights
 
@@ -74,6 +74,11 @@ class Plan:
     def rows(self) -> slice:
         """The rows that take part."""
         return slice(self.first, self.last)
+
+    @property
+    def heads_follow(self) -> bool:
+        """Whether the heads compute the very positions of the only backbone pass."""
+        return self.exact and self.backbone_steps == 1 and self.head_width == self.width
 
 
 @dataclass(frozen=True)
@@ -207,6 +212,8 @@ class Round:
     draft_probabilities: Tensor | None = None
     checks: Checks | None = None
     prompt: Tensor | None = None
+    _read: tuple[Window, Tensor] | None = field(default=None, init=False)
+    """What the first backbone pass computed."""
 
     def read(self) -> None:
         """The first backbone pass and the token that it makes."""
@@ -215,9 +222,10 @@ class Round:
         state.starts[plan.rows] = state.known[plan.rows] - state.drafts[plan.rows]
         active = None if plan.together else passes > 0
         length = plan.length - (plan.backbone_steps - 1) if plan.exact else plan.length
-        hidden = backbone_pass(
+        window, output = self._read = backbone_pass(
             self.weights, state, plan.rows, active, plan.width, length, plan.exact, self.prompt
         )
+        hidden = output.unflatten(0, window.positions.shape)
         if plan.lossless:
             self._verify(hidden)
         else:
@@ -230,8 +238,8 @@ class Round:
         for step in range(1, plan.backbone_steps):
             active = None if plan.together else passes > step
             length = plan.length - (plan.backbone_steps - 1 - step) if plan.exact else plan.length
-            hidden = backbone_pass(self.weights, self.state, rows, active, 1, length, plan.exact)
-            self._choose(hidden[:, -1], active, step)
+            _, hidden = backbone_pass(self.weights, self.state, rows, active, 1, length, plan.exact)
+            self._choose(hidden, active, step)
         if plan.head_steps:
             self._run_heads(head_passes)
         self._settle(head_passes)
@@ -241,7 +249,10 @@ class Round:
         rows, permanent = plan.rows, self.used
         if plan.lossless and permanent is not None:
             self.used = permanent.clone()  # a draft counts once it is accepted
-        window, hidden = head_window(weights, state, rows, head_passes, plan.head_width, plan.length)
+        if plan.heads_follow and self._read is not None:
+            window, hidden = self._read
+        else:
+            window, hidden = head_window(weights, state, rows, head_passes, plan.head_width, plan.length)
         shape = window.positions.shape
         for index in range(plan.head_steps):
             hidden = run_head(weights, state, index, hidden, window)

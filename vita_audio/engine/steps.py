@@ -30,12 +30,8 @@ def run_layer(weights: Weights, layer: Layer, cache: Tensor, x: Tensor, window: 
     qkv = layer.qkv(layer.input_norm(x)).view(-1, queries + 2 * kv, size)
     query, keys_values = rotate(qkv, window.cos, window.sin, rows, width, queries, kv)
     cache.view(-1, size).index_copy_(0, window.cache_places, keys_values)
-    heard = attend(
-        query,
-        cache[0, window.rows, :, :length],
-        cache[1, window.rows, :, :length],
-        window.masks[layer.window],
-    )
+    keys, values = cache[:, window.rows, :, :length].unbind()
+    heard = attend(query, keys, values, window.masks[layer.window])
     heard = heard.view(rows, kv, queries // kv, width, size).permute(0, 3, 1, 2, 4)
     x = layer.out(heard.reshape(-1, queries * size), add=x)
     return layer.down(gate(layer.gate_up(layer.mlp_norm(x))), add=x)
@@ -80,7 +76,7 @@ def backbone_pass(
     length: int,
     exact: bool = False,
     prompt: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Window, Tensor]:
     """The backbone over the tokens that it has not seen.
 
     Args:
@@ -90,7 +86,7 @@ def backbone_pass(
         prompt: (rows * width, d), inputs that are not plain embeddings.
 
     Returns:
-        (rows, width, d), normed.
+        Its window, and the normed output there, (rows * width, d).
     """
     known, seen = state.known[rows], state.seen[rows]
     first = seen if active is None else torch.where(active, seen, known)
@@ -100,7 +96,7 @@ def backbone_pass(
         prompt = embedding(tokens, weights.embedding)
     hidden = run_backbone(weights, state, prompt, window)
     seen.copy_(known if active is None else torch.where(active, known, seen))
-    return hidden.unflatten(0, window.positions.shape)
+    return window, hidden
 
 
 def head_window(

@@ -151,8 +151,13 @@ def chunked_losses(
             grad_logits = logits.copy_(grad_logits)
         scale = scales[chunk, None]
         torch.mm(grad_logits, weight, out=grad_hidden[chunk]).mul_(scale)
-        if grad_weight is not None:
-            grad_weight += grad_logits.T @ (hidden[chunk] * scale).to(weight.dtype)
+        if grad_weight is None:
+            continue
+        scaled = (hidden[chunk] * scale).to(weight.dtype)
+        if half:  # a sum over chunks needs float32
+            grad_weight += grad_logits.T @ scaled
+        else:
+            grad_weight.addmm_(grad_logits.T, scaled)
     return losses, hits, grad_hidden, grad_weight
 
 

@@ -1,7 +1,6 @@
 """The whole chain in small, killed in the middle of stage 3 and started again."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -9,20 +8,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from quickstart_chain import CHAIN_SECONDS, start_chain
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS_BEFORE_STAGE_3 = ("corpus", "codec", "base_llm", "audio_tokens", "stage1", "mtp1_stage1")
-CHAIN_SECONDS = 1200
-
-
-def start(out: Path) -> subprocess.Popen:
-    command = ["bash", str(REPOSITORY / "scripts/quickstart.sh"), "--smoke", "--out", str(out)]
-    with (out.parent / "output.txt").open("a") as output:
-        return subprocess.Popen(
-            command, env={**os.environ, "VENV": sys.prefix}, stdout=output, stderr=subprocess.STDOUT
-        )
 
 
 def kill_all(process: subprocess.Popen) -> None:
@@ -37,8 +27,7 @@ def kill_all(process: subprocess.Popen) -> None:
 def finished(tmp_path_factory) -> tuple[Path, list[str]]:
     """The run's folder, and what the second start said."""
     out = tmp_path_factory.mktemp("quickstart") / "run"
-    out.mkdir()
-    first = start(out)
+    first = start_chain(out)
     stage3 = out / "stages/finetune_glm4voice_mtp10_stage1/quickstart"
     give_up = time.monotonic() + CHAIN_SECONDS
     while not list(stage3.glob("checkpoint-*/checkpoint.complete")):
@@ -47,7 +36,7 @@ def finished(tmp_path_factory) -> tuple[Path, list[str]]:
         time.sleep(0.02)
     kill_all(first)
     assert not (stage3 / "stage.complete").exists(), "killed too late to tell anything"
-    second = start(out)
+    second = start_chain(out)
     assert second.wait(CHAIN_SECONDS) == 0, (out.parent / "output.txt").read_text()[-3000:]
     log = (out.parent / "output.txt").read_text()
     return out, log[log.index("[corpus] done before") :].splitlines()
@@ -116,7 +105,7 @@ print(model.generation_config.mtp_inference_mode, output.shape[1] - prompt["inpu
 def test_a_third_start_changes_nothing(finished):
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    assert start(out).wait(CHAIN_SECONDS) == 0
+    assert start_chain(out).wait(CHAIN_SECONDS) == 0
     after = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     changed = {path.name for path in after if before.get(path) != after[path]}
     assert changed <= {".lock", ".kind"}
