@@ -1,12 +1,14 @@
 """Two rehearsals of a GPU on a CPU: tensors left on another device, and places where the host waits for the device.
 
-torch's fake CUDA tensors need a torch with CUDA (docs/log.md), so the second device is ``meta`` under FakeTensorMode,
-which refuses to mix devices as CUDA does. The waits are found on real tensors, by the operations that read a value
-back or whose result has a size that only the device knows.
+torch's fake CUDA tensors need a torch with CUDA (docs/log.md), so the second device is ``meta``: under FakeTensorMode,
+which refuses to mix devices as CUDA does, for training; with real values behind it (tests/helpers/second_device.py) for
+generation and the codec, whose next step depends on the values. The waits are found by the operations that read a value
+back, copy to the CPU, or have a result whose size only the device knows.
 """
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections import Counter
 from contextlib import nullcontext
@@ -14,13 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from second_device import DEVICE, Elsewhere, SecondDevice, move
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from vita_audio.audio import get_audio_tokenizer
 from vita_audio.audio.mel_vq import MelVQConfig, MelVQTokenizer
 from vita_audio.models import (
+    MCTPCache,
     Qwen2MTPConfig,
     Qwen2MTPForCausalLM,
     Qwen2MTPSenseVoiceConfig,
@@ -71,7 +76,8 @@ class Waits(TorchDispatchMode):
         masked = name in ("aten::index", "aten::index_put", "aten::index_put_") and any(
             index is not None and index.dtype == torch.bool for index in args[1]
         )
-        if name in WAITING or masked:
+        moved = name == "aten::_to_copy" and isinstance(args[0], Elsewhere) and (kwargs or {}).get("device")
+        if name in WAITING or masked or (moved and moved.type == "cpu"):
             frames = [frame for frame in traceback.extract_stack() if f"/{PACKAGE}/" in frame.filename]
             self.places[frames[-1].name if frames else "elsewhere"] += 1
         return function(*args, **(kwargs or {}))
@@ -185,6 +191,106 @@ def place_on(model: nn.Module, device: str) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+
+
+@pytest.fixture
+def second_device(monkeypatch):
+    # meta has no autocast, and asking for it is an error there.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    return SecondDevice()
+
+
+def test_the_second_device_computes_and_refuses_tensors_of_the_first(second_device):
+    with second_device:
+        numbers = torch.tensor([1.0, 2.0, 3.0], device="meta")
+        assert (numbers + torch.arange(3, device=numbers.device)).tolist() == [1, 3, 5]
+        assert (numbers + torch.tensor(1.0))[1:].cpu().tolist() == [3, 4], "scalars may be the CPU's"
+        for mixed in (lambda: numbers + torch.ones(3), lambda: numbers[torch.tensor([0, 1])]):
+            with pytest.raises(RuntimeError, match="not on the same device"):
+                mixed()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_nothing_in_generation_stays_on_another_device(second_device, cached):
+    model = AutoModelForCausalLM.from_pretrained(GOLDENS / "checkpoint").eval()
+    prompts = torch.arange(5, 45).reshape(2, 20)
+    mask = torch.ones_like(prompts)
+    mask[0, :5] = 0  # padding
+    settings = {"max_new_tokens": 30, "mtp_inference_mode": [1, 3, 4, 3], "pad_token_id": 0}
+    settings |= {"do_sample": False, "eos_token_id": 3, "repetition_penalty": 1.2}
+
+    def answer(device):
+        inputs = {"inputs": prompts.to(device), "attention_mask": mask.to(device)}
+        if cached:  # a second turn
+            del settings["mtp_inference_mode"]
+            inputs = {"inputs": prompts[1:].to(device), "cache": MCTPCache(model.config)}
+            first = model.generate(**inputs, **settings)
+            inputs["inputs"] = torch.cat([first, prompts[:1].to(device)], dim=1)
+            settings["mtp_inference_mode"] = [1, 3, 4, 3]
+        return model.generate(**inputs, **settings).cpu()
+
+    expected = answer("cpu")
+    move(model)
+    with second_device:
+        assert torch.equal(answer("meta"), expected)
+
+
+@pytest.fixture(scope="module")
+def codec():
+    """The codec with its networks on the second device, and what it decodes with them on the first."""
+    folder = GOLDENS.parent / "glm4voice"
+    codec = get_audio_tokenizer("glm4voice", folder / "tokenizer_block200", flow_path=folder / "decoder")
+    expected = codec.decode(CODES), streamed(codec)
+    for part in (codec.encoder, codec.flow, codec.vocoder):
+        move(part)
+    codec.device = DEVICE
+    return codec, expected
+
+
+CODES = [3, 9, 1, 30, 2, 5, 7, 1, 9, 4] * 2
+
+
+def streamed(codec):
+    stream = codec.stream(generator=torch.Generator().manual_seed(0))
+    return torch.cat([stream.push(CODES[:12]), stream.push(CODES[12:], last=True)])
+
+
+def test_nothing_in_the_codec_stays_on_another_device(codec, second_device):
+    codec, (whole, pieces) = codec
+    name = "b_22k_mono.wav"
+    recorded = json.loads((codec.path / "expected.json").read_text())["wavs"][name]["tokens"]
+    with second_device:
+        assert codec.encode(codec.path.parent / "audio" / name) == recorded
+        for decoded, expected in ((codec.decode(CODES), whole), (streamed(codec), pieces)):
+            torch.testing.assert_close(decoded, expected, atol=1e-2, rtol=0)  # another attention kernel
+
+
+CODEC_WAITS = {
+    "check_range": "encoding, on the CPU: a clip is checked before it is moved",
+    "features": "encoding: transformers' extractor returns the features of a segment on the CPU",
+    "_silence_in": "encoding, on the CPU: what a shorter segment is padded with",
+    "_waveform": "decoding, once a call: torch.istft makes sure that its windows overlap",
+    "decode": "decoding: the waveform is handed out",
+    "_advance": "streaming, twice a piece: its waveform and its mel are handed out",
+}
+"""Functions of the codec in which the host waits, and why each does."""
+
+
+def test_the_codec_waits_as_often_for_long_speech_as_for_short(codec, second_device):
+    codec, _ = codec
+    counts = {}
+    with second_device:
+        for length in (1, 2):
+            with Waits() as encoding:
+                codec.encode((torch.randn(16_000 * length), 16_000))
+            with Waits() as decoding:
+                codec.decode(CODES[: 10 * length], steps=2)
+            counts[length] = encoding.places + decoding.places
+        with Waits() as streaming:
+            streamed(codec)
+    assert counts[1] == counts[2]
+    assert set(counts[1]) | set(streaming.places) <= set(CODEC_WAITS), (counts[1], streaming.places)
 
 
 def test_the_codec_encodes_without_waiting_for_each_frame():

@@ -1,8 +1,10 @@
 """Options refuse what cannot work, in one line that says what to do."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vita_audio.training.arguments import ArgumentError, DataArguments, ModelArguments, StageArguments
 
@@ -85,6 +87,20 @@ def test_a_config_that_deepspeed_would_refuse_late_is_refused_before_the_model_i
     file.write_text('{"gradient_clipping": 1, "gradient_clipping": 2}')
     with pytest.raises(ArgumentError, match="'gradient_clipping' is given twice"):
         StageArguments(**options, deepspeed=str(file))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_layers_are_not_compiled_under_zero3_whose_hooks_would_prevent_it(tmp_path, stage):
+    options = {"output_dir": str(tmp_path), "max_steps": 1, "use_cpu": True, "report_to": "none"}
+    auto = dict.fromkeys(
+        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+    )
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+    config = auto | {"train_batch_size": "auto", "zero_optimization": zero}
+    refused = pytest.raises(ArgumentError, match="--torch_compile True: ZeRO-3")
+    with refused if stage == 3 else nullcontext():
+        StageArguments(**options, deepspeed=config, torch_compile=True)
+    unset_hf_deepspeed_config()
 
 
 def test_a_run_without_a_number_of_steps_is_refused(tmp_path):

@@ -85,7 +85,8 @@ def test_an_option_added_by_an_upgrade_is_refused_until_it_is_listed(needed, mon
         "--push_to_hub True",
         "--hub_model_id somebody/something",
         "--neftune_noise_alpha 5.0",
-        "--torch_compile True",
+        "--torch_compile_backend cudagraphs",
+        "--torch_compile_mode reduce-overhead",
         "--use_liger_kernel True",
         "--fsdp full_shard",
         "--dataloader_drop_last True",
@@ -139,11 +140,22 @@ def test_unreadable_input_is_refused_in_one_line(needed, words, message):
         *("--save_steps 0.0", "--save_steps nan", "--logging_steps 0.0", "--ddp_timeout 0"),
         *("--mtp_learning_rate_multiplier nan", "--mtp_loss_weight nan", "--mtp_loss_weight -1.0"),
         *("--model_max_length 8", "--model_max_length 1000000000000"),
+        *("--checkpointed_layers some", "--checkpointed_layers -1", "--checkpointed_layers 2"),
+        *("--gpu_memory_gb 0.0", "--gpu_memory_gb nan", "--trace_steps -1"),
         *("--report_to a_tracker_that_nobody_has",),
     ],
 )
 def test_a_value_out_of_range_is_refused_before_anything_is_loaded(needed, words):
     assert refusal([*needed, *words.split()]).startswith(f"{words}: ")
+
+
+def test_layers_chosen_by_the_plan_need_checkpointing_and_a_memory_to_fit(needed):
+    auto = [*needed, "--use_cpu", "True", "--checkpointed_layers", "auto"]
+    assert "also give --gradient_checkpointing True" in refusal(auto)
+    auto += ["--gradient_checkpointing", "True"]
+    assert "there is no GPU here; give --gpu_memory_gb" in refusal(auto)
+    _, _, stage = parse_arguments([*auto, "--gpu_memory_gb", "24"])
+    assert (stage.chooses_checkpointed_layers, stage.gpu_memory_bytes) == (True, 24e9)
 
 
 def test_the_ends_of_the_ranges_are_accepted(needed):

@@ -10,9 +10,11 @@ import itertools
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from vita_audio.models import (
     Qwen2MTPConfig,
@@ -40,8 +42,12 @@ ENCODER = {
 CASES = [f"{variant}, stage {stage}" for variant in ("base", "plus") for stage in STAGES]
 
 
-def record(case: str, folder: Path) -> list[dict[str, float]]:
-    """The logged losses of a stage's first steps, at a constant rate."""
+def record(case: str, folder: Path, **options: Any) -> list[dict[str, float]]:
+    """The logged losses of a stage's first steps, at a constant rate.
+
+    Args:
+        options: of the trainer, on top of the stage's.
+    """
     variant, _, stage = case.partition(", stage ")
     settings = dict(STAGES[int(stage)])
     heads, frozen = settings.pop("heads"), settings.pop("frozen")
@@ -76,6 +82,7 @@ def record(case: str, folder: Path) -> list[dict[str, float]]:
         disable_tqdm=True,
         use_cpu=True,
         **settings,
+        **options,
     )
     trainer = SpeechTrainer(model=model, args=arguments, loader=Rows(plus))
     trainer.train()
@@ -122,6 +129,35 @@ def test_the_first_steps_give_the_recorded_losses(case, tmp_path):
     for line, want in zip(lines, golden, strict=True):
         assert line == pytest.approx(want, rel=1e-4)
     assert lines[-1]["loss"] < lines[0]["loss"], "it learns"
+
+
+@pytest.fixture
+def compiled_graphs():
+    """How many graphs torch.compile has made since the start of the test."""
+    torch.compiler.reset()
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        ("base, stage 1", "aot_eager"),
+        ("plus, stage 1", "aot_eager"),
+        ("base, stage 3", "aot_eager"),
+        ("base, stage 4", "aot_eager"),
+        ("plus, stage 4", "inductor"),
+    ],
+)
+def test_compiled_layers_give_the_recorded_losses_and_share_their_graphs(
+    case, backend, tmp_path, compiled_graphs
+):
+    lines = record(case, tmp_path, torch_compile=True, torch_compile_backend=backend)
+    for line, want in zip(lines, json.loads(GOLDENS.read_text())[case], strict=True):
+        assert line == pytest.approx(want, rel=1e-4)
+    # A norm, an MLP, and what comes before and after attention; again for a backbone without gradient. Not 4 a layer.
+    assert 4 <= compiled_graphs() <= 12
 
 
 if __name__ == "__main__":

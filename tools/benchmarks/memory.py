@@ -50,7 +50,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--vocab", type=int, default=16384)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--no_gradient_checkpointing", action="store_true")
+    parser.add_argument(
+        "--checkpointed_layers", type=int, help="that recompute their activations (default: all)"
+    )
     parser.add_argument("--cases", help="internal: the cases, as JSON, in a process of the launcher")
     options = parser.parse_args(argv)
     if options.cases:
@@ -109,7 +111,7 @@ def plan_of(case: dict[str, Any]) -> Plan:
         accumulation=1,
         gpus=case["processes"],
         dtype=getattr(torch, case["dtype"]),
-        checkpointing=not case["no_gradient_checkpointing"],
+        checkpointed_layers=case["checkpointed_layers"],
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     return make_plan(config_of(case), setup, Zero.from_config(deepspeed_config()))
@@ -169,7 +171,7 @@ def train(case: dict[str, Any]) -> int:
         max_steps=STEPS,
         use_cpu=not cuda,
         bf16=case["dtype"] == "bfloat16",
-        gradient_checkpointing=not case["no_gradient_checkpointing"],
+        gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         gradient_accumulation_steps=1,
         per_device_train_batch_size=1,
@@ -185,7 +187,12 @@ def train(case: dict[str, Any]) -> int:
         torch.cuda.reset_peak_memory_stats()
     model = Qwen2MTPForCausalLM(config_of(case)).to(getattr(torch, case["dtype"]))
     apply_stage(model, language_model_freeze=STAGES[case["stage"]][1])
-    SpeechTrainer(model=model, args=arguments, loader=RandomRows(case)).train()
+    SpeechTrainer(
+        model=model,
+        args=arguments,
+        loader=RandomRows(case),
+        checkpointed_layers=case["checkpointed_layers"],
+    ).train()
     return (torch.cuda.max_memory_allocated() if cuda else held()) - before
 
 

@@ -7,7 +7,8 @@ A step is forward and backward over one packed row. The plain way computes, as t
 float32 logits of the backbone and of every head over the whole row, and keeps autograd's record of
 them; attention is transformers' ``sdpa`` with a dense mask. Ours computes logits only where there is a label,
 one chunk at a time together with their gradient, and attends document by document. A third line gives the plain
-way our attention, which separates the two gains.
+way our attention, which separates the two gains. ``--torch_compile`` adds ours with compiled layers; the warm-up step
+compiles.
 
 The floor is the time the necessary multiplications alone would take at the speed this machine
 reaches on one large matrix product: backbone forward (and backward when it trains), heads forward and
@@ -19,21 +20,24 @@ as a full one; the plan's memory stands beside the measured one.
 Every way recomputes activations (gradient checkpointing), as the stage scripts do, unless disabled;
 neither floor nor MFU includes that. The Plus variant hears one clip in each document, through a small encoder.
 
-Each way runs in a separate process, since a CPU process never returns its peak memory.
+Each way is timed in one process and its memory measured in another, which gives freed memory back at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
-import resource
+import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from benchmarks.memory import held
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -48,16 +52,20 @@ from vita_audio.models import (
     Qwen2MTPSenseVoiceForCausalLM,
 )
 from vita_audio.models.attention import attention_masks, document_ids
-from vita_audio.models.compat import checkpointing_function, enable_checkpointing
+from vita_audio.models.compat import enable_checkpointing
 from vita_audio.models.cost import attention_flops
 from vita_audio.models.loss import CHUNK_LOGITS_CPU, CHUNK_LOGITS_GPU, shifted_targets
 from vita_audio.models.mctp import run_cascade
+from vita_audio.training.compilation import compile_layers
 from vita_audio.training.planner import Batch, Setup, step_flops
 from vita_audio.training.stages import apply_stage
 from vita_audio.training.step_memory import step_memory
 
 WAYS = {"plain": "sdpa", "plain, our attention": "packed_sdpa", "ours": "packed_sdpa"}
 """The measured implementations, and their attention."""
+COMPILED = "ours, compiled"
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Has freed tensors go back to the system at once, so the memory of a process is that of its tensors."""
 STAGES = {1: (0, False), 2: (1, True), 3: (10, True), 4: (10, False)}
 """Heads, and whether only they train."""
 SMALL_ENCODER = {
@@ -74,9 +82,14 @@ def main(argv: list[str]) -> None:
     arguments = parse(argv)
     context = multiprocessing.get_context("spawn")
     results = {}
-    for way in WAYS:
+    for way in (*WAYS, *([COMPILED] if arguments.torch_compile else [])):
         with context.Pool(1) as pool:
             results[way] = pool.apply(measure, (way, vars(arguments)))
+        os.environ.update(GIVE_BACK)
+        with context.Pool(1) as pool:
+            results[way]["gigabytes"] = pool.apply(measure_memory, (way, vars(arguments)))
+        for name in GIVE_BACK:
+            del os.environ[name]
         print(f"{way}: {json.dumps(results[way])}", file=sys.stderr)
     report(arguments, results)
 
@@ -100,6 +113,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         action="store_false",
         help="keep all activations; by default all ways use checkpointing, as the stage scripts do",
     )
+    parser.add_argument("--torch_compile", action="store_true", help="also measure ours with compiled layers")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one warm-up step")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -111,15 +125,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def measure(way: str, options: dict) -> dict[str, float]:
-    """Median seconds per step and processor seconds (which other processes disturb less); peak memory
-    in GB above the model's own; the loss.
-    """
+    """Median seconds per step and processor seconds (which other processes disturb less), and the loss."""
     arguments = argparse.Namespace(**options)
-    torch.manual_seed(0)
-    model = build_model(arguments, WAYS[way])
-    batch = build_batch(arguments)
-    step = (lambda: model(**batch).loss) if way == "ours" else (lambda: plain_loss(model, **batch))
-    memory_before = peak_memory(arguments.device)
+    model, step = build_step(way, arguments)
     seconds, cpu_seconds = [], []
     for _ in range(arguments.steps + 1):
         model.zero_grad(set_to_none=True)
@@ -133,10 +141,46 @@ def measure(way: str, options: dict) -> dict[str, float]:
     return {
         "seconds": statistics.median(seconds[1:]),
         "cpu_seconds": statistics.median(cpu_seconds[1:]),
-        "gigabytes": peak_memory(arguments.device) - memory_before,
         "loss": loss.item(),
         "matmul": matmul_speed(arguments) if way == "ours" else 0.0,
     }
+
+
+def measure_memory(way: str, options: dict) -> float:
+    """Peak memory of a step in GB, above the model's own."""
+    tiny = {
+        "hidden": 64,
+        "intermediate": 128,
+        "layers": 1,
+        "heads": 1,
+        "seq": 64,
+        "document": 32,
+        "vocab": 64,
+    }
+    for given in (options | tiny, options):  # the tiny step opens the libraries
+        arguments = argparse.Namespace(**given)
+        model, step = build_step(way, arguments)
+        gc.collect()
+        on_gpu = arguments.device.startswith("cuda")
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(arguments.device)
+        before = torch.cuda.memory_allocated(arguments.device) if on_gpu else held(reset=True)
+        step().backward()
+        peak = torch.cuda.max_memory_allocated(arguments.device) if on_gpu else held()
+        del model, step
+    return (peak - before) / 1e9
+
+
+def build_step(way: str, arguments: argparse.Namespace) -> tuple[Qwen2MTPForCausalLM, Callable[[], Tensor]]:
+    """The model of a way, and its forward pass over one row, which returns the loss."""
+    torch.manual_seed(0)
+    model = build_model(arguments, WAYS.get(way, WAYS["ours"]))
+    if way == COMPILED:
+        compile_layers(model)
+    batch = build_batch(arguments)
+    if way.startswith("plain"):
+        return model, lambda: plain_loss(model, **batch)
+    return model, lambda: model(**batch).loss
 
 
 def build_config(arguments: argparse.Namespace) -> Qwen2MTPConfig:
@@ -207,7 +251,6 @@ def plain_loss(
     main_loss = loss_of(hidden, 1)
     if not config.num_nextn_predict_layers:
         return main_loss
-    checkpoint = checkpointing_function(model.model)
     states = run_cascade(
         model.heads,
         plain_embeds.detach() if detached else plain_embeds,
@@ -215,18 +258,10 @@ def plain_loss(
         position_ids,
         model.model.rotary_emb,
         attention_mask=masks["full_attention"],
-        checkpoint=checkpoint,
     )
     head_losses = [loss_of(state, k + 2) for k, state in enumerate(states)]
     head_loss = config.mtp_loss_weight * torch.stack(head_losses).mean()
     return head_loss if frozen else main_loss + head_loss
-
-
-def peak_memory(device: str) -> float:
-    """Peak memory of this process so far, in GB."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def matmul_speed(arguments: argparse.Namespace) -> float:
@@ -253,8 +288,8 @@ def operations(arguments: argparse.Namespace) -> tuple[int, int]:
 
 def build_setup(arguments: argparse.Namespace) -> Setup:
     batch = Batch(1, arguments.seq, arguments.document, arguments.supervised)
-    checkpointing = arguments.gradient_checkpointing
-    return Setup(language_model_freeze=arguments.frozen, batch=batch, checkpointing=checkpointing)
+    layers = None if arguments.gradient_checkpointing else 0
+    return Setup(language_model_freeze=arguments.frozen, batch=batch, checkpointed_layers=layers)
 
 
 def planned_gigabytes(arguments: argparse.Namespace) -> float:
@@ -265,7 +300,7 @@ def planned_gigabytes(arguments: argparse.Namespace) -> float:
         build_setup(arguments).batch,
         language_model_freeze=arguments.frozen,
         dtype=getattr(torch, arguments.dtype),
-        checkpointing=arguments.gradient_checkpointing,
+        checkpointed_layers=build_setup(arguments).checkpointed_layers,
         chunk_logits=CHUNK_LOGITS_GPU if on_gpu else CHUNK_LOGITS_CPU,
     )
     return peak / 1e9
@@ -294,6 +329,9 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, float]]) 
         "floor_seconds": round(floor, 2),
         "times_floor": round(ours["seconds"] / floor, 2),
     }
+    if COMPILED in results:
+        summary["compiled"] = round(results[COMPILED]["seconds"] / ours["seconds"], 3)
+        summary["compiled_cpu_time"] = round(results[COMPILED]["cpu_seconds"] / ours["cpu_seconds"], 3)
     console.print(
         f"ours: {summary['speedup']}x faster, {summary['memory_ratio']:.1%} of the memory "
         f"({summary['gigabytes']} GB, planned {summary['planned_gigabytes']}); "

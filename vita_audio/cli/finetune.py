@@ -67,6 +67,7 @@ from vita_audio.training.checkpoints import CheckpointStateError, load_loader_st
 from vita_audio.training.command_line import parse_arguments
 from vita_audio.training.deepspeed_config import builds_optimizer
 from vita_audio.training.interruption import REQUEUE
+from vita_audio.training.planner import plan_run
 from vita_audio.training.quiet import hush_libraries
 from vita_audio.training.result import check_checkpoint, check_result
 
@@ -160,6 +161,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run=run,
                 validation=validation,
                 speaker=speaker,
+                checkpointed_layers=choose_checkpointed_layers(
+                    model, model_args, data_args, stage_args, dtype
+                ),
             )
             with told_in_one_line(*WHILE_TRAINING):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -387,6 +391,29 @@ def with_lora(model: PreTrainedModel, model_args: ModelArguments) -> PreTrainedM
 
     wrapped: Any = add_lora(model, model_args)
     return wrapped
+
+
+def choose_checkpointed_layers(
+    model: PreTrainedModel,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    stage_args: StageArguments,
+    dtype: torch.dtype,
+) -> int | None:
+    """How many layers recompute their activations, by the options or by the plan; None: all."""
+    if not stage_args.chooses_checkpointed_layers:
+        return stage_args.fixed_checkpointed_layers
+    config: Any = model.config
+    device = stage_args.device.type
+    plan = plan_run(config, model_args, data_args, stage_args, gpus=world_size(), dtype=dtype, device=device)
+    logger.info(
+        "%d of %d layers recompute their activations: planned %.3g GB of %.3g",
+        plan.recomputed_layers,
+        plan.layers,
+        plan.peak_bytes / 1e9,
+        stage_args.gpu_memory_bytes / 1e9,
+    )
+    return plan.recomputed_layers
 
 
 @contextmanager

@@ -25,7 +25,8 @@ from vita_audio.models import Qwen2MTPConfig
 from vita_audio.models.open import config_with_heads, open_config
 from vita_audio.training.deepspeed_config import read_deepspeed_config
 from vita_audio.training.lora_arguments import LoraArguments
-from vita_audio.training.planner import GPUS, Gpu, Plan, Setup, Zero, make_plan
+from vita_audio.training.planner import GPUS, Gpu, Plan, Setup, Zero, make_plan, plan_within
+from vita_audio.training.step_arguments import ALL, AUTO
 from vita_audio.training.step_memory import Batch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -73,7 +74,12 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--train_embeddings", action="store_true", help="with --lora_r: embedding and LM head train"
     )
-    parser.add_argument("--no_gradient_checkpointing", action="store_true")
+    parser.add_argument(
+        "--checkpointed_layers",
+        default=ALL,
+        help="layers that recompute their activations: all, a number, or auto: as few as fit --gpu_memory_gb",
+    )
+    parser.add_argument("--gpu_memory_gb", type=float, default=80.0, help="for auto (default: 80)")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the GPU's peak (default: 0.4)")
     parser.add_argument("--sheet", action="store_true", help="all stages on all kinds of GPU, as Markdown")
     options = parser.parse_args(argv)
@@ -81,6 +87,10 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
         values = getattr(options, name)
         if min(values if isinstance(values, list) else [values]) < 1:
             parser.error(f"--{name} {values}: give 1 or more")
+    if options.checkpointed_layers not in (ALL, AUTO) and not options.checkpointed_layers.isdecimal():
+        parser.error(
+            f"--checkpointed_layers {options.checkpointed_layers}: give {ALL}, {AUTO}, or a number of layers"
+        )
     for name in ("mfu", "supervised", "speech_share"):
         if not 0 < getattr(options, name) <= 1:
             parser.error(f"--{name} {getattr(options, name)}: give a share above 0 and up to 1")
@@ -99,6 +109,7 @@ def plan_stage(stage: int, options: argparse.Namespace, gpus: int) -> Plan:
     frozen = script["LANGUAGE_MODEL_FREEZE"] == "True"
     lora = LoraArguments(lora_r=options.lora_r, lora_train_embeddings=options.train_embeddings)
     lora.check_lora(language_model_freeze=frozen)
+    layers = options.checkpointed_layers
     setup = Setup(
         language_model_freeze=frozen,
         batch=Batch(options.rows, options.seq or _ROW_LENGTHS[stage], options.document, options.supervised),
@@ -106,10 +117,13 @@ def plan_stage(stage: int, options: argparse.Namespace, gpus: int) -> Plan:
         steps=options.steps or int(script["MAX_STEPS"]),
         gpus=gpus,
         dtype=getattr(torch, options.dtype),
-        checkpointing=not options.no_gradient_checkpointing,
+        checkpointed_layers=int(layers) if layers.isdecimal() else None,
         lora=lora if options.lora_r else None,
     )
-    return make_plan(config, setup, Zero.from_config(read_deepspeed_config(str(deepspeed))))
+    zero = Zero.from_config(read_deepspeed_config(str(deepspeed)))
+    if layers == AUTO:
+        return plan_within(config, setup, zero, options.gpu_memory_gb * 1e9)
+    return make_plan(config, setup, zero)
 
 
 def config_file(path: str) -> Qwen2MTPConfig:
@@ -149,6 +163,7 @@ def describe_plan(
         shown = ", ".join(f"{kind} {_gb(size).strip()}" for kind, size in kinds.items())
         lines.append(f"  {'+ ' + phase:<24}{_gb(sum(kinds.values())):>8}  ({shown})")
     lines.append(f"  {'peak':<24}{_gb(plan.peak_bytes):>8}")
+    lines.append(f"  {plan.recomputed_layers} of {plan.layers} layers recompute their activations")
     if plan.host_bytes:
         lines.append(f"  {'in the host, each rank':<24}{_gb(plan.host_bytes):>8}")
     lines += [

@@ -57,6 +57,7 @@ from vita_audio.training import DataArguments, ModelArguments, StageArguments, a
 from vita_audio.training.command_line import parse_arguments
 from vita_audio.training.planner import Plan, plan_run
 from vita_audio.training.quiet import hush_libraries
+from vita_audio.training.recomputation import recompute_first
 
 _GROUP_TIMEOUT = timedelta(days=1)
 """Of the group that watches the others; each wait has its own, shorter limit."""
@@ -291,6 +292,7 @@ def check_step(run: Preflight) -> str:
     )
     if run.stage_args.gradient_checkpointing:
         enable_checkpointing(model)
+        recompute_first(model, run.need("plan").recomputed_layers)
     run.state["model"] = model.train()
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)

@@ -87,6 +87,11 @@ def enable_checkpointing(module: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
+def disable_checkpointing(layer: nn.Module) -> None:
+    """Turn gradient checkpointing off again for one layer."""
+    layer.gradient_checkpointing = False  # type: ignore[assignment]
+
+
 def keep_initialized_mark(old: nn.Module, new: nn.Module) -> None:
     """Carry over the mark that keeps ``post_init()`` from initializing a module's weights again."""
     mark: Any = getattr(old, "_is_hf_initialized", False)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vita_audio.models.compat import checkpointing_function
+
 
 @dataclass(frozen=True)
 class MCTPHead:
@@ -36,7 +38,6 @@ class MCTPHead:
         token_embeds: Tensor,
         hidden: Tensor,
         ahead: int = 0,
-        checkpoint: Callable[..., Any] | None = None,
         **attention: Any,
     ) -> Tensor:
         """One pass of the head.
@@ -45,17 +46,16 @@ class MCTPHead:
             token_embeds: (batch, time, d), embeddings of tokens t+k+1, never the spliced audio.
             hidden: (batch, time, d), h^k_t; for head 0 the backbone's normed output.
             ahead: offset of the tokens t+k+1 in ``token_embeds``.
-            checkpoint: runs a function so that its activations are recomputed in the backward pass.
-            attention: mask, cache and rotary embeddings (of positions t+k+1) for the decoder layer,
-                which does its own checkpointing.
+            attention: mask, cache and rotary embeddings (of positions t+k+1) for the decoder layer.
 
         Returns:
             (batch, time, d), h^{k+1}_t.
         """
         fuse: Callable[..., Tensor] = self.fuse
         norm: Callable[..., Tensor] = self.final_norm
+        checkpoint = checkpointing_function(self.layer) if self.layer.training else None
         if checkpoint is not None:
-            # With the layer's own, a head keeps three tensors (batch, time, d): its layer's input and
+            # With what the layer does itself, a head keeps three tensors (batch, time, d): its layer's input and
             # output, and what it returns.
             fuse, norm = partial(checkpoint, fuse), partial(checkpoint, norm)
         return norm(self.layer(fuse(token_embeds, hidden, ahead), **attention))

@@ -328,11 +328,10 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
                 "labels with inputs_embeds: also pass input_ids; the heads read plain token embeddings"
             )
         token_embeds = self.get_input_embeddings()(input_ids)
-        checkpoint = checkpointing_function(self.model) if self.training else None
         if self.config.mtp_detach_backbone or self.has_frozen_backbone:
             token_embeds, hidden = token_embeds.detach(), hidden.detach()
             # A reentrant checkpoint gives its parameters no gradient unless one of its inputs requires one.
-            hidden.requires_grad_(checkpoint is not None)
+            hidden.requires_grad_(self.training and checkpointing_function(self.model) is not None)
         first = self.config.num_backbone_layers
         layer_types = [self.config.layer_type(first + k) for k in range(self.config.num_nextn_predict_layers)]
         if len(set(layer_types)) > 1:
@@ -345,7 +344,6 @@ class Qwen2MTPForCausalLM(MTPGenerationMixin, Qwen2ForCausalLM):
                 position_ids,
                 self.model.rotary_emb,
                 attention_mask=masks[layer_types[0]],
-                checkpoint=checkpoint,
                 **kwargs,
             )
         )

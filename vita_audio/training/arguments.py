@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import strtobool
@@ -41,6 +41,7 @@ from vita_audio.training.optimizers import check_optimizer
 from vita_audio.training.published import check_architecture, heads_in_config
 from vita_audio.training.scheduler import SCHEDULER_NAMES, WARMUP_COSINE, build_scheduler
 from vita_audio.training.served import find_out_of_range, find_unserved
+from vita_audio.training.step_arguments import StepArguments
 from vita_audio.training.validation_arguments import ValidationArguments
 
 logger = logging.getLogger(__name__)
@@ -224,7 +225,7 @@ class DataArguments(ValidationArguments):
 
 
 @dataclass
-class StageArguments(TrainingArguments):
+class StageArguments(StepArguments):
     """transformers' own options, with this recipe's defaults, and the options of the stages."""
 
     if TYPE_CHECKING:  # never None: transformers' own __post_init__ ensures it
@@ -282,12 +283,6 @@ class StageArguments(TrainingArguments):
             "--max_steps."
         },
     )
-    trace_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Write a profiler trace of so many steps, from the third on, to OUTPUT_DIR/trace-RANK.json."
-        },
-    )
     # Rows are already tensors and the loader shards itself, so nothing may be dropped or split again.
     remove_unused_columns: bool = field(default=False)
     ignore_data_skip: bool = field(
@@ -306,15 +301,13 @@ class StageArguments(TrainingArguments):
             raise ArgumentError(f"--loss_average {self.loss_average}: give global or rank")
         if self.save_at is not None and not self.save_at > 0:
             raise ArgumentError(f"--save_at {self.save_at}: give minutes, more than 0")
-        if self.trace_steps < 0:
-            raise ArgumentError(f"--trace_steps {self.trace_steps}: give 0 or more")
         if not self.detail_steps > 0:
             raise ArgumentError(f"--detail_steps {self.detail_steps}: give steps, or a share below 1")
         if not self.hang_minutes >= 0:
             raise ArgumentError(f"--hang_minutes {self.hang_minutes}: give minutes, or 0 for no limit")
         if self.loss_average == "rank":  # also if the arguments were already processed once
             self.average_tokens_across_devices = True
-        problem = find_out_of_range(self) or find_unserved(self)
+        problem = find_out_of_range(self) or find_unserved(self) or self.check_step()
         if problem is not None:
             raise ArgumentError(problem)
         self._read_scheduler()
@@ -336,7 +329,8 @@ class StageArguments(TrainingArguments):
         name, self.lr_scheduler_type = self.lr_scheduler_type, SchedulerType.COSINE
         if name != WARMUP_COSINE:
             self.lr_scheduler_type = name
-        super().__post_init__()
+        with self.without_compilation():
+            super().__post_init__()
         self.lr_scheduler_type = name
         self._check_reports()
         self._check_agreement_with_deepspeed()
@@ -457,6 +451,11 @@ class StageArguments(TrainingArguments):
                 self.hf_deepspeed_config.mismatches[0].removeprefix("- ds ").replace(" vs hf ", ", but --")
             )
             raise ArgumentError(f'--deepspeed has {mismatch}; set the config\'s value to "auto"')
+        if self.deepspeed and self.torch_compile and self.hf_deepspeed_config.is_zero3():
+            raise ArgumentError(
+                "--torch_compile True: ZeRO-3 gathers weights between all operations, so nothing would be compiled; "
+                "leave it out, or give a DeepSpeed config with ZeRO-2"
+            )
         if self.deepspeed:
             try:
                 check_values(self.hf_deepspeed_config.config, self._deepspeed_name)

@@ -14,7 +14,7 @@ weights train. Recomputation by gradient checkpointing is not counted, so it low
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,7 @@ from vita_audio.training.arguments import DataArguments, ModelArguments, StageAr
 from vita_audio.training.deepspeed_config import read_deepspeed_config
 from vita_audio.training.lora_arguments import LoraArguments
 from vita_audio.training.optimizers import EIGHT_BIT, EIGHT_BIT_MOMENTS
+from vita_audio.training.recomputation import layers_with_gradient
 from vita_audio.training.step_memory import Batch, step_memory
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 CODES_PER_SECOND = 12.5
 _CONTEXT_BYTES = 2_000_000_000
 """Of a GPU for CUDA, NCCL and fragmentation."""
+_PLAN_ERROR = 0.1
+"""Share by which planned and real memory may differ."""
 _MASTER, _MOMENTS = 4, 8
 """Bytes of a parameter's float32 copy and of Adam's two moments."""
 
@@ -138,7 +141,7 @@ class Setup:
         steps: optimizer steps.
         gpus: ranks of the whole cluster.
         dtype: type of the weights.
-        checkpointing: activations are recomputed.
+        checkpointed_layers: how many layers recompute their activations, the first ones. None: all.
         device: ``cuda``, or ``cpu`` for the settings that training has there.
         lora: options of the adapters. None: no LoRA.
         moments: bytes of Adam's two moments of a parameter. None: as precise as the weights that are updated.
@@ -151,10 +154,15 @@ class Setup:
     steps: int = 8000
     gpus: int = 8
     dtype: torch.dtype = torch.bfloat16
-    checkpointing: bool = True
+    checkpointed_layers: int | None = None
     device: str = "cuda"
     lora: LoraArguments | None = None
     moments: float | None = None
+
+    def recomputed_layers(self, config: Qwen2MTPConfig) -> int:
+        """``checkpointed_layers``, resolved."""
+        layers = layers_with_gradient(config, heads_only=self.language_model_freeze)
+        return layers if self.checkpointed_layers is None else min(layers, self.checkpointed_layers)
 
     @property
     def trains_vocabulary(self) -> bool:
@@ -177,6 +185,8 @@ class Plan:
         tokens_per_step: positions of all rows of an optimizer step.
         steps: optimizer steps.
         gpus: ranks.
+        recomputed_layers: layers whose activations are recomputed.
+        layers: layers that have a gradient.
         result_bytes: disk space of a model folder.
         checkpoint_bytes: disk space of a checkpoint, from which training resumes.
     """
@@ -191,6 +201,8 @@ class Plan:
     tokens_per_step: int
     steps: int
     gpus: int
+    recomputed_layers: int
+    layers: int
     result_bytes: int
     checkpoint_bytes: int
 
@@ -251,9 +263,30 @@ def make_plan(config: Qwen2MTPConfig, setup: Setup, zero: Zero) -> Plan:
         tokens_per_step=setup.batch.tokens * per_step,
         steps=setup.steps,
         gpus=ranks,
+        recomputed_layers=setup.recomputed_layers(config),
+        layers=layers_with_gradient(config, heads_only=setup.language_model_freeze),
         result_bytes=value_bytes * saved,
         checkpoint_bytes=_checkpoint_bytes(setup, zero, trained, saved),
     )
+
+
+def plan_within(config: Qwen2MTPConfig, setup: Setup, zero: Zero, memory: float) -> Plan:
+    """The plan in which as few layers as fit a GPU's memory recompute their activations; all, if none fits.
+
+    Args:
+        memory: bytes of the GPU. A tenth stays free, since the plan is as exact as that, and so does what CUDA takes.
+    """
+    usable = memory * (1 - _PLAN_ERROR) - (_CONTEXT_BYTES if setup.device == "cuda" else 0)
+    fewest, most = 0, layers_with_gradient(config, heads_only=setup.language_model_freeze)
+    best = make_plan(config, replace(setup, checkpointed_layers=most), zero)
+    while fewest < most:
+        middle = (fewest + most) // 2
+        plan = make_plan(config, replace(setup, checkpointed_layers=middle), zero)
+        if plan.peak_bytes <= usable:
+            best, most = plan, middle
+        else:
+            fewest = middle + 1
+    return best
 
 
 def plan_run(
@@ -275,13 +308,15 @@ def plan_run(
         steps=stage.max_steps,
         gpus=gpus,
         dtype=dtype,
-        checkpointing=bool(stage.gradient_checkpointing),
+        checkpointed_layers=stage.fixed_checkpointed_layers,
         device=device,
         lora=model if model.lora_r else None,
         moments=EIGHT_BIT_MOMENTS if stage.optim in EIGHT_BIT else None,
     )
-    zero = read_deepspeed_config(stage.deepspeed) if stage.deepspeed else None
-    return make_plan(config, setup, Zero.from_config(zero))
+    zero = Zero.from_config(read_deepspeed_config(stage.deepspeed) if stage.deepspeed else None)
+    if stage.chooses_checkpointed_layers:
+        return plan_within(config, setup, zero, stage.gpu_memory_bytes)
+    return make_plan(config, setup, zero)
 
 
 def step_flops(config: Qwen2MTPConfig, setup: Setup) -> tuple[int, int]:
@@ -307,17 +342,17 @@ def step_flops(config: Qwen2MTPConfig, setup: Setup) -> tuple[int, int]:
         audio = audio_pass(config, 1)
         needed += audio[AUDIO_ENCODER].flops * (1 if setup.audio_model_freeze else 3)
         needed += audio[AUDIO_ADAPTER].flops * (3 if trains_llm else 1)
-    if not setup.checkpointing:
-        return needed, 0
+    recomputed_layers = setup.recomputed_layers(config)
+    in_backbone = min(recomputed_layers, config.num_backbone_layers) if trains_llm else 0
+    in_heads = recomputed_layers - in_backbone
     # torch stops recomputing a layer before its last product, and a head's fusion before its only one.
     d, last = config.hidden_size, config.hidden_size * config.intermediate_size
     adapted_last = setup.lora is not None and PROJECTIONS[-1] in setup.lora.lora_target_modules
-    skipped = num_heads * (last + 2 * d * d)
-    if trains_llm:
-        skipped += config.num_backbone_layers * (
-            d * setup.lora.lora_r if setup.lora and adapted_last else last
-        )
-    return needed, heads + adapters + (backbone if trains_llm else 0) - 2 * batch.tokens * skipped
+    skipped = in_heads * (last + 2 * d * d)
+    skipped += in_backbone * (d * setup.lora.lora_r if setup.lora and adapted_last else last)
+    recomputed = (backbone + adapters) * in_backbone // config.num_backbone_layers
+    recomputed += heads * in_heads // max(1, num_heads)
+    return needed, recomputed - 2 * batch.tokens * skipped
 
 
 def _parameters(config: Qwen2MTPConfig, setup: Setup) -> dict[str, tuple[int, int]]:
@@ -366,7 +401,7 @@ def _backward(config: Qwen2MTPConfig, setup: Setup, zero: Zero, trained: int) ->
         language_model_freeze=setup.language_model_freeze,
         audio_model_freeze=setup.audio_model_freeze,
         dtype=setup.dtype,
-        checkpointing=setup.checkpointing,
+        checkpointed_layers=setup.checkpointed_layers,
         held_gradient=_held_gradient(setup, zero),
         earlier_gradients=setup.accumulation > 1,
         chunk_logits=CHUNK_LOGITS_GPU if setup.device == "cuda" else CHUNK_LOGITS_CPU,

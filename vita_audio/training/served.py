@@ -120,7 +120,7 @@ _SERVED = """
     adam_beta1 adam_beta2 adam_epsilon
     bf16 fp16 tf32 use_cpu deepspeed ddp_backend ddp_timeout
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
-    torch_empty_cache_steps
+    torch_empty_cache_steps torch_compile
     logging_steps logging_first_step log_level log_level_replica log_on_each_node disable_tqdm report_to
     run_name project trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics debug
     save_steps save_total_limit eval_steps
@@ -199,11 +199,10 @@ OPTIONS: dict[str, Option] = {
         "rows have a fixed length: find a batch size that fits and set it", "auto_find_batch_size"
     ),
     **_only_default("the paper trains without embedding noise", "neftune_noise_alpha"),
-    **_only_default(
-        "packed rows and heads are untested with torch.compile; leave this option out",
-        "torch_compile",
-        "torch_compile_backend",
-        "torch_compile_mode",
+    "torch_compile_backend": Option((None, "inductor", "aot_eager"), "untested; leave this option out"),
+    "torch_compile_mode": Option(
+        (None, "default", "max-autotune-no-cudagraphs"),
+        "CUDA graphs of the many parts of a layer are untested; leave this option out",
     ),
     **_only_default(
         "its kernels replace the forward that holds the heads; leave this option out",

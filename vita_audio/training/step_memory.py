@@ -20,12 +20,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
 
-from vita_audio.models import Qwen2MTPConfig
+from vita_audio.models import (
+    Qwen2MTPConfig,
+    Qwen2MTPForCausalLM,
+    Qwen2MTPSenseVoiceConfig,
+    Qwen2MTPSenseVoiceForCausalLM,
+)
 from vita_audio.models.attention import PackedDocuments
 from vita_audio.models.compat import enable_checkpointing
 from vita_audio.training.lora_arguments import LoraArguments
+from vita_audio.training.recomputation import recompute_first
 from vita_audio.training.stages import apply_stage
 
 
@@ -69,7 +74,7 @@ def step_memory(
     language_model_freeze: bool,
     audio_model_freeze: bool = True,
     dtype: torch.dtype = torch.bfloat16,
-    checkpointing: bool = True,
+    checkpointed_layers: int | None = None,
     held_gradient: float = 1.0,
     earlier_gradients: bool = False,
     chunk_logits: int | None = None,
@@ -78,6 +83,7 @@ def step_memory(
     """Bytes of a forward and backward pass above the weights.
 
     Args:
+        checkpointed_layers: how many layers recompute their activations, the first ones. None: all.
         held_gradient: share of each gradient that this rank keeps (one over the ranks with ZeRO-2).
         earlier_gradients: the pass adds to gradients that are there already, as in accumulation.
         chunk_logits: see :class:`vita_audio.models.loss.LanguageModelHead`.
@@ -88,14 +94,14 @@ def step_memory(
     """
     config = type(config)(**{**config.to_dict(), "attn_implementation": "sdpa"})
     with FakeTensorMode():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-        model.tie_weights()
+        model = _build(config, dtype)
         apply_stage(model, language_model_freeze=language_model_freeze, audio_model_freeze=audio_model_freeze)
         if lora is not None:
             _adapt(model, lora)
         model.lm_head.chunk_logits = chunk_logits
-        if checkpointing:
-            enable_checkpointing(model.model)
+        enable_checkpointing(model.model)
+        if checkpointed_layers is not None:
+            recompute_first(model, checkpointed_layers)
         memory = _LiveBytes()
         memory.keep(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -106,6 +112,20 @@ def step_memory(
         with memory:
             _pass(model, batch).backward()
     return memory.peak, gradients
+
+
+def _build(config: Qwen2MTPConfig, dtype: torch.dtype) -> Any:
+    """The model, by its class: transformers' ``from_config`` would partition it in a run with ZeRO-3."""
+    plus = isinstance(config, Qwen2MTPSenseVoiceConfig)
+    model_class = Qwen2MTPSenseVoiceForCausalLM if plus else Qwen2MTPForCausalLM
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = model_class(config).train()
+    finally:
+        torch.set_default_dtype(before)
+    model.tie_weights()
+    return model
 
 
 def _adapt(model: Any, lora: LoraArguments) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,10 +54,12 @@ from vita_audio.training.checkpoints import (
     mark_incomplete,
     save_loader_state,
 )
+from vita_audio.training.compilation import compile_layers, not_compiled
 from vita_audio.training.continuation import PlannedRates
 from vita_audio.training.interruption import HangDump, Interruption
 from vita_audio.training.model_card import write_model_card
 from vita_audio.training.optimizers import build_optimizer
+from vita_audio.training.recomputation import RecomputeFirst
 from vita_audio.training.scheduler import build_scheduler
 from vita_audio.training.stages import parameter_groups
 from vita_audio.training.straggler import Straggler
@@ -76,6 +78,7 @@ class SpeechTrainer(Trainer):
         run: the content of ``run.json``; it is added to every checkpoint and to the model card.
         validation: scored every ``--eval_steps``; None: nothing is.
         speaker: answers requests aloud at each validation; None: nobody does.
+        checkpointed_layers: how many layers recompute their activations, with gradient checkpointing; None: all.
         **kwargs: the Trainer's own arguments, including ``model``.
     """
 
@@ -90,9 +93,14 @@ class SpeechTrainer(Trainer):
         run: Mapping[str, Any] | None = None,
         validation: ValidationSet | None = None,
         speaker: Speaker | None = None,
+        checkpointed_layers: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(eval_dataset=None if validation is None else validation.batches, **kwargs)
+        if self.args.torch_compile:
+            compile_layers(
+                self.model, self.args.torch_compile_backend or "inductor", self.args.torch_compile_mode
+            )
         self._validation = validation
         self._speaker = speaker
         self._board: ContinuedTensorBoard | None = None
@@ -121,6 +129,8 @@ class SpeechTrainer(Trainer):
         self.add_callback(self._interruption)
         if self.args.hang_minutes:
             self.add_callback(HangDump(self.args.hang_minutes))
+        if checkpointed_layers is not None:
+            self.add_callback(RecomputeFirst(checkpointed_layers))
         if self.args.trace_steps:
             self.add_callback(Trace(self.args.trace_steps))
         for theirs, ours in (
@@ -132,6 +142,11 @@ class SpeechTrainer(Trainer):
                 self.add_callback(callback)
                 if isinstance(callback, ContinuedTensorBoard):
                     self._board = callback
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Layers are compiled here; accelerate would compile the whole model."""
+        with self.args.without_compilation():
+            super().create_accelerator_and_postprocess()
 
     @property
     def stopped_by(self) -> str | None:
@@ -261,7 +276,7 @@ class SpeechTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score the validation set, and have requests answered aloud."""
         assert self._validation is not None, "eval_strategy is set with a validation set only"
-        with self._watch.paused():
+        with self._watch.paused(), not_compiled() if self.args.torch_compile else nullcontext():
             metrics = score(self.model, self._validation, self.args.device)
             if self._speaker is not None:
                 answers, rates = listen(self.model, self._speaker)

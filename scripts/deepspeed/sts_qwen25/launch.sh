@@ -94,6 +94,8 @@ read -r -a RATIO <<<"${TEXT_AUDIO_INTERVAL_RATIO:-1 10 4 10}"
 OPTIONAL_FLAGS=()
 [[ -n ${AUDIO_TOKEN_CACHE:-} ]] && OPTIONAL_FLAGS+=(--audio_token_cache "$AUDIO_TOKEN_CACHE")
 [[ -n ${SAVE_AT:-} ]] && OPTIONAL_FLAGS+=(--save_at "$SAVE_AT")
+[[ -n ${TORCH_COMPILE:-} ]] && OPTIONAL_FLAGS+=(--torch_compile "$TORCH_COMPILE")
+[[ -n ${CHECKPOINTED_LAYERS:-} ]] && OPTIONAL_FLAGS+=(--checkpointed_layers "$CHECKPOINTED_LAYERS")
 [[ -n ${HANG_MINUTES:-} ]] && OPTIONAL_FLAGS+=(--hang_minutes "$HANG_MINUTES")
 [[ -n ${LR_SCHEDULER_KWARGS:-} ]] && OPTIONAL_FLAGS+=(--lr_scheduler_kwargs "$LR_SCHEDULER_KWARGS")
 [[ -n ${AUDIO_FEATURE_CACHE:-} ]] && OPTIONAL_FLAGS+=(--audio_feature_cache "$AUDIO_FEATURE_CACHE")
