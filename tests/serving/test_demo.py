@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import httpx2 as httpx
 import pytest
-import safehttpx
 import soundfile
-from gradio import processing_utils
+from gradio import processing_utils, route_utils
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
@@ -86,7 +85,7 @@ def fetched(monkeypatch) -> list[str]:
         raise OSError("opened")
 
     monkeypatch.setattr(processing_utils, "async_ssrf_protected_get", record)
-    monkeypatch.setattr(safehttpx, "async_validate_url", record)
+    monkeypatch.setattr(route_utils.safehttpx, "async_validate_url", record)
     return addresses
 
 
