@@ -32,6 +32,7 @@ BENCHMARKS = {
     "gpu": "gpu",
     "soak": "soak",
     "barge-in": "barge_in",
+    "scale": "scale",
     "benchmark_llm": "generate",
     "benchmark_sts": "sts",
 }

@@ -372,3 +372,13 @@ def test_what_only_the_engine_can_do_is_refused_without_it(reference, changes):
 
 def test_a_batch_of_nothing_gives_no_replies(pipeline):
     assert pipeline.reply_batch([]) == []
+
+
+def test_the_number_of_rows_is_fixed_once_the_engine_is_made(tiny_world):
+    backend = open_pipeline(tiny_world, engine=True).backend
+    backend.max_rows = 2
+    assert backend.engine.num_rows == 0
+    backend.max_rows = 2
+    with pytest.raises(ValueError, match="max_rows=3: the engine was made with 2 rows"):
+        backend.max_rows = 3
+    assert backend.max_rows == 2

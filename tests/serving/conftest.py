@@ -7,16 +7,18 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2 as httpx
 import openai
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import eventually
 
-from vita_audio.inference import SpeechPipeline
+from vita_audio.inference import AudioChunk, SpeechPipeline
 from vita_audio.serving import ServeOptions, Service, create_app
 from vita_audio.serving.server import Server
 
@@ -33,20 +35,20 @@ class Serving:
     def address(self) -> str:
         return self.server.address
 
-    @property
-    def open_connections(self) -> float:
+    def left(self) -> dict[str, float]:
+        """What requests and connections hold, by name, where it is not nothing."""
         text = httpx.get(f"{self.address}/metrics").text
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-        return next(sample.value for sample in samples if sample.name.endswith("sessions"))
+        figures = {sample.name.removeprefix("vita_audio_"): sample.value for sample in samples}
+        held = {name: figures[name] for name in ("sessions", "slots_used", "queue")}
+        held |= {"work": not self.service.idle, "rows": self.service.pipeline.backend.engine.num_rows}
+        return {name: value for name, value in held.items() if value}
 
     def assert_nothing_is_left(self) -> None:
-        """Of connections that end: no reply, no row, after a while."""
-        deadline = time.monotonic() + 20
-        while self.open_connections and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert self.open_connections == 0
-        assert self.service.idle
-        assert self.service.pipeline.backend.engine.num_rows == 0
+        """Of requests and connections that end: no connection, reply or row, after a while."""
+        with suppress(AssertionError):
+            eventually(lambda: not self.left())
+        assert self.left() == {}
 
     def client(self, key: str = "none", **options) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, max_retries=0, timeout=30, **options)
@@ -110,6 +112,26 @@ def loud_is_speech(monkeypatch):
     monkeypatch.setattr(
         detection, "load_model", lambda: lambda window, rate: float(window.abs().mean() > 0.02)
     )
+
+
+@pytest.fixture
+def endless(running, monkeypatch) -> None:
+    """Spoken replies are their first sound, or silence if they have none, over and over until they are cancelled."""
+    stream = running.service.pipeline.backend.stream
+
+    def repeating(request):
+        with closing(stream(request)) as events:
+            if request.sound != "streamed":
+                yield from events
+                return
+            silence = AudioChunk(torch.zeros(running.service.pipeline.codec.sample_rate // 10), (), 0.0)
+            chunks = (event for event in events if isinstance(event, AudioChunk) and len(event.samples))
+            sound = next(chunks, silence)
+            while True:
+                yield sound
+                time.sleep(0.1)
+
+    monkeypatch.setattr(running.service.pipeline.backend, "stream", repeating)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Two Ray nodes on one machine: a replica is killed under load, another one takes its place, and all are replaced."""
+"""Two Ray nodes on one machine: a replica is killed under load, another one comes, all are replaced, and all end."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ import socket
 import threading
 import time
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import httpx2 as httpx
 import psutil
 import pytest
 import websockets
-import yaml
+import websockets.sync.client
+from waiting import eventually
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # loopback; Ray reads it when it is imported
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
+import ray
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError
 
 from vita_audio.cli import serve
 from vita_audio.serving import cluster
 from vita_audio.serving.cluster import Plan
-from vita_audio.serving.config import Scale
+from vita_audio.serving.config import Scale, ServeOptions
 from vita_audio.serving.errors import ApiError
 from vita_audio.serving.gateway import Gateway, ReplicaLost
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "serving"
-SPEECH = {"model": "tiny", "input": "the quiet river runs", "response_format": "pcm", "temperature": 0}
+SPEECH = {"model": "tiny", "input": "the quiet river runs", "temperature": 0}
 
 
 def free_port() -> int:
@@ -43,10 +46,16 @@ def free_port() -> int:
         return bound.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def deploy(tiny_world):
+@dataclass
+class TwoNodes:
     """Deploys the tiny model on two nodes, or a new revision of it. Returns the address."""
-    import ray
+
+    ray_address: str
+    deploy: Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tiny_world) -> Iterator[TwoNodes]:
     from ray.cluster_utils import Cluster
 
     port = free_port()
@@ -69,17 +78,23 @@ def deploy(tiny_world):
 
     try:
         cluster.add_node(num_cpus=2)
-        yield run
+        yield TwoNodes(cluster.address, run)
     finally:
         ray.shutdown()
         cluster.shutdown()
 
 
 class Load:
-    """Requests and conversations that go on until they are told to end; failures are collected."""
+    """Requests and conversations that go on until they are told to end; failures are collected.
 
-    def __init__(self, address: str):
+    Args:
+        address: of the cluster.
+        sound: format of the speech. ``flac`` comes in one piece at the end, so it can be asked for again until then.
+    """
+
+    def __init__(self, address: str, sound: str = "pcm"):
         self._address = address
+        self._speech = SPEECH | {"response_format": sound}
         self._over = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self.counts: Counter[str] = Counter()
@@ -113,7 +128,7 @@ class Load:
 
     async def _speak(self) -> None:
         async with httpx.AsyncClient(timeout=60) as client:
-            response = await client.post(f"{self._address}/v1/audio/speech", json=SPEECH)
+            response = await client.post(f"{self._address}/v1/audio/speech", json=self._speech)
             response.raise_for_status()
             assert len(response.content) > 1000
         self.counts["speech"] += 1
@@ -143,10 +158,14 @@ def realtime(address: str) -> str:
     return address.replace("http", "ws") + "/v1/realtime"
 
 
+def figures(address: str) -> str:
+    return httpx.get(f"{address}/metrics", timeout=30).text
+
+
 def replicas(address: str) -> dict[str, float]:
     """The replicas by name, with the number of listings of models that each has answered."""
     found: dict[str, float] = {}
-    for line in httpx.get(f"{address}/metrics").text.splitlines():
+    for line in figures(address).splitlines():
         name = line.partition('replica="')[2].partition('"')[0]
         if line.startswith("vita_audio_slots_used{"):
             found.setdefault(name, 0)
@@ -163,19 +182,28 @@ def wait_for_replicas(address: str, fine) -> dict[str, float]:
     return found
 
 
+def long_answer(address: str, size: int) -> httpx.Response:
+    """An answer of so many tokens."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": size}
+    long = body | {"stream": True, "repetition_penalty": 10, "mode": "vanilla"}
+    return httpx.post(f"{address}/v1/chat/completions", json=long, timeout=60)
+
+
 @pytest.mark.slow
-def test_a_cluster_stands_the_death_and_the_replacement_of_replicas(deploy):
-    address = deploy("1")
+def test_a_cluster_stands_the_death_the_replacement_and_the_end_of_replicas(two_nodes):
+    address = two_nodes.deploy("1")
     first = wait_for_replicas(address, lambda found: len(found) == 2)
 
     for _ in range(6):
         httpx.get(f"{address}/v1/models", headers={"X-Session-ID": "one"}).raise_for_status()
-    assert sorted(replicas(address).values()) == [0, 6]  # a session stays on its replica
+    # A session stays on its replica.
+    wait_for_replicas(address, lambda found: sorted(found.values()) == [0, 6])
 
+    family = {each.pid: each.name() for each in psutil.Process().children(recursive=True)}
     listening = {
-        entry.laddr.ip: psutil.Process(entry.pid).name()
+        entry.laddr.ip: family[entry.pid]
         for entry in psutil.net_connections("tcp")
-        if ours(entry)
+        if entry.status == psutil.CONN_LISTEN and entry.pid in family
     }
     assert set(listening) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, listening
 
@@ -185,11 +213,32 @@ def test_a_cluster_stands_the_death_and_the_replacement_of_replicas(deploy):
 
     with Load(address) as load:
         load.more(2)
-        assert deploy("2") == address
+        assert two_nodes.deploy("2") == address
         wait_for_replicas(address, lambda found: len(found) == 2 and not set(found) & set(back))
         load.more(2)
     assert load.failures == []
     assert not load.counts["told"]
+    end_while_answering(address, two_nodes.ray_address)
+
+
+def end_while_answering(address: str, ray_address: str) -> None:
+    """What ``--ray`` does at the end: a reply ends completely, a new one is refused, a conversation is closed."""
+    with (
+        websockets.sync.client.connect(realtime(address)) as talk,
+        ThreadPoolExecutor() as pool,
+        ray.init(address=ray_address, log_to_driver=False),
+    ):
+        talk.recv()
+        running = pool.submit(long_answer, address, 600)
+        eventually(lambda: "vita_audio_slots_used{" in (page := figures(address)) and "} 1.0" in page)
+        ended = pool.submit(cluster._drain, ServeOptions(drain_seconds=60))
+        refused = eventually(lambda: (answer := long_answer(address, 1)).status_code == 503 and answer)
+        assert int(refused.headers["retry-after"]) > 0
+        assert running.result().text.endswith("data: [DONE]\n\n")
+        ended.result()
+        with pytest.raises(websockets.ConnectionClosed):
+            talk.recv()
+        assert talk.close_code == 1012
 
 
 async def kill_one_under_load(address: str) -> tuple[int, int]:
@@ -197,7 +246,7 @@ async def kill_one_under_load(address: str) -> tuple[int, int]:
     connections = [await websockets.connect(realtime(address)) for _ in range(10)]
     for connection in connections:
         assert json.loads(await connection.recv())["type"] == "session.created"
-    load = Load(address)
+    load = Load(address, "flac")
     with load:
         await asyncio.to_thread(load.more, 2)
         family = psutil.Process().children(recursive=True)
@@ -219,14 +268,6 @@ async def kill_one_under_load(address: str) -> tuple[int, int]:
     return told, len(connections)
 
 
-def ours(entry) -> bool:
-    """Whether a socket listens for one of this test's own processes."""
-    if entry.status != psutil.CONN_LISTEN or entry.pid is None:
-        return False
-    family = psutil.Process().children(recursive=True)
-    return entry.pid in {each.pid for each in family}
-
-
 @pytest.fixture
 def ray_untouched(monkeypatch):
     from ray.serve._private import replica
@@ -246,6 +287,9 @@ def test_a_replica_is_a_server_of_its_own_until_it_is_deleted(tiny_world, ray_un
     name, page = replica.metrics()
     assert name == "one"
     assert "vita_audio_slots_used" in page
+    asyncio.run(replica.drain())
+    assert httpx.get(f"{address}/v1/models").json()["error"]["code"] == "shutting_down"
+    asyncio.run(replica.close())
     replica.__del__()
     with pytest.raises(RuntimeError, match="has ended"):
         replica.check_health()
@@ -292,7 +336,7 @@ class Calls:
 )
 def test_a_lease_ends_however_it_went(ray_untouched, answer, error):
     calls = Calls(answer)
-    entrance = cluster.Entrance(calls, 1000)
+    entrance = cluster.Entrance(calls, ServeOptions())
     assert isinstance(entrance.__serve_build_asgi_app__(), Gateway)
     assert asyncio.run(entrance._metrics()) == {"one": "page"}
 
@@ -333,20 +377,55 @@ def test_a_cluster_that_is_not_there_is_one_line(tiny_world):
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_name_or_path", "none"], "none: no such folder"),
+        (["--voices_dir", "none"], "none: there is no such folder"),
+        (["--port", "taken"], r"cannot listen on 127.0.0.1:\d+: Address already in use"),
+        (["--port", "0"], "port=0"),
+        (["--host", "203.0.113.7"], "cannot listen on 203.0.113.7"),
+    ],
+)
+def test_what_a_server_on_this_machine_lacks_is_said_before_ray_is_started(
+    tiny_world, codec_flags, monkeypatch, flags, message
+):
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: pytest.fail("Ray was started"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = [str(taken.getsockname()[1]) if flag == "taken" else flag for flag in flags]
+        with pytest.raises((ValueError, OSError), match=message):
+            serve.main(["--ray", "--model_name_or_path", str(tiny_world.model_dir), *codec_flags, *given])
+
+
+def test_replicas_that_do_not_fit_are_refused(monkeypatch):
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    cluster._check_room(Scale(replicas=2))
+    with pytest.raises(ValueError, match="3 times 1 CPUs are more than the 2 here"):
+        cluster._check_room(Scale(replicas=3))
+    with pytest.raises(ValueError, match=r"1 times 0\.5 GPUs are more than the 0 here"):
+        cluster._check_room(Scale(gpus_per_replica=0.5))
+
+
+def test_a_port_other_than_that_of_a_running_serve_is_refused(monkeypatch):
+    client = SimpleNamespace(http_config=SimpleNamespace(port=8000))
+    monkeypatch.setattr(cluster, "_get_global_client", lambda: client)
+    cluster._check_port(ServeOptions(port=8000))
+    with pytest.raises(ValueError, match="Serve runs at port 8000"):
+        cluster._check_port(ServeOptions(port=8001))
+
+
+def test_the_reason_why_a_replica_does_not_start_is_its_own_error(monkeypatch):
+    text = "The deployment failed to start 3 times.\nTraceback …\nvita_audio.models.CheckpointError: no weights\n"
+    deployments = {"gateway": SimpleNamespace(message=""), "replica": SimpleNamespace(message=text)}
+    status = SimpleNamespace(applications={cluster.NAME: SimpleNamespace(deployments=deployments)})
+    monkeypatch.setattr(cluster.serve, "status", lambda: status)
+    assert cluster._reason(RuntimeError("Failed to update the deployments")) == "no weights"
+    status.applications.clear()
+    assert cluster._reason(RuntimeError("Trace\nValueError: bad port\n")) == "bad port"
+
+
+@pytest.mark.parametrize(
     "wrong", [{"replicas": 0}, {"replicas": 3, "most_replicas": 2}, {"gpus_per_replica": -1.0}]
 )
 def test_a_scale_out_of_range_is_refused_by_name(wrong):
     with pytest.raises(ValueError, match=list(wrong)[-1]):
         Scale(**wrong)
-
-
-def test_the_configuration_files_are_what_ray_and_the_application_expect():
-    from ray.serve.schema import ServeDeploySchema
-
-    for file in CONFIGS.glob("*.yaml"):
-        content = yaml.safe_load(file.read_text())
-        if content.get("kind") == "RayService":
-            content = yaml.safe_load(content["spec"]["serveConfigV2"])
-        (application,) = ServeDeploySchema.model_validate(content).applications
-        Plan.model_validate(application.args)
-        assert application.import_path == "vita_audio.serving.cluster:application"

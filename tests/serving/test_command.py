@@ -88,6 +88,17 @@ def test_options_out_of_range_are_refused_by_name(wrong):
         ServeOptions(**wrong)
 
 
+@pytest.mark.parametrize("flags", [["--replicas", "2"], ["--most_replicas", "3"], ["--revision", "x"]])
+def test_flags_of_ray_without_ray_are_refused(tiny_world, codec_flags, flags):
+    with pytest.raises(ValueError, match="add --ray or --ray_address"):
+        serve.main(["--model_name_or_path", str(tiny_world.model_dir), *codec_flags, *flags])
+
+
+def test_gradios_pages_are_not_deployed_on_ray():
+    with pytest.raises(ValueError, match="do not run on Ray"):
+        serve.web_demo(["--gradio", "--ray"])
+
+
 def test_a_folder_of_voices_that_does_not_exist_is_one_line(tiny_world, tmp_path):
     flags = ["--model_name_or_path", tiny_world.model_dir, "--audio_tokenizer_type", "mel_vq"]
     flags += ["--audio_tokenizer_path", tiny_world.codec_dir, "--voices_dir", tmp_path / "none"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import httpx2 as httpx
 import pytest
+import safehttpx
 import soundfile
+from gradio import processing_utils
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
@@ -64,6 +67,48 @@ def test_a_file_that_is_no_sound_is_refused(client, tmp_path):
     file.write_bytes(b"RIFF no sound at all")
     with pytest.raises(AppError):
         client.predict(handle_file(str(file)), CHECKPOINT, api_name="/transcribe")
+
+
+def call(client: Client, name: str, *data) -> str:
+    """What the API answers, without the official client, which uploads a file before it names its path."""
+    address = f"{client.src.rstrip('/')}/gradio_api/call/{name}"
+    event = httpx.post(address, json={"data": data}).json()["event_id"]
+    return httpx.get(f"{address}/{event}", timeout=60).text
+
+
+@pytest.fixture
+def fetched(monkeypatch) -> list[str]:
+    """The addresses that Gradio would open."""
+    addresses: list[str] = []
+
+    async def record(address: str, *_: object) -> None:
+        addresses.append(address)
+        raise OSError("opened")
+
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_get", record)
+    monkeypatch.setattr(safehttpx, "async_validate_url", record)
+    return addresses
+
+
+@pytest.mark.parametrize("name", ["talk", "transcribe", "clone"])
+def test_no_file_and_no_address_that_a_client_names_is_opened(client, tiny_world, fetched, name):
+    before = {"talk": [], "transcribe": [], "clone": ["hello"]}[name]
+    after = {"talk": ["", CHECKPOINT], "transcribe": [CHECKPOINT], "clone": [CHECKPOINT]}[name]
+    of_the_server = str(tiny_world.audio("question.wav"))
+    for path in (of_the_server, "/etc/passwd", "https://example.com/x.wav", "http://127.0.0.1:1/x.wav"):
+        clip = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        answer = call(client, name, *before, clip, *after)
+        assert answer.startswith("event: error"), path
+    assert fetched == []
+
+
+def test_no_address_is_fetched_for_a_client(client, fetched):
+    place = f"{client.src.rstrip('/')}/gradio_api"
+    for path in ("file=https://example.com/", "file=http:%2F%2Fexample.com/", "proxy=https://example.com/"):
+        assert httpx.get(f"{place}/{path}").status_code in (400, 403)
+    for path in ("file=/etc/passwd", f"file={__file__}"):
+        assert httpx.get(f"{place}/{path}").status_code in (403, 404)
+    assert fetched == []
 
 
 def test_the_originals_command_serves_the_page_or_with_a_flag_gradios(

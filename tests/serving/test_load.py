@@ -43,7 +43,7 @@ def test_a_crowd_leaves_nothing_behind(benchmark, at, capsys, running, tmp_path)
     assert {"realtime", "speech", "chat", "transcription", "malformed", "left early"} <= set(record["visits"])
     assert record["failures"] == 0
     assert record["slots_and_connections_left"] == 0
-    assert running.service.pipeline.backend.engine.num_rows == 0
+    running.assert_nothing_is_left()
     assert (tmp_path / "soak.png").stat().st_size
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
+import socket
 import threading
-import time
 
 import httpx2 as httpx
 import numpy as np
 import openai
 import pytest
 import soundfile
+from waiting import eventually
 
 HELLO = [{"role": "user", "content": "hello"}]
 MISSPELT = {"role": "user", "content": [{"type": "text", "txt": ""}]}
@@ -195,12 +197,13 @@ def hold(running):
 
     class Held:
         def __enter__(self) -> None:
-            self.gate = threading.Event()
+            self.gate, held = threading.Event(), threading.Event()
             backend, gate = running.service.pipeline.backend, self.gate
-            self.stream = stream = backend.stream
+            stream = backend.stream
 
             def waiting(request):
-                gate.wait(20)
+                held.set()
+                gate.wait(60)
                 yield from stream(request)
 
             backend.stream = waiting
@@ -209,8 +212,7 @@ def hold(running):
                 target=lambda: self.answers.append(post(running, "chat/completions", json=CHAT))
             )
             self.thread.start()
-            while running.service.idle:
-                time.sleep(0.01)
+            assert held.wait(60)
             backend.stream = stream
 
         def __exit__(self, *_: object) -> None:
@@ -225,27 +227,43 @@ def test_a_server_that_ends_answers_what_runs_and_refuses_the_rest(pipeline, ser
     with serve(pipeline) as ending:
         with hold(ending):
             ending.loop.call_soon_threadsafe(ending.server.drain)
-            while not ending.service.draining:
-                time.sleep(0.01)
+            eventually(lambda: ending.service.draining)
             refused = post(ending, "chat/completions", json=CHAT)
             assert refused.status_code == 503
             assert int(refused.headers["retry-after"]) > 0
             assert httpx.get(f"{ending.address}/health").json() == {"status": "draining"}
-        deadline = time.monotonic() + 20
-        while not ending.server.should_exit and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert ending.server.should_exit
+        eventually(lambda: ending.server.should_exit)
 
 
 def test_a_client_that_leaves_frees_its_slot(running):
     body = LONG | {"max_completion_tokens": 1024}
     with httpx.stream("POST", f"{running.address}/v1/chat/completions", json=body, timeout=30) as response:
         next(response.iter_lines())
-    deadline = time.monotonic() + 20
-    while not running.service.idle and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert running.service.idle
-    assert running.service.pipeline.backend.engine.num_rows == 0
+    running.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/chat/completions", "application/json"),
+        ("/v1/audio/transcriptions", "multipart/form-data; boundary=x"),
+    ],
+)
+def test_a_client_that_leaves_within_its_body_leaves_no_traceback(running, caplog, path, kind):
+    def left() -> float:
+        labels = {"path": path, "status": "499"}
+        return running.service.metrics.registry.get_sample_value("vita_audio_requests_total", labels) or 0
+
+    before = left()
+    host = running.address.removeprefix("http://")
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n--x\r\n"
+    )
+    with socket.create_connection(tuple(host.split(":"))) as client:
+        client.sendall(head.encode())
+        eventually(lambda: not running.service.idle)
+    eventually(lambda: left() == before + 1)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_a_reply_that_takes_too_long_ends_with_an_error(pipeline, serve):
@@ -269,7 +287,7 @@ def test_a_failure_inside_shows_nothing_of_the_inside(running, monkeypatch, capl
 def test_the_log_holds_no_content(running, caplog):
     caplog.set_level("INFO", "vita_audio.serving")
     post(running, "chat/completions", json=CHAT | {"messages": [{"role": "user", "content": "my secret"}]})
-    assert "POST /v1/chat/completions 200" in caplog.text
+    eventually(lambda: "POST /v1/chat/completions 200" in caplog.text)
     assert "secret" not in caplog.text
 
 

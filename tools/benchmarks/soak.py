@@ -55,6 +55,7 @@ PATIENCE_SECONDS = 600
 SETTLED_SECONDS = 120
 LEAVES = 0.2
 """Share of the visits that end early."""
+LEFT_EARLY = "left early"
 
 
 @dataclass
@@ -146,13 +147,14 @@ def verdict(record: dict[str, Any], most_growth_mb: float) -> dict[str, bool]:
 
 
 async def visit_all(args: argparse.Namespace, questions: list[bytes], seconds: int) -> Crowd:
-    """Talkers come and go for some seconds."""
+    """Talkers come and go for some seconds, and until each kind of visit has happened or one has failed."""
     crowd, over = Crowd(), asyncio.Event()
     talkers = [
         asyncio.create_task(talk(args, questions, random.Random(seed), crowd, over))
         for seed in range(args.talkers)
     ]
-    while len(crowd.samples) < seconds:
+    kinds = {LEFT_EARLY, *(kind.__name__ for kind in KINDS)}
+    while len(crowd.samples) < seconds or not (crowd.failures or kinds <= set(crowd.counts)):
         crowd.samples.append(await figures(args))
         await asyncio.sleep(1)
     over.set()
@@ -168,7 +170,7 @@ async def talk(
         base_url=f"{args.url}/v1", api_key=args.api_key, max_retries=0, timeout=PATIENCE_SECONDS
     ) as client:
         while not over.is_set():
-            kind = chance.choice([realtime, realtime, chat, transcription, speech, malformed])
+            kind = chance.choice(KINDS)
             visit = kind(args, client, chance.choice(questions), chance)
             leaves = kind is not malformed and chance.random() < LEAVES
             try:
@@ -176,7 +178,7 @@ async def talk(
                     await visit
                 crowd.counts[kind.__name__] += 1
             except TimeoutError:
-                crowd.counts["left early"] += 1
+                crowd.counts[LEFT_EARLY] += 1
                 if not leaves:
                     crowd.failures.append(f"{kind.__name__}: no answer in {PATIENCE_SECONDS} s")
             except Exception as error:
@@ -241,6 +243,9 @@ async def malformed(args: argparse.Namespace, client: Any, question: bytes, chan
                 return
             raise
     raise RuntimeError("a malformed body was accepted")
+
+
+KINDS = [realtime, realtime, chat, transcription, speech, malformed]
 
 
 async def name_of(client: Any) -> str:

@@ -17,7 +17,9 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from vita_audio.cli.arguments import CODEC, RUNTIME, OptionGroup, command_parser
 from vita_audio.extras import needs_extra
@@ -25,6 +27,8 @@ from vita_audio.inference import CodecOptions, SpeechPipeline
 from vita_audio.serving import Service, create_app
 from vita_audio.serving.config import Scale, ServeOptions, read_keys
 from vita_audio.serving.server import Server
+
+Paths = TypeVar("Paths", CodecOptions, ServeOptions)
 
 SERVING = OptionGroup("server", ServeOptions)
 SCALE = OptionGroup("Ray", Scale)
@@ -45,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     options = SERVING.read(args)
     keys = read_keys(options.api_key_file)
-    scale = SCALE.read(args)
     folder, codec = choose_model(args)
     name = options.served_name or Path(folder).resolve().name
     if not options.on_loopback and not keys:
@@ -53,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "warning: everybody who reaches this address can use the server; see --api_key_file",
             file=sys.stderr,
         )
-    if args.ray or args.ray_address is not None:
-        serve_on_ray(args, str(folder), codec, scale, welcome(_url(options), name, bool(keys)))
+    if is_on_ray(args):
+        serve_on_ray(args, folder, codec, welcome(options.url, name, bool(keys)))
         return
     pipeline = SpeechPipeline.open(folder, codec, RUNTIME.read(args))
     asyncio.run(serve(Service(pipeline, options, name), keys))
@@ -71,6 +74,8 @@ def web_demo(argv: Sequence[str] | None = None) -> None:
         main(words)
         return
     args = parse([word for word in words if word != "--gradio"])
+    if is_on_ray(args):
+        raise ValueError("--gradio: its pages do not run on Ray; leave out --ray and --ray_address")
     with needs_extra("demo"):
         from vita_audio.serving.demo import open_demo
     options = SERVING.read(args)
@@ -96,6 +101,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--ray_address", metavar="ADDRESS", help="deploy on this Ray cluster instead; auto finds it"
     )
     return parser.parse_args(argv)
+
+
+def is_on_ray(args: argparse.Namespace) -> bool:
+    """Whether replicas are deployed on Ray.
+
+    Raises:
+        ValueError: flags that Ray needs are missing, or there are flags that only Ray needs.
+    """
+    if args.ray or args.ray_address is not None:
+        if args.port == 0:
+            raise ValueError("port=0: Ray does not say which port is free; give a number")
+        return True
+    if SCALE.read(args) != Scale():
+        raise ValueError("the number of replicas is Ray's; add --ray or --ray_address")
+    return False
 
 
 def choose_model(args: argparse.Namespace) -> tuple[str | Path, CodecOptions]:
@@ -125,9 +145,7 @@ async def serve(service: Service, keys: Sequence[str]) -> None:
         raise OSError("the server did not start; its log says why")
 
 
-def serve_on_ray(
-    args: argparse.Namespace, folder: str, codec: CodecOptions, scale: Scale, message: str
-) -> None:
+def serve_on_ray(args: argparse.Namespace, folder: str | Path, codec: CodecOptions, message: str) -> None:
     """Deploy replicas on Ray Serve; see vita_audio/serving/cluster.py. With a Ray of its own, serve until a signal.
 
     Raises:
@@ -141,7 +159,11 @@ def serve_on_ray(
     with needs_extra("ray"):
         from vita_audio.serving import cluster
     plan = cluster.Plan(
-        model_name_or_path=folder, codec=codec, runtime=RUNTIME.read(args), server=options, scale=scale
+        model_name_or_path=str(Path(folder).absolute()),
+        codec=_absolute(codec),
+        runtime=RUNTIME.read(args),
+        server=_absolute(options),
+        scale=SCALE.read(args),
     )
     with cluster.deployed(plan, args.ray_address):
         print(message, flush=True)
@@ -149,17 +171,21 @@ def serve_on_ray(
             wait_for_a_signal()
 
 
+def _absolute(options: Paths) -> Paths:
+    """The same with absolute paths: Ray's processes may have another working directory."""
+    given: dict[str, Any] = {entry.name: getattr(options, entry.name) for entry in fields(options)}
+    paths = [name for name in given if name.endswith(("_path", "_dir", "_file")) and given[name] is not None]
+    return replace(options, **given | {name: Path(given[name]).absolute() for name in paths})
+
+
 def wait_for_a_signal() -> None:
-    """Return at SIGTERM or Ctrl-C."""
+    """Return at SIGTERM or Ctrl-C; a second one raises KeyboardInterrupt."""
     over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: over.set())
     over.wait()
-
-
-def _url(options: ServeOptions) -> str:
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    return f"http://{host}:{options.port}"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
 
 
 def welcome(address: str, name: str, needs_key: bool) -> str:

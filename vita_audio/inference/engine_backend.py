@@ -56,9 +56,6 @@ class EngineBackend(Backend):
         codec: turns codes into sound.
         max_rows: replies at once; None: 8, or as many as fit a GPU.
         quantization: see :class:`~vita_audio.engine.weights.Weights`. Unless none, the model's matrices are emptied.
-
-    Attributes:
-        max_rows: may be set until the first reply.
     """
 
     def __init__(
@@ -73,11 +70,28 @@ class EngineBackend(Backend):
         self._tokenizer = tokenizer
         self._codec = codec
         self._tokens = ChatTokens.of(tokenizer)
-        self.max_rows = max_rows
+        self._max_rows = max_rows
         self._quantization: Quantization = quantization
         self._engine: Engine | None = None
         self._speech: SpeechWorker | None = None
         self._making = threading.Lock()
+
+    @property
+    def max_rows(self) -> int | None:
+        """Replies at once; None: 8, or as many as fit a GPU. Fixed once the engine is made.
+
+        Raises:
+            ValueError: the engine has another number of rows already.
+        """
+        return self._max_rows
+
+    @max_rows.setter
+    def max_rows(self, rows: int | None) -> None:
+        with self._making:
+            if self._engine is not None and rows != self._max_rows:
+                made = f"the engine was made with {self._max_rows} rows at its first use"
+                raise ValueError(f"max_rows={rows}: {made}; set it before, or open the model again")
+            self._max_rows = rows
 
     @property
     def engine(self) -> Engine:
@@ -85,9 +99,10 @@ class EngineBackend(Backend):
         with self._making:
             if self._engine is None:
                 length = min(num_positions(self._model.config), LONGEST)
+                self._max_rows = self._rows(length)
                 self._engine = Engine(
                     self._model,
-                    max_rows=self._rows(length),
+                    max_rows=self._max_rows,
                     max_length=length,
                     speech=AudioRows(self._tokens.begin, self._tokens.end),
                     quantization=self._quantization,
@@ -208,8 +223,8 @@ class EngineBackend(Backend):
         return embeds[0]
 
     def _rows(self, length: int) -> int:
-        if self.max_rows is not None or self._model.device.type != "cuda":
-            return self.max_rows or MOST_ROWS
+        if self._max_rows is not None or self._model.device.type != "cuda":
+            return self._max_rows or MOST_ROWS
         free, _ = torch.cuda.mem_get_info(self._model.device)
         return max(1, min(MOST_ROWS, int(free * SHARE_OF_GPU / row_bytes(self._model, length))))
 

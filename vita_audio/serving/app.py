@@ -18,6 +18,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from vita_audio.serving import errors
 from vita_audio.serving.chat import complete
@@ -54,6 +55,7 @@ def create_app(service: Service, keys: Sequence[str] = ()) -> FastAPI:
     app = FastAPI(title="VITA-Audio", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_exception_handler(ApiError, errors.on_api_error)
     app.add_exception_handler(HTTPException, errors.on_http_error)
+    app.add_exception_handler(ClientDisconnect, errors.on_disconnect)
     app.add_exception_handler(Exception, errors.on_failure)
     _add_addresses(app, service)
     _add_page(app)

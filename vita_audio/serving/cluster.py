@@ -10,13 +10,18 @@ goes to the less busy of two replicas, or, if it names a session in ``X-Session-
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import re
+import signal
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import ray
 from pydantic import BaseModel, ConfigDict
@@ -24,21 +29,24 @@ from ray import serve
 from ray._common.network_utils import build_address
 from ray.exceptions import RayError
 from ray.serve._private import replica as ray_replica
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
 from vita_audio.inference import CodecOptions, RuntimeOptions, SpeechPipeline
+from vita_audio.inference.pipeline import check_family, read_checkpoint_config
 from vita_audio.serving.app import create_app
 from vita_audio.serving.config import Scale, ServeOptions, read_keys
 from vita_audio.serving.errors import overloaded
 from vita_audio.serving.gateway import Gateway, ReplicaLost
 from vita_audio.serving.server import Server
-from vita_audio.serving.service import Service
+from vita_audio.serving.service import Service, read_voices
 
 HEALTH_SECONDS = 2.0
 NAME = "vita-audio"
+_WARM_UP_SECONDS = 60.0
 
 
 class Plan(BaseModel):
@@ -71,6 +79,8 @@ def application(args: Plan) -> serve.Application:
             "min_replicas": scale.replicas,
             "max_replicas": scale.most_replicas or scale.replicas,
             "target_ongoing_requests": options.slots,
+            "upscale_delay_s": scale.grow_seconds,
+            "downscale_delay_s": scale.shrink_seconds,
         },
         max_ongoing_requests=places,
         max_queued_requests=options.queue,
@@ -88,7 +98,7 @@ def application(args: Plan) -> serve.Application:
         graceful_shutdown_timeout_s=options.drain_seconds,
         max_surge_percent=100,
     )(serve.ingress()(Entrance))
-    return gateway.bind(replica.bind(args), options.body_bytes)
+    return gateway.bind(replica.bind(args), options)
 
 
 @contextmanager
@@ -97,13 +107,16 @@ def deployed(plan: Plan, address: str | None) -> Iterator[None]:
 
     Args:
         plan: what is deployed.
-        address: of a Ray cluster, where the application stays; None: Ray is started on this machine, and ended at the
-            end of the context, after running replies.
+        address: of a Ray cluster, where the application stays; None: Ray is started on this machine, and ended with
+            the context, after running replies.
 
     Raises:
-        OSError: the replicas do not start, or there is no such cluster.
+        ValueError: on this machine, a folder cannot be used, or the replicas have no room.
+        OSError: the replicas do not start, the address cannot be used, or there is no such cluster.
     """
     options = plan.server
+    if address is None:
+        _check_machine(plan)
     try:
         ray.init(
             address=address or "local",
@@ -113,17 +126,101 @@ def deployed(plan: Plan, address: str | None) -> Iterator[None]:
     except (ConnectionError, RuntimeError) as error:
         raise OSError(f"there is no Ray cluster at {address}: {str(error).splitlines()[0]}") from error
     try:
-        serve.start(proxy_location="EveryNode", http_options={"host": options.host, "port": options.port})
+        if threading.current_thread() is threading.main_thread():
+            # Ray's handler would abort this process with a stack trace, and leave nobody to end Ray.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if address is None:
+            _check_room(plan.scale)
         try:
+            serve.start(proxy_location="EveryNode", http_options={"host": options.host, "port": options.port})
+            _check_port(options)
             serve.run(application(plan), name=NAME, route_prefix="/")
         except RuntimeError as error:
-            reason = [line for line in str(error).splitlines() if line.strip()][-1]
-            raise OSError(f"the replicas do not start: {reason.strip()}") from error
+            raise OSError(f"the replicas do not start: {_reason(error)}") from error
+        if address is None:
+            _warm_up(options)
         yield
         if address is None:
-            serve.shutdown()
+            _drain(options)
     finally:
         ray.shutdown()
+
+
+def _check_machine(plan: Plan) -> None:
+    """What a server on this machine needs. Ray tries a replica several times before it says that one cannot start.
+
+    Raises:
+        ValueError: the model or a voice cannot be used.
+        OSError: the address cannot be used.
+    """
+    check_family(read_checkpoint_config(plan.model_name_or_path), plan.codec.audio_tokenizer_type)
+    read_voices(plan.server.voices_dir)
+    address = (plan.server.host, plan.server.port)
+    try:
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        socket.create_server(address, family=family).close()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise OSError(f"the server cannot listen on {address[0]}:{address[1]}: {reason}") from error
+
+
+def _check_room(scale: Scale) -> None:
+    """Whether the least number of replicas fits the nodes of this cluster; Ray would wait for further nodes.
+
+    Raises:
+        ValueError: it does not.
+    """
+    found = ray.cluster_resources()
+    for resource, each in (("CPU", scale.cpus_per_replica), ("GPU", scale.gpus_per_replica)):
+        if scale.replicas * each > found.get(resource, 0):
+            needed = f"{scale.replicas} times {each:g} {resource}s are more than the {found.get(resource, 0):g} here"
+            raise ValueError(f"replicas={scale.replicas}: {needed}; change --{resource.lower()}s_per_replica")
+
+
+def _check_port(options: ServeOptions) -> None:
+    """Where Serve runs already, it keeps its port.
+
+    Raises:
+        ValueError: that is another one.
+    """
+    client = _get_global_client()
+    assert client is not None  # Serve has been started
+    runs_at = client.http_config.port
+    if runs_at != options.port:
+        raise ValueError(
+            f"port={options.port}: Serve runs at port {runs_at} of this cluster already; give that"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """The last line of the error that a replica's start ended with, else of what Serve says."""
+    application = serve.status().applications.get(NAME)
+    deployments = () if application is None else application.deployments.values()
+    text = next((each.message for each in deployments if "Error" in each.message), str(error))
+    last = [line.strip() for line in text.splitlines() if line.strip()][-1]
+    return re.sub(r"^[\w.]*Error: ", "", last)
+
+
+def _warm_up(options: ServeOptions) -> None:
+    """Wait for an answer: proxy and gateway connect to each other and to the replicas at the first request."""
+    deadline = time.monotonic() + _WARM_UP_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(OSError), urlopen(f"{options.url}/health", timeout=_WARM_UP_SECONDS):
+            return
+        time.sleep(0.2)
+    raise OSError(f"the gateway does not answer at {options.url}")
+
+
+def _drain(options: ServeOptions) -> None:
+    """Let running replies end. Serve's own way to end would kill its proxies first, and all replies with them."""
+    replicas = serve.get_deployment_handle("replica", NAME)
+    try:
+        for step in ("drain", "close"):
+            answers = replicas.broadcast(step)
+            with suppress(TimeoutError):
+                answers.results(timeout_s=options.drain_seconds + HEALTH_SECONDS, return_exceptions=True)
+    finally:
+        replicas.shutdown()  # its thread would go on, and start Ray again
 
 
 class Replica:
@@ -155,6 +252,18 @@ class Replica:
         """The replica's name, and its figures for Prometheus."""
         return serve.get_replica_context().replica_id.unique_id, self._service.metrics.text().decode()
 
+    async def drain(self) -> None:
+        """Refuse new replies. Returns when the running ones have ended."""
+        self._service.draining = True
+        deadline = time.monotonic() + self._service.options.drain_seconds
+        while not self._service.idle and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        """End the server. Returns when its conversations are closed."""
+        self._server.should_exit = True
+        await asyncio.to_thread(self._thread.join)
+
     def check_health(self) -> None:
         """Called by Ray.
 
@@ -183,14 +292,14 @@ def _listen_on_the_nodes_address() -> None:
 class Entrance:
     """The gateway as a deployment."""
 
-    def __init__(self, replicas: DeploymentHandle[Any], body_bytes: int):
+    def __init__(self, replicas: DeploymentHandle[Any], options: ServeOptions):
         _listen_on_the_nodes_address()
         self._replicas = replicas
-        self._body_bytes = body_bytes
+        self._options = options
 
     def __serve_build_asgi_app__(self) -> Gateway:
         """Called by Ray."""
-        return Gateway(self._lease, self._body_bytes, self._metrics)
+        return Gateway(self._lease, self._options, self._metrics)
 
     @asynccontextmanager
     async def _lease(self, session: str) -> AsyncIterator[str]:

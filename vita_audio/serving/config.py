@@ -72,6 +72,12 @@ class ServeOptions:
         return self.host in LOOPBACK
 
     @property
+    def url(self) -> str:
+        """The address for clients on this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
     def body_bytes(self) -> int:
         """Largest body of a request, in bytes."""
         return int(self.body_megabytes * 1_000_000)
@@ -85,6 +91,8 @@ class Scale:
         replicas: servers at the least.
         most_replicas: servers at the most; defaults to ``replicas``. Ray starts and ends them so that each has
             ``slots`` requests and conversations on average, those that wait included.
+        grow_seconds: another server is started when there were too few for this time.
+        shrink_seconds: a server is ended when there were too many for this time.
         gpus_per_replica: GPUs that Ray reserves for a server.
         cpus_per_replica: CPU cores that Ray reserves for a server.
         revision: any text; another one replaces all servers in turn, for example after the weights have changed.
@@ -95,6 +103,8 @@ class Scale:
 
     replicas: int = 1
     most_replicas: int | None = None
+    grow_seconds: float = 30.0
+    shrink_seconds: float = 600.0
     gpus_per_replica: float = 0.0
     cpus_per_replica: float = 1.0
     revision: str = ""
@@ -106,7 +116,7 @@ class Scale:
             raise ValueError(
                 f"most_replicas={self.most_replicas}: give {self.replicas} or more, as replicas says"
             )
-        for name in ("gpus_per_replica", "cpus_per_replica"):
+        for name in ("grow_seconds", "shrink_seconds", "gpus_per_replica", "cpus_per_replica"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
 

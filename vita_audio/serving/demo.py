@@ -29,8 +29,12 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 with needs_extra("demo"):
     import gradio
     import numpy as np
+    from starlette.middleware import Middleware
+    from starlette.responses import PlainTextResponse
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 CHECKPOINT = "checkpoint's choice"
+_ADDRESSES = ("http://", "https://")
 
 Sound = tuple[int, Any] | None
 """Sample rate in Hz and 16-bit samples, as Gradio has them."""
@@ -56,11 +60,41 @@ def open_demo(pipeline: SpeechPipeline, options: ServeOptions, name: str) -> Ite
         _, address, _ = demo.launch(
             server_name=options.host, server_port=options.port or None, prevent_thread_lock=True, quiet=True,
             share=False, max_file_size=options.body_bytes, show_error=True,
+            app_kwargs={"middleware": [Middleware(_NoAddresses)]},
         )  # fmt: skip
         yield address
     finally:
         demo.close(verbose=False)
         clips.close()
+
+
+class _NoAddresses:
+    """Refuses the requests with which Gradio fetches what stands at any public address."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path", "").partition("/file=")[2].startswith(_ADDRESSES):
+            refusal = PlainTextResponse("no address of a client is opened", 403)
+            await refusal(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def _clip_input(label: str) -> gradio.Audio:
+    """An input for a clip. Gradio's own also fetches a file from any public address that a client names."""
+    clip: Any = gradio.Audio(label=label, sources=["microphone", "upload"], type="filepath")
+    take = clip.async_move_resource_to_block_cache
+
+    async def take_upload(file: str | Path | None) -> str | None:
+        if str(file).startswith(_ADDRESSES):
+            raise gradio.Error("upload the clip; no address of a client is opened", print_exception=False)
+        return await take(file)
+
+    # A subclass would be a new kind of component, for which Gradio writes a file beside this one.
+    clip.async_move_resource_to_block_cache = take_upload
+    return clip
 
 
 def _refusals(task: Task) -> Task:
@@ -173,7 +207,7 @@ def _pages(tasks: _Tasks, options: ServeOptions, name: str) -> gradio.Blocks:
             talk = gradio.State(None, time_to_live=options.session_seconds, delete_callback=_close)
             history = gradio.Chatbot(label="Conversation")
             answer = gradio.Audio(label="Answer", autoplay=True, interactive=False)
-            question = gradio.Audio(label="Question", sources=["microphone", "upload"], type="filepath")
+            question = _clip_input("Question")
             typed = gradio.Textbox(label="… or a typed one", max_length=options.text_characters)
             given = [history, answer, question, typed, talk]
             gradio.Button("Ask", variant="primary").click(
@@ -181,7 +215,7 @@ def _pages(tasks: _Tasks, options: ServeOptions, name: str) -> gradio.Blocks:
             )
             gradio.Button("Begin again").click(_begin_again, [talk], [history, talk], api_name="begin_again")
         with gradio.Tab("Transcribe"):
-            clip = gradio.Audio(label="Speech", sources=["microphone", "upload"], type="filepath")
+            clip = _clip_input("Speech")
             words = gradio.Textbox(label="Words")
             gradio.Button("Transcribe", variant="primary").click(
                 tasks.transcribe, [clip, mode], words, api_name="transcribe"
@@ -194,7 +228,7 @@ def _pages(tasks: _Tasks, options: ServeOptions, name: str) -> gradio.Blocks:
             )
         with gradio.Tab("Clone a voice"):
             text = gradio.Textbox(label="Text", max_length=options.text_characters)
-            voice = gradio.Audio(label="Voice", sources=["microphone", "upload"], type="filepath")
+            voice = _clip_input("Voice")
             speech = gradio.Audio(label="Speech", autoplay=True, interactive=False)
             gradio.Button("Read", variant="primary").click(
                 tasks.clone, [text, voice, mode], speech, api_name="clone"

@@ -67,6 +67,11 @@ def overloaded() -> ApiError:
     return ApiError("the server is busy; try again soon", None, 503, "overloaded", retry_after=1)
 
 
+def client_left() -> ApiError:
+    """The client did not wait for its answer; the status 499 is for the log."""
+    return ApiError("the client left", None, 499)
+
+
 def invalid(error: ValidationError, skipped: int = 0) -> ApiError:
     """The first fault that pydantic found, by the name of its field, whose place begins after ``skipped`` names."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)
@@ -105,6 +110,11 @@ async def on_api_error(request: Request, error: Exception) -> JSONResponse:
     """Handler of :class:`ApiError`."""
     assert isinstance(error, ApiError)
     return error.response()
+
+
+async def on_disconnect(request: Request, error: Exception) -> JSONResponse:
+    """Handler of a body that ends too early."""
+    return client_left().response()
 
 
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:

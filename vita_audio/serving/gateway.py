@@ -22,11 +22,13 @@ from fastapi import Request, Response
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from vita_audio.serving.errors import ApiError
-from vita_audio.serving.guard import POLICY_VIOLATION, too_large
+from vita_audio.serving.config import ServeOptions
+from vita_audio.serving.errors import ApiError, client_left
+from vita_audio.serving.guard import POLICY_VIOLATION, key_of, too_large
 from vita_audio.serving.metrics import PROMETHEUS, joined_pages
 from vita_audio.serving.realtime import new_id
 from vita_audio.serving.responses import sse, while_connected
+from vita_audio.serving.sessions import Sessions
 
 Lease = Callable[[str], AbstractAsyncContextManager[str]]
 """Chooses a replica for a session (empty: none) and yields its address; it is the session's until the context ends."""
@@ -56,15 +58,21 @@ class Gateway:
 
     Args:
         lease: chooses replicas.
-        body_bytes: largest body of a request, which is kept until its answer begins.
+        options: those of the servers. Their limit on connections of a key holds for all of them together; the
+            largest body is also what is kept of a request until its answer begins.
         metrics: Prometheus' page of each replica, by the replica's name.
     """
 
     def __init__(
-        self, lease: Lease, body_bytes: int, metrics: Callable[[], Awaitable[Mapping[str, str]]] | None = None
+        self,
+        lease: Lease,
+        options: ServeOptions,
+        metrics: Callable[[], Awaitable[Mapping[str, str]]] | None = None,
     ):
         self._lease = lease
-        self._body_bytes = body_bytes
+        self._body_bytes = options.body_bytes
+        self._has_keys = options.api_key_file is not None
+        self._sessions = Sessions(options.sessions_per_key)
         self._metrics = metrics
         self._client: aiohttp.ClientSession | None = None
 
@@ -114,7 +122,7 @@ class Gateway:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise ApiError("the client left", None, 499)
+                raise client_left()
             pieces.append(message.get("body", b""))
             size += len(pieces[-1])
             if size > self._body_bytes:
@@ -166,16 +174,19 @@ class Gateway:
     async def _converse(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()  # websocket.connect
         refusal = _lost()
-        for _ in range(_TRIES):
-            try:
-                async with self._lease(_session(scope)) as address:
-                    if await self._connect(address, scope, receive, send):
-                        return
-            except ReplicaLost:
-                await asyncio.sleep(_PAUSE_SECONDS)
-            except ApiError as error:
-                refusal = error
-                break
+        # A wrong key is counted too, as itself; the replica refuses it.
+        key = key_of(Headers(scope=scope)) if self._has_keys else ""
+        try:
+            with self._sessions.opened(key):
+                for _ in range(_TRIES):
+                    try:
+                        async with self._lease(_session(scope)) as address:
+                            if await self._connect(address, scope, receive, send):
+                                return
+                    except ReplicaLost:
+                        await asyncio.sleep(_PAUSE_SECONDS)
+        except ApiError as error:
+            refusal = error
         await send({"type": "websocket.accept"})
         await send(_error_event(refusal))
         await send({"type": "websocket.close", "code": _TRY_AGAIN_LATER})

@@ -7,6 +7,7 @@ import hmac
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -26,7 +27,7 @@ POLICY_VIOLATION = 1008
 
 
 class Guard:
-    """ASGI middleware around the whole application.
+    """ASGI middleware around the whole application. It puts the accepted API key, or "", into the scope.
 
     Args:
         app: the application.
@@ -57,10 +58,9 @@ class Guard:
 
         try:
             self._check(scope)
-            if scope["type"] == "http":
+            is_work = scope["type"] == "http" and not _is_public(scope)
+            with self._service.work() if is_work else nullcontext():
                 await self._app(scope, limited, watched)
-            else:
-                await self._app(scope, receive, watched)
         except ApiError as error:
             status = error.status
             if scope["type"] == "http":
@@ -76,9 +76,10 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         self._check_origin(headers)
-        if scope.get("method") == "OPTIONS" or scope["path"] in PUBLIC or scope["path"].startswith("/page/"):
+        if _is_public(scope):
             return
-        if self._keys and not self._is_accepted(key_of(headers)):
+        scope["api_key"] = key_of(headers) if self._keys else ""
+        if self._keys and not self._is_accepted(scope["api_key"]):
             raise ApiError("the API key is missing or wrong", None, 401, "invalid_api_key")
         if self._service.draining:
             raise draining()
@@ -122,6 +123,12 @@ class _Limited:
         if self._received > self._most:
             raise too_large(self._most)
         return message
+
+
+def _is_public(scope: Scope) -> bool:
+    """Whether the address needs no key and is answered at any time."""
+    path = scope["path"]
+    return scope.get("method") == "OPTIONS" or path in PUBLIC or path.startswith("/page/")
 
 
 def key_of(headers: Headers) -> str:

@@ -20,7 +20,6 @@ from pydantic import ValidationError
 from vita_audio.serving import realtime_fields as fields
 from vita_audio.serving.errors import ApiError, failure, invalid
 from vita_audio.serving.fields import check, voice_name
-from vita_audio.serving.guard import key_of
 from vita_audio.serving.listening import Detection, Heard, Listener, Speech
 from vita_audio.serving.replying import Replies
 from vita_audio.serving.responses import from_base64
@@ -40,7 +39,7 @@ async def converse(service: Service, socket: WebSocket) -> None:
     connection = Connection(service, socket)
     try:
         await socket.accept(protocol)
-        with service.session_of(key_of(socket.headers)):
+        with service.session_of(socket.scope["api_key"]):
             async with aclosing(connection), asyncio.timeout(service.options.session_seconds):
                 await connection.run()
     except ApiError as error:

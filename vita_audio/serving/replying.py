@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -71,19 +71,21 @@ class Replies:
         return None if self._current is None else self._current.item
 
     async def start(self, settings: fields.Session, transcribe: bool) -> None:
-        """Begin a reply to the conversation so far.
+        """Begin a reply to the conversation so far. From now on the server waits for its end before it ends itself.
 
         Args:
             settings: of the session, and of this response.
             transcribe: write the last item's speech down afterwards.
 
         Raises:
-            ApiError: a reply runs already.
+            ApiError: a reply runs already, or the server is draining.
         """
         if self._current is not None:
             raise ApiError(
                 "a reply is running; cancel it first", code="conversation_already_has_active_response"
             )
+        work = ExitStack()
+        work.enter_context(self._service.work())
         asked = self._dialogue.items[-1] if self._dialogue.items else None
         item = self._dialogue.add_reply(f"item_{uuid.uuid4().hex[:24]}")
         speaks = settings.output_modalities == ["audio"]
@@ -93,6 +95,7 @@ class Replies:
         }
         response = self._current = _Response(item, speaks, shown)
         response.task = asyncio.create_task(self._run(response, settings))
+        response.task.add_done_callback(lambda _: work.close())
         if transcribe and asked is not None:
             self.transcribe_later(asked)
 
@@ -237,25 +240,25 @@ class Replies:
         return head | response.options
 
     async def _transcribe(self, item: Item) -> None:
-        current = self._current
-        if current is not None and current.task is not None:
-            await asyncio.wait([current.task])
         if item.speech is None:
             return
         kind, place = "conversation.item.input_audio_transcription", {"item_id": item.id, "content_index": 0}
         try:
-            prompt = await asyncio.to_thread(self._dialogue.transcription, item.speech)
-            options = fields.Session(temperature=0).options(self._service.options.new_tokens)
-            request = self._service.fitted(Request(prompt, options, "none"), "conversation")
-            reply = await whole(self._service.reply(request))
+            with self._service.work():
+                current = self._current
+                if current is not None and current.task is not None:
+                    await asyncio.wait([current.task])
+                prompt = await asyncio.to_thread(self._dialogue.transcription, item.speech)
+                options = fields.Session(temperature=0).options(self._service.options.new_tokens)
+                request = self._service.fitted(Request(prompt, options, "none"), "conversation")
+                reply = await whole(self._service.reply(request))
+                item.text = reply.text.strip()
+                used = {"type": "tokens"} | usage(len(prompt), reply.timings.new_tokens)
+                with suppress(WebSocketDisconnect):
+                    await self._send(f"{kind}.completed", transcript=item.text, usage=used, **place)
         except ApiError as error:
             with suppress(WebSocketDisconnect):
                 await self._send(f"{kind}.failed", error=error.to_dict(), **place)
-            return
-        item.text = reply.text.strip()
-        used = {"type": "tokens"} | usage(len(prompt), reply.timings.new_tokens)
-        with suppress(WebSocketDisconnect):
-            await self._send(f"{kind}.completed", transcript=item.text, usage=used, **place)
 
 
 def _item(item: Item, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:

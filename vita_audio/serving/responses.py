@@ -15,12 +15,9 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
 from vita_audio.inference import Event, Reply
-from vita_audio.serving.errors import ApiError, failure
+from vita_audio.serving.errors import ApiError, client_left, failure
 
 Value = TypeVar("Value")
-
-CLIENT_LEFT = 499
-"""Status in the log of a request whose client did not wait."""
 
 
 class Streamed(StreamingResponse):
@@ -96,7 +93,7 @@ async def while_connected(request: Request, answer: Coroutine[Any, Any, Value]) 
         await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ApiError("the client left", None, CLIENT_LEFT)
+        raise client_left()
     finally:
         for each in (task, left):
             each.cancel()

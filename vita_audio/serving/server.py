@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import socket
 from types import FrameType
@@ -15,6 +16,8 @@ from vita_audio.serving.service import Service
 _logger = logging.getLogger("vita_audio.serving")
 
 _LARGEST_FRAME = 1 << 20
+_MAPPED_BYTES = 1 << 16
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 class Server(uvicorn.Server):
@@ -59,6 +62,7 @@ class Server(uvicorn.Server):
             OSError: the address cannot be used.
         """
         self._loop = asyncio.get_running_loop()
+        return_large_blocks()
         try:
             await super().startup(sockets)
         except SystemExit as error:  # uvicorn has logged why
@@ -83,3 +87,14 @@ class Server(uvicorn.Server):
         while not self._service.idle and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
         self.should_exit = True
+
+
+def return_large_blocks() -> None:
+    """Let freed blocks of 64 KiB and more go back to the system at once, where the C library is glibc.
+
+    It would soon keep blocks of up to 32 MiB in the heap of the thread that asked for them, and a server has many
+    threads: after minutes of tensors and clips the holes in these heaps are 100 MB.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)

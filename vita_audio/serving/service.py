@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, nullcontext
@@ -36,6 +35,7 @@ from vita_audio.serving import detection
 from vita_audio.serving.config import ServeOptions
 from vita_audio.serving.errors import ApiError, draining, failure, overloaded
 from vita_audio.serving.metrics import Metrics, Player
+from vita_audio.serving.sessions import Sessions
 
 _logger = logging.getLogger("vita_audio.serving")
 
@@ -74,7 +74,8 @@ class Service:
         self.draining = False
         self._threads = ThreadPoolExecutor(options.slots + 4, thread_name_prefix="reply")
         self._free = asyncio.Semaphore(options.slots)
-        self._sessions: Counter[str] = Counter()
+        self._sessions = Sessions(options.sessions_per_key)
+        self._works = 0
         self._waiting = 0
         self._busy = 0
 
@@ -97,8 +98,23 @@ class Service:
 
     @property
     def idle(self) -> bool:
-        """No reply is being generated or waited for."""
-        return not self._busy and not self._waiting
+        """Whether no work is counted; see :meth:`work`."""
+        return not self._works
+
+    @contextmanager
+    def work(self) -> Generator[None, None, None]:
+        """Count a request or a realtime reply from its beginning to its end; a server that drains waits for it.
+
+        Raises:
+            ApiError: the server is draining.
+        """
+        if self.draining:
+            raise draining()
+        self._works += 1
+        try:
+            yield
+        finally:
+            self._works -= 1
 
     @property
     def voice_names(self) -> list[str]:
@@ -120,23 +136,9 @@ class Service:
 
     @contextmanager
     def session_of(self, key: str) -> Generator[None, None, None]:
-        """Count an open realtime connection of an API key.
-
-        Raises:
-            ApiError: the key has as many as it may have.
-        """
-        most = self.options.sessions_per_key
-        if self._sessions[key] >= most:
-            raise ApiError(f"{most} connections of this key are open already", None, 429, "too_many_sessions")
-        self._sessions[key] += 1
-        self.metrics.sessions.inc()
-        try:
+        """Count an open realtime connection; see :meth:`Sessions.opened`."""
+        with self._sessions.opened(key), self.metrics.sessions.track_inprogress():
             yield
-        finally:
-            self.metrics.sessions.dec()
-            self._sessions[key] -= 1
-            if not self._sessions[key]:
-                del self._sessions[key]
 
     def check_model(self, name: str) -> None:
         """Refuse the name of another model.
@@ -208,7 +210,7 @@ class Service:
         """The events of a reply, when a slot is free for it. Closing the iterator ends the reply.
 
         Raises:
-            ApiError: the server is busy or ends, the request cannot be answered, or the reply took too long.
+            ApiError: the server is busy, the request cannot be answered, or the reply took too long.
         """
         async with self._slot():
             outcome = "abandoned"
@@ -243,8 +245,6 @@ class Service:
 
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
-        if self.draining:
-            raise draining()
         if self._free.locked() and self._waiting >= self.options.queue:
             raise overloaded()
         self._waiting += 1
