@@ -124,11 +124,14 @@ def test_a_dry_run_of_every_script_shows_the_published_values(stand_ins, capsys,
 
 def test_the_plan_of_a_dry_run_shows_how_many_layers_recompute(stand_ins, capsys, monkeypatch):
     (stand_ins.root / "models/Qwen/Qwen2.5-7B-Instruct/config.json").write_text(json.dumps(SMALL))
+    settings = {"DRY_RUN": "1", "CHECKPOINTED_LAYERS": "auto", "TORCH_COMPILE": "True"}
     for memory, shown in (("80", "0 of 2 layers"), ("1", "2 of 2 layers")):
-        flags = ("--checkpointed_layers", "auto", "--gpu_memory_gb", memory)
-        call = stand_ins.call("finetune_glm4voice_stage1", "512", "run", *flags, DRY_RUN="1")
-        plan = sections(printed(call, capsys, monkeypatch)[1])["trains and costs"]
-        assert f"{shown} recompute their activations" in plan
+        flags = ("--gpu_memory_gb", memory)
+        call = stand_ins.call("finetune_glm4voice_stage1", "512", "run", *flags, **settings)
+        text = printed(call, capsys, monkeypatch)[1]
+        assert f"{shown} recompute their activations" in sections(text)["trains and costs"]
+        assert values(text)["checkpointed_layers"] == ("auto", "environment: CHECKPOINTED_LAYERS")
+        assert values(text)["torch_compile"] == ("True", "environment: TORCH_COMPILE")
 
 
 def test_every_value_says_where_it_comes_from(stand_ins, capsys, monkeypatch):
