@@ -18,6 +18,7 @@ from vita_audio.engine.requests import Request
 from vita_audio.engine.sampling import (
     Drawing,
     Rules,
+    best_ids,
     between_markers,
     distribution,
     only_speech,
@@ -286,14 +287,14 @@ class Round:
             # The full projection reads the weights anyway: a few more states cost nothing.
             pending = self.checks.hidden.flatten(0, 1)
             every = project(weights, torch.cat([hidden, pending]), None, False)
-            self.checks.compare(every[len(hidden) :].argmax(dim=1))
+            self.checks.compare(best_ids(every[len(hidden) :]))
             logits = every[: len(hidden)]
             if restricted is not None:
                 logits = only_speech(weights, logits, restricted)
         else:
             logits = project(weights, hidden, restricted, audio_only)
         if self.plan.drawing.plain:
-            tokens = logits.argmax(dim=1) + first_id
+            tokens = best_ids(logits) + first_id
         else:
             probabilities = distribution(logits, self.rules, self.plan.drawing, self.used, first_id)
             # Each pass has its column, after those of the drafts: company changes no row's draws.
@@ -331,7 +332,7 @@ class Round:
         if (restricted := self._restricted(by_head=False)) is not None:  # of rows without drafts
             logits[:, 0] = only_speech(weights, logits[:, 0], restricted & ~self.modes.lossless)
         if plan.drawing.plain:
-            accepted, following = accept_greedy(ids, drafts, logits.argmax(dim=2))
+            accepted, following = accept_greedy(ids, drafts, best_ids(logits))
         else:
             p = torch.stack([self._target(logits[:, i], ids[:, :i]) for i in range(num_heads + 1)], dim=1)
             q = torch.zeros_like(p[:, 1:]) if self.draft_probabilities is None else self.draft_probabilities

@@ -92,6 +92,14 @@ class Drawing:
         )
 
 
+def best_ids(logits: Tensor) -> Tensor:
+    """Ids of the highest logits, the first of equal ones: (..., vocabulary) -> (...).
+
+    On CPUs ``argmax`` takes five times as long in bfloat16.
+    """
+    return logits.max(dim=-1).indices
+
+
 def project(weights: Weights, hidden: Tensor, restricted: Tensor | None, audio_only: bool) -> Tensor:
     """Logits of hidden states.
 
