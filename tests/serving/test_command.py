@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+import torch
 
 from vita_audio.cli import serve
 from vita_audio.cli.arguments import run_command
@@ -104,3 +106,18 @@ def test_a_folder_of_voices_that_does_not_exist_is_one_line(tiny_world, tmp_path
     flags += ["--audio_tokenizer_path", tiny_world.codec_dir, "--voices_dir", tmp_path / "none"]
     with pytest.raises(SystemExit, match="there is no such folder"):
         run_command(lambda: serve.main([str(flag) for flag in flags]))
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 3), ("5", 2)])
+def test_the_server_leaves_half_of_the_cores_free(given, expected, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        serve.leave_cores_free()
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

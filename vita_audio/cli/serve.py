@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_on_ray(args):
         serve_on_ray(args, folder, codec, welcome(options.url, name, bool(keys)))
         return
+    leave_cores_free()
     pipeline = SpeechPipeline.open(folder, codec, RUNTIME.read(args))
     asyncio.run(serve(Service(pipeline, options, name), keys))
 
@@ -130,6 +131,14 @@ def choose_model(args: argparse.Namespace) -> tuple[str | Path, CodecOptions]:
     if not (model / "config.json").is_file():
         sys.exit(NO_MODEL)
     return model, CodecOptions("mel_vq", QUICKSTART / "codec")
+
+
+def leave_cores_free() -> None:
+    """Compute with half of the cores, unless OMP_NUM_THREADS is set; connections and the detector need the others."""
+    import torch  # takes seconds, and --help needs none
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
 
 
 async def serve(service: Service, keys: Sequence[str]) -> None:
