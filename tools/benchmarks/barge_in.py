@@ -20,12 +20,11 @@ import threading
 import time
 from collections.abc import Generator
 from dataclasses import replace
-from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import websockets
-from benchmarks.serve import APPEND_BYTES, RATE, read_questions
+from benchmarks.serve import APPEND_BYTES, RATE, add_questions, read_questions
 
 from vita_audio.cli.arguments import CODEC, RUNTIME, command_parser
 from vita_audio.inference import Event, Reply, Request, SpeechPipeline
@@ -55,10 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, metavar="DIR", help="checkpoint folder")
     CODEC.add_to(parser)
     RUNTIME.add_to(parser)
-    parser.add_argument(
-        "--questions", type=Path, required=True, metavar="FILE", help="samples with spoken questions"
-    )
-    parser.add_argument("--limit", type=int, default=20, metavar="N", help="questions to use")
+    add_questions(parser)
     parser.add_argument("--times", type=int, default=50, metavar="N", help="interruptions")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     return parser.parse_args(argv)

@@ -18,12 +18,11 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from benchmarks.serve import read_questions
-from benchmarks.soak import Crowd, talk
+from benchmarks.serve import add_questions, add_server, read_questions
+from benchmarks.soak import Crowd, add_visitors, talk
 from prometheus_client.parser import text_string_to_metric_families
 
 from vita_audio.cli.arguments import command_parser
@@ -45,16 +44,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog="tools/benchmark.py scale")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the cluster")
-    parser.add_argument("--api_key", default="none", help="API key of the cluster")
-    parser.add_argument(
-        "--questions", type=Path, required=True, metavar="FILE", help="samples with spoken questions"
-    )
-    parser.add_argument("--limit", type=int, default=20, metavar="N", help="questions to use")
-    parser.add_argument("--talkers", type=int, default=6, metavar="N", help="visitors at once under load")
-    parser.add_argument(
-        "--pause", type=float, default=0.3, metavar="S", help="mean pause between visits, in seconds"
-    )
+    add_server(parser, "cluster")
+    add_questions(parser)
+    add_visitors(parser, talkers=6)
     parser.add_argument(
         "--patience", type=float, default=900, metavar="S", help="longest wait for a replica, in seconds"
     )

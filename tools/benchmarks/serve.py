@@ -71,22 +71,32 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog="tools/benchmark.py serve")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the server")
-    parser.add_argument(
-        "--questions", type=Path, required=True, metavar="FILE", help="samples with spoken questions"
-    )
-    parser.add_argument("--limit", type=int, default=20, metavar="N", help="questions to use")
+    add_server(parser)
+    add_questions(parser)
     parser.add_argument(
         "--talkers", type=int, nargs="+", default=[1, 4, 8], metavar="N", help="replies that overlap"
     )
     parser.add_argument(
         "--turns", type=int, default=40, metavar="N", help="questions asked at each number of talkers"
     )
-    parser.add_argument("--api_key", default="none", help="API key of the server")
     parser.add_argument("--seed", type=int, default=0, help="seed of the arrivals")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the latencies")
     return parser.parse_args(argv)
+
+
+def add_server(parser: argparse.ArgumentParser, what: str = "server") -> None:
+    """Flags of a benchmark that visits a server."""
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help=f"address of the {what}")
+    parser.add_argument("--api_key", default="none", help=f"API key of the {what}")
+
+
+def add_questions(parser: argparse.ArgumentParser) -> None:
+    """Flags of a benchmark that asks spoken questions; see :func:`read_questions`."""
+    parser.add_argument(
+        "--questions", type=Path, required=True, metavar="FILE", help="samples with spoken questions"
+    )
+    parser.add_argument("--limit", type=int, default=20, metavar="N", help="questions to use")
 
 
 def read_questions(file: Path, limit: int) -> list[bytes]:

@@ -30,7 +30,7 @@ from urllib.request import Request as Body
 from urllib.request import urlopen
 
 import websockets
-from benchmarks.serve import RATE, ask_on, read_metrics, read_questions, wav_of
+from benchmarks.serve import RATE, add_questions, add_server, ask_on, read_metrics, read_questions, wav_of
 
 from vita_audio.cli.arguments import command_parser
 from vita_audio.extras import needs_extra
@@ -91,19 +91,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__, prog="tools/benchmark.py soak")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the server")
-    parser.add_argument("--api_key", default="none", help="API key of the server")
-    parser.add_argument(
-        "--questions", type=Path, required=True, metavar="FILE", help="samples with spoken questions"
-    )
-    parser.add_argument("--limit", type=int, default=20, metavar="N", help="questions to use")
-    parser.add_argument("--talkers", type=int, default=8, metavar="N", help="visitors at once")
+    add_server(parser)
+    add_questions(parser)
+    add_visitors(parser, talkers=8)
     parser.add_argument("--seconds", type=int, default=1200, metavar="N", help="how long")
     parser.add_argument(
         "--warm_up", type=int, default=5, metavar="N", help="seconds before anything is counted"
-    )
-    parser.add_argument(
-        "--pause", type=float, default=0.3, metavar="S", help="mean pause between visits, in seconds"
     )
     parser.add_argument(
         "--most_growth_mb", type=float, default=20, metavar="MB", help="growth of memory that is accepted"
@@ -111,6 +104,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw memory, threads and files over time")
     return parser.parse_args(argv)
+
+
+def add_visitors(parser: argparse.ArgumentParser, talkers: int) -> None:
+    """Flags of a benchmark whose visitors are those of :func:`talk`."""
+    parser.add_argument("--talkers", type=int, default=talkers, metavar="N", help="visitors at once")
+    parser.add_argument(
+        "--pause", type=float, default=0.3, metavar="S", help="mean pause between visits, in seconds"
+    )
 
 
 async def soak(args: argparse.Namespace) -> tuple[Crowd, dict[str, Any]]:

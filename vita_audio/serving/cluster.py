@@ -255,9 +255,7 @@ class Replica:
     async def drain(self) -> None:
         """Refuse new replies. Returns when the running ones have ended."""
         self._service.draining = True
-        deadline = time.monotonic() + self._service.options.drain_seconds
-        while not self._service.idle and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+        await self._service.until_idle()
 
     async def close(self) -> None:
         """End the server. Returns when its conversations are closed."""

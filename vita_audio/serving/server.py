@@ -83,9 +83,7 @@ class Server(uvicorn.Server):
 
     async def _end_when_idle(self) -> None:
         _logger.info("shutting down: running replies end first")
-        deadline = asyncio.get_running_loop().time() + self._service.options.drain_seconds
-        while not self._service.idle and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.05)
+        await self._service.until_idle()
         self.should_exit = True
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager, nullcontext
@@ -115,6 +116,12 @@ class Service:
             yield
         finally:
             self._works -= 1
+
+    async def until_idle(self) -> None:
+        """Return when no reply is left, or after ``drain_seconds``."""
+        deadline = time.monotonic() + self.options.drain_seconds
+        while not self.idle and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
 
     @property
     def voice_names(self) -> list[str]:
