@@ -8,7 +8,10 @@ to it (docs/engine.md has the figures). The blocked copy doubles the memory of t
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,6 +21,19 @@ SMALLEST_PACKED = 1 << 19
 """Bytes of a float32 matrix from which oneDNN's product can be the faster one; below, its call costs more."""
 SMALLEST_PACKED_ROW = 1 << 21
 """The same for a single row, where PyTorch has a matrix-vector product without a copy of its own."""
+
+
+SWITCH = "VITA_AUDIO_TRITON"
+"""Environment variable; 0 leaves a GPU to PyTorch's kernels alone, for debugging."""
+
+
+def gpu_kernels(device: torch.device) -> ModuleType | None:
+    """:mod:`~vita_audio.engine.triton_kernels` where they can run."""
+    if device.type != "cuda" or os.environ.get(SWITCH, "1") == "0" or find_spec("triton") is None:
+        return None
+    from vita_audio.engine import triton_kernels
+
+    return triton_kernels
 
 
 class Product:
@@ -97,13 +113,15 @@ class Norm:
 
     def __init__(self, weight: Tensor, eps: float, folded: bool = False):
         self._weight, self._eps, self._folded = weight.detach(), eps, folded
-        self._on_cpu = weight.device.type == "cpu"
+        self._fused = gpu_kernels(weight.device)
         self.scale = self._weight.float() * math.sqrt(weight.numel())
         self._least = torch.tensor(math.sqrt(weight.numel() * eps))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(n, d) -> (n, d)."""
-        if not self._on_cpu:
+        if self._fused is not None:
+            return self._fused.rms_norm(x, self._weight, self._eps)
+        if x.device.type != "cpu":
             return rms_norm(x, self._weight.shape, self._weight, self._eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).hypot_(self._least)
         normed = x.div(length)

@@ -1,7 +1,8 @@
-"""Products with weights of 8 bits on CPUs: half the memory of bfloat16, and integer arithmetic.
+"""Products with weights of 8 bits: half the memory of bfloat16, and on CPUs integer arithmetic.
 
-Weights have one scale per output, inputs one per row, so a row's result does not depend on its company. Sums are exact
-integers; the loss is the rounding of weights and inputs alone.
+Weights have one scale per output. On a CPU inputs have one per row, so a row's result does not depend on its company;
+sums are exact integers, and the loss is the rounding of weights and inputs alone. On a GPU inputs stay as they are
+(:class:`~vita_audio.engine.triton_kernels.Int8WeightProduct`).
 """
 
 from __future__ import annotations
@@ -21,18 +22,22 @@ ZERO_POINT = 128
 """Of inputs, which the kernel takes unsigned."""
 
 
+def to_int8(weight: Tensor, largest: int = LARGEST) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) as integers up to ``largest``, and their scales, (out,) float32."""
+    weight = weight.float()
+    scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / largest
+    return (weight / scale[:, None]).round_().to(torch.int8), scale
+
+
 class Int8Product:
-    """y = x W^T + b for a fixed weight in 8 bits; see :class:`~vita_audio.engine.kernels.Product`."""
+    """y = x W^T + b for a fixed weight in 8 bits, on a CPU; see :class:`~vita_audio.engine.kernels.Product`."""
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None):
         weight, self.bias = joined(weights, biases)
         self.out_features, self.in_features = weight.shape
         largest = LARGEST if torch.cpu._is_vnni_supported() else LARGEST_WITHOUT_VNNI
-        weight = weight.float()
-        scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / largest
-        quantized = (weight / scale[:, None]).round_().to(torch.int8)
+        quantized, self._scale = to_int8(weight, largest)
         self._packed: Tensor = torch.ops.onednn.qlinear_prepack(quantized, None)
-        self._scale = scale
         self._zero_points = torch.zeros(self.out_features, dtype=torch.long)
 
     @property

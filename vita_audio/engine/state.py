@@ -18,6 +18,9 @@ from torch import Tensor
 
 from vita_audio.engine.weights import Weights
 
+MOST_FUSED = 64
+"""Positions of a row up to which a GPU's own attention is the faster one; a chunk of a prompt has more."""
+
 
 class State:
     """Caches of every layer and head, the tokens, and the lengths of ``rows`` rows; a round makes ``most`` tokens.
@@ -109,6 +112,7 @@ class Window:
         places: (n,) in all rows' positions in one, (rows * (length + 1)). cache_places: (n * 2 kv,) in a cache's.
         cos, sin: (n, queries + 2 kv, d_head), see :func:`vita_audio.engine.steps.run_layer`.
         masks: for each reach of attention (None: all) what is added to the scores, (rows, 1, groups * width, length).
+            None: a kernel of the GPU's own attends, and knows from the positions.
         length: positions of the caches that are read.
     """
 
@@ -118,7 +122,7 @@ class Window:
     cache_places: Tensor
     cos: Tensor
     sin: Tensor
-    masks: dict[int | None, Tensor | None]
+    masks: dict[int | None, Tensor | None] | None
     length: int
 
 
@@ -156,7 +160,9 @@ def window_of(
         cache_places=cache_places.flatten(),
         cos=torch.cat([cos.expand(rotated), state.ones.expand(kept)], dim=1),
         sin=torch.cat([sin.expand(rotated), state.zeros.expand(kept)], dim=1),
-        masks={
+        masks=None
+        if weights.fused is not None and width <= MOST_FUSED
+        else {
             reach: None
             if exact and width == 1 and reach is None
             else causal_mask(positions, state.columns[:length], reach, groups, weights.dtype)

@@ -25,16 +25,29 @@ def run_layer(weights: Weights, layer: Layer, cache: Tensor, x: Tensor, window: 
     Returns:
         (n, d).
     """
+    heard = attention(weights, layer, cache, layer.qkv(layer.input_norm(x)), window)
+    x = layer.out(heard, add=x)
+    gate_up = layer.gate_up(layer.mlp_norm(x))
+    return layer.down(gate(gate_up) if weights.fused is None else weights.fused.gate(gate_up), add=x)
+
+
+def attention(weights: Weights, layer: Layer, cache: Tensor, qkv: Tensor, window: Window) -> Tensor:
+    """Rotary embedding, the cache, and attention over it: (n, (queries + 2 kv) d_head) -> (n, queries * d_head)."""
     rows, width = window.positions.shape
-    queries, kv, size, length = weights.queries, weights.kv, weights.head_size, window.length
-    qkv = layer.qkv(layer.input_norm(x)).view(-1, queries + 2 * kv, size)
+    queries, kv, size = weights.queries, weights.kv, weights.head_size
+    qkv = qkv.view(-1, queries + 2 * kv, size)
+    if weights.fused is not None and window.masks is None:
+        query = weights.fused.rotate(qkv, window.cos, window.sin, cache, window.cache_places, queries)
+        return weights.fused.attend(
+            query, cache, window.positions, window.rows.start, window.length, layer.window
+        )
+    assert window.masks is not None
     query, keys_values = rotate(qkv, window.cos, window.sin, rows, width, queries, kv)
     cache.view(-1, size).index_copy_(0, window.cache_places, keys_values)
-    keys, values = cache[:, window.rows, :, :length].unbind()
+    keys, values = cache[:, window.rows, :, : window.length].unbind()
     heard = attend(query, keys, values, window.masks[layer.window])
     heard = heard.view(rows, kv, queries // kv, width, size).permute(0, 3, 1, 2, 4)
-    x = layer.out(heard.reshape(-1, queries * size), add=x)
-    return layer.down(gate(layer.gate_up(layer.mlp_norm(x))), add=x)
+    return heard.reshape(-1, queries * size)
 
 
 def run_backbone(weights: Weights, state: State, x: Tensor, window: Window) -> Tensor:

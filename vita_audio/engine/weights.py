@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from vita_audio.engine.kernels import Norm, Product
+from vita_audio.engine.kernels import Norm, Product, gpu_kernels
 from vita_audio.engine.quantized import Int8Product
 
 if TYPE_CHECKING:
@@ -21,7 +21,22 @@ STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 
 Quantization = Literal["none", "int8"]
 """Types of the weights: the model's own, or 8 bits."""
-AnyProduct = Product | Int8Product
+
+
+class AnyProduct(Protocol):
+    """A product with a fixed weight; see :class:`~vita_audio.engine.kernels.Product`."""
+
+    in_features: int
+    out_features: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a call reads."""
+        ...
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """(n, in) -> (n, out); ``add`` (n, out) is added to the result, in products without a bias."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ class Weights:
     Args:
         model: on its device, in evaluation mode.
         audio_rows: the speech part of the vocabulary; None: it is never projected alone.
-        quantization: ``int8`` keeps the matrices in 8 bits, one scale per output; on a CPU only.
+        quantization: ``int8`` keeps the matrices in 8 bits, one scale per output; on CPUs, and on GPUs with Triton.
         free: empty each matrix of the model once it is copied; the model can then generate no more.
 
     Raises:
@@ -97,15 +112,16 @@ class Weights:
             raise ValueError(
                 f"rope_type {kind}: the engine needs one of {', '.join(STATIC_ROPE)}; use generate()"
             )
-        if quantization != "none" and model.device.type != "cpu":
-            raise ValueError(f"quantization={quantization}: the engine has it on CPUs only; use none")
-        make = Maker(quantization, free, fold=model.dtype == torch.float32 and model.device.type == "cpu")
+        make = Maker(model.device, model.dtype, quantization, free)
         self.num_layers = config.num_backbone_layers
         self.num_heads = config.num_nextn_predict_layers
         self.d = config.hidden_size
         self.queries = config.num_attention_heads
         self.kv = config.num_key_value_heads
         self.head_size = getattr(config, "head_dim", None) or self.d // self.queries
+        self.fused = gpu_kernels(model.device)
+        if self.fused is not None and not self.fused.fits(self.head_size):
+            self.fused = None
         embeddings: Any = model.get_input_embeddings()
         self.embedding: Tensor = embeddings.weight.detach()
         self.vocab_size = len(self.embedding)
@@ -167,14 +183,17 @@ class Weights:
 class Maker:
     """Makes products of a model's linear layers; see :class:`Weights`.
 
-    Args:
-        fold: put the weights of norms into the products that follow, which saves an operation each. Rounds twice,
-            so for float32 only.
+    On a CPU the weights of norms go into the products that follow, which saves an operation each. That rounds twice,
+    so it is for float32 alone.
     """
 
-    def __init__(self, quantization: Quantization, free: bool, fold: bool):
-        self.kind: type[AnyProduct] = Product if quantization == "none" else Int8Product
-        self._free, self._fold = free, fold and quantization == "none"
+    def __init__(self, device: torch.device, dtype: torch.dtype, quantization: Quantization, free: bool):
+        self.kind: Callable[..., AnyProduct] = Product
+        if quantization != "none":
+            self.kind = int8_product(device)
+        self._free = free
+        on_cpu = device.type == "cpu" and gpu_kernels(device) is None
+        self._fold = on_cpu and quantization == "none" and dtype == torch.float32
 
     def product(self, *linears: Any, norms: Sequence[Norm] = ()) -> AnyProduct:
         """The product with all of them, joined along their outputs; ``norms`` make its inputs."""
@@ -217,6 +236,19 @@ class Maker:
 
 def _norm(module: Any, folded: bool = False) -> Norm:
     return Norm(module.weight, module.variance_epsilon, folded)
+
+
+def int8_product(device: torch.device) -> Callable[..., AnyProduct]:
+    """The product with weights of 8 bits on a device.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if device.type == "cpu":
+        return Int8Product
+    if (fused := gpu_kernels(device)) is None:
+        raise ValueError("quantization=int8: the engine has it on CPUs, and on GPUs with Triton; use none")
+    return fused.Int8WeightProduct
 
 
 def can_run(model: Qwen2MTPForCausalLM) -> bool:
