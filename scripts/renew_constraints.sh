@@ -24,7 +24,7 @@ printf '%s\n' setuptools wheel ninja |
   echo "# The CPU environment, transitive packages included, for Python 3.11 to 3.13."
   echo "# Written by scripts/renew_constraints.sh; do not edit."
   # torch pins CUDA's libraries itself, and needs them only in its CUDA build.
-  grep -Ev "^(nvidia-|cuda-|triton)|sys_platform == 'emscripten'|sys_platform == 'win32'" "$work/resolved.txt"
+  grep -Ev "^(nvidia-|cuda-)|sys_platform == 'emscripten'|sys_platform == 'win32'" "$work/resolved.txt"
 } >"$work/constraints-cpu.txt"
 mv "$work/constraints-cpu.txt" constraints-cpu.txt
 git --no-pager diff --stat -- constraints-cpu.txt

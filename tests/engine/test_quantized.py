@@ -94,7 +94,9 @@ def test_shared_embeddings_are_kept():
 
 
 def test_other_devices_and_kinds_are_refused_by_name():
-    with pytest.raises(ValueError, match="quantization=int8: the engine has it on CPUs only"):
+    with pytest.raises(
+        ValueError, match="quantization=int8: the engine has it on CPUs, and on GPUs with Triton"
+    ):
         Weights(random_model().to("meta"), quantization="int8")
     with pytest.raises(ValueError, match="quantization='int3': use none, int8"):
         RuntimeOptions(quantization="int3")

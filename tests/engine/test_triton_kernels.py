@@ -2,13 +2,17 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from golden_requests import golden_request
 from torch.nn.functional import rms_norm
 
-from vita_audio.engine import Engine, kernels, triton_kernels, weights
+from vita_audio.engine import Engine, Request, kernels, triton_kernels, weights
 from vita_audio.engine.quantized import to_int8
 from vita_audio.engine.state import causal_mask
 
@@ -28,7 +32,7 @@ def on_the_gpu_if_there_is_one():
 
 
 def test_the_norm_is_pytorchs():
-    x, weight = torch.randn(3, 100), torch.randn(100)
+    x, weight = torch.randn(3, 2, 100)[:, 1], torch.randn(100)
     torch.testing.assert_close(triton_kernels.rms_norm(x, weight, 1e-6), rms_norm(x, (100,), weight, 1e-6))
 
 
@@ -84,6 +88,8 @@ def test_products_with_weights_of_8_bits(rows, outputs, inputs):
     for _ in range(2):  # what blocks count on must be as before
         torch.testing.assert_close(product(x), (exact + offset).float(), rtol=1e-5, atol=1e-3)
     assert torch.equal(product(x[:1]), product(x)[:1])
+    apart = torch.randn(rows, 3, inputs)
+    assert torch.equal(product(apart[:, 1]), product(apart[:, 1].contiguous()))
     add = torch.randn(rows, outputs + 10)
     without_bias = triton_kernels.Int8WeightProduct(parts)
     torch.testing.assert_close(without_bias(x, add=add), (exact + add).float(), rtol=1e-5, atol=1e-3)
@@ -94,6 +100,7 @@ def test_products_with_weights_of_8_bits(rows, outputs, inputs):
 def on_the_gpus_kernels(monkeypatch):
     for module in (kernels, weights):
         monkeypatch.setattr(module, "gpu_kernels", lambda device: triton_kernels)
+    monkeypatch.setattr(weights, "Int8Product", triton_kernels.Int8WeightProduct)
 
 
 def test_replies_are_the_golden_ones(golden_model, on_the_gpus_kernels):
@@ -101,3 +108,22 @@ def test_replies_are_the_golden_ones(golden_model, on_the_gpus_kernels):
     cases = [case for case in CASES if len(case["prompt"]) <= triton_kernels.CHUNK][:4]
     handles = [engine.submit(golden_request(case)) for case in cases]
     assert [handle.tokens() for handle in handles] == [case["new_tokens"] for case in cases]
+
+
+def test_replies_of_8_bits_in_company_are_those_alone(golden_model, on_the_gpus_kernels):
+    model = copy.deepcopy(golden_model).to(torch.get_default_device())
+    engine = Engine(model, max_rows=3, max_length=100, quantization="int8")
+    prompt = CASES[0]["prompt"][:20]
+    wanted = [Request([5 + row, *prompt], "turbo", max_new_tokens=11) for row in range(3)]
+    alone = [engine.submit(each).tokens() for each in wanted]
+    handles = [engine.submit(each) for each in wanted]
+    assert [handle.tokens() for handle in handles] == alone
+
+
+@pytest.mark.slow
+def test_all_kernels_compile_for_three_generations_of_gpus():
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    run = subprocess.run([sys.executable, script], env=compiling, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "kernels compile" in run.stdout

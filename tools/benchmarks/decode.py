@@ -4,13 +4,13 @@
 ``python tools/benchmark.py decode --sizes 0.5b 1.5b 3b 7b --tokens 4096``
 
 One row of tokens costs the bytes of the weights that its passes read: decoding runs at the machine's bandwidth. The
-limit is that bandwidth, measured in the same run by the engine's own matrix-vector product, divided by the bytes
-per token. The ways take turns, and the fastest of their runs counts.
+limit is that bandwidth, measured by the engine's own matrix-vector product before and after each run, divided by the
+bytes per token. The ways take turns, and the fastest of their runs counts; of the shares of the limit, the median.
 
 * plain: the loop of ``model.generate``;
 * engine: the same tokens from the engine;
 * engine_audio_rows: the heads read only the vocabulary's rows of speech (``audio_rows="on"``);
-* engine_int8, if ``--ways`` names it: weights in 8 bits, on a CPU. It has a limit of its own.
+* engine_int8, if ``--ways`` names it: weights in 8 bits. It has a limit of its own.
 
 With random weights the heads' drafts are never accepted, so the lossless row then shows the cost, not the gain.
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -54,12 +55,16 @@ class Run:
     Attributes:
         seconds: of the whole reply, with the prompt.
         chunks: until each chunk of speech is generated.
+        bandwidth: bytes per second of the engine's product, around the run.
+        share: of that bandwidth, what the run read.
     """
 
     seconds: float
     chunks: list[float]
     backbone_passes: int
     head_passes: int
+    bandwidth: float = 0.0
+    share: float = 0.0
 
     @property
     def first(self) -> float:
@@ -144,8 +149,6 @@ def measure_model(path: Path, arguments: argparse.Namespace, console: Console) -
     """All ways and modes of one model, printed as a table."""
     model, engines = build(path, arguments)
     engine = engines["engine"]
-    bandwidths = {way: read_speed(each) for way, each in engines.items()}
-    bandwidths["plain"] = bandwidths["engine"]
     runs = best_runs(model, engines, arguments)
     table = Table(
         title=f"{path.stem}: {arguments.tokens} tokens after a prompt of {arguments.prompt}, {arguments.dtype}"
@@ -167,20 +170,20 @@ def measure_model(path: Path, arguments: argparse.Namespace, console: Console) -
         best = runs[way, mode]
         speed = arguments.tokens / best.seconds
         size = bytes_read(engines.get(way, engine), best, way) / arguments.tokens
-        share = speed * size / bandwidths[way]
         reference = summary["plain"].get("vanilla" if mode == "lossless" else mode)
         summary[way][mode] = {
             "tokens_per_second": round(speed, 2),
             "first_11_seconds": round(best.first, 4),
-            "share_of_limit": round(share, 3),
+            "share_of_limit": round(best.share, 3),
         }
         gain = "" if reference is None else f"{speed / reference['tokens_per_second']:.2f}"
         table.add_row(
             mode, way, f"{speed:.1f}", gain, f"{1000 * best.first:.1f}",
-            f"{best.backbone_passes / arguments.tokens:.2f}", f"{size / 1e6:.0f}", f"{share:.0%}",
+            f"{best.backbone_passes / arguments.tokens:.2f}", f"{size / 1e6:.0f}", f"{best.share:.0%}",
         )  # fmt: skip
     console.print(table)
-    console.print(f"Weights are read at {bandwidths['engine'] / 1e9:.1f} GB/s by one row")
+    speeds = [run.bandwidth / 1e9 for (way, _), run in runs.items() if way != "engine_int8"]
+    console.print(f"Weights are read at {min(speeds):.1f} to {max(speeds):.1f} GB/s by one row")
     summary["rows"] = {}
     for count in arguments.rows:
         seconds = min(together(engine, count, arguments) for _ in range(2))
@@ -211,16 +214,21 @@ def best_runs(
     for repeat in range(arguments.repeats + 1):  # the first run of each warms up
         tokens = arguments.tokens if repeat or arguments.warm_up is None else arguments.warm_up
         for way, mode in ways(arguments):
+            engine = engines.get(way, engines["engine"])
+            before = read_speed(engine)
             if way == "plain":
                 run = plain(model, mode, arguments, tokens)
             else:
-                run = engine_run(engines[way], way, mode, arguments, tokens)
+                run = engine_run(engine, way, mode, arguments, tokens)
+            run.bandwidth = (before + read_speed(engine)) / 2
+            run.share = bytes_read(engine, run, way) / run.seconds / run.bandwidth
             runs.setdefault((way, mode), []).append(run)
     best = {}
     for key, (_, *timed) in runs.items():
         fastest = min(timed, key=lambda run: run.seconds)
         first = min(run.first for run in timed)
-        best[key] = replace(fastest, chunks=[first, *fastest.chunks[1:]])
+        share = statistics.median(run.share for run in timed)
+        best[key] = replace(fastest, chunks=[first, *fastest.chunks[1:]], share=share)
     return best
 
 
@@ -318,12 +326,12 @@ def read_speed(engine: Engine) -> float:
     product = engine.weights.lm_head
     x = torch.randn(1, product.in_features, dtype=engine.weights.dtype, device=engine.weights.device)
     best = float("inf")
-    for _ in range(10):
+    for _ in range(5):
         begin = time.perf_counter()
-        for _ in range(5):
+        for _ in range(4):
             y = product(x)
         y[0, 0].item()
-        best = min(best, (time.perf_counter() - begin) / 5)
+        best = min(best, (time.perf_counter() - begin) / 4)
     return product.num_bytes / best
 
 
@@ -342,10 +350,11 @@ def draw(results: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> N
 
     figure, panels = pyplot.subplots(1, len(results), figsize=(5 * len(results) + 1, 4), squeeze=False)
     for panel, (name, summary) in zip(panels[0], results.items(), strict=True):
-        for offset, way in enumerate(WAYS):
+        for number, way in enumerate(arguments.ways):
             speeds = [summary[way].get(mode, {}).get("tokens_per_second", 0.0) for mode in arguments.modes]
-            places = [place + 0.27 * (offset - 1) for place in range(len(speeds))]
-            bars = panel.bar(places, speeds, width=0.25, label=way.replace("_", " "))
+            width = 0.8 / len(arguments.ways)
+            places = [place - 0.4 + width * (number + 0.5) for place in range(len(speeds))]
+            bars = panel.bar(places, speeds, width=0.95 * width, label=way.replace("_", " "))
             panel.bar_label(bars, fmt=lambda speed: f"{speed:.0f}" if speed else "", fontsize=7)
         panel.set_xticks(range(len(arguments.modes)), arguments.modes)
         panel.set_title(f"{name}, {arguments.dtype}, {device_name(arguments)}", fontsize=9)

@@ -201,7 +201,8 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Run one turn: a chunk of a prompt, or a round. Returns whether there was anything to do."""
-        with self._work:
+        # Recordings and kernels of our own run on the current device, whichever the tensors are on.
+        with self._work, torch.accelerator.device_index(self._weights.device.index):
             self._end_unwanted()
             self._admit()
             turn = self._scheduler.next(self._table.running)

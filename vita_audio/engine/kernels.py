@@ -67,12 +67,14 @@ class Product:
         return size * self.in_features * self.out_features
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """(n, in) -> (n, out); ``add`` (n, out) is added to the result, in products without a bias."""
+        """(n, in) -> (n, out); ``add`` (n, out) is added to the result, in products without a bias, and may be
+        overwritten."""
         if self._packed is None or len(x) < self._fewest_rows:
-            offset = self.bias if add is None else add
-            return (
-                torch.mm(x, self._transposed) if offset is None else torch.addmm(offset, x, self._transposed)
-            )
+            if add is not None:
+                return add.addmm_(x, self._transposed)
+            if self.bias is not None:
+                return torch.addmm(self.bias, x, self._transposed)
+            return torch.mm(x, self._transposed)
         if add is None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, add, self._packed, self.bias, "add")

@@ -15,12 +15,19 @@ from vita_audio.engine.state import State, Window, window_of
 from vita_audio.engine.weights import Layer, Weights
 
 
+def embed(weights: Weights, tokens: Tensor) -> Tensor:
+    """(n,) ids -> (n, d). A GPU takes 8 µs to look up a few ids in PyTorch's way, and 2 µs to index."""
+    if tokens.device.type == "cpu":
+        return embedding(tokens, weights.embedding)
+    return weights.embedding[tokens]
+
+
 def run_layer(weights: Weights, layer: Layer, cache: Tensor, x: Tensor, window: Window) -> Tensor:
     """One decoder layer over a window; keys and values go to the cache.
 
     Args:
         cache: (2, all rows, kv, length + 1, d_head).
-        x: (n, d).
+        x: (n, d); may be overwritten.
 
     Returns:
         (n, d).
@@ -73,9 +80,7 @@ def run_head(weights: Weights, state: State, index: int, hidden: Tensor, window:
     """
     head = weights.heads[index]
     tokens = state.tokens[window.rows].gather(1, window.positions + (index + 1)).flatten()
-    fused = torch.cat(
-        [head.embed_norm(embedding(tokens, weights.embedding)), head.hidden_norm(hidden)], dim=-1
-    )
+    fused = torch.cat([head.embed_norm(embed(weights, tokens)), head.hidden_norm(hidden)], dim=-1)
     cache = state.caches[weights.num_layers + index]
     return weights.norm(run_layer(weights, head.layer, cache, head.proj(fused), window))
 
@@ -106,7 +111,7 @@ def backbone_pass(
     window = window_of(weights, state, rows, first, known, width, length, exact)
     if prompt is None:
         tokens = state.tokens[rows].gather(1, window.positions).flatten()
-        prompt = embedding(tokens, weights.embedding)
+        prompt = embed(weights, tokens)
     hidden = run_backbone(weights, state, prompt, window)
     seen.copy_(known if active is None else torch.where(active, known, seen))
     return window, hidden
@@ -149,7 +154,7 @@ def prompt_pass(
     """
     window = _span(weights, state, row, first, last)
     if embeds is None:
-        embeds = embedding(state.tokens[row, first:last], weights.embedding)
+        embeds = embed(weights, state.tokens[row, first:last])
     run_backbone(weights, state, embeds, window)
     state.seen[row] = last
 

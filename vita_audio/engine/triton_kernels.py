@@ -4,8 +4,8 @@ Between its four products PyTorch launches some twelve small kernels a layer, a 
 attention reads a long cache with one block for each key head. Here it is a norm, a rotation that also fills the cache,
 an attention that shares the cache among blocks, and a gate.
 
-No result of a token depends on its company: each is computed with the same sums in the same order, for any number of
-rows and any length of the cache. ``TRITON_INTERPRET=1`` runs the kernels on a CPU, for tests.
+A query's attention does not depend on its company: it is the same sums in the same order for any number of rows and
+any length of the cache. ``TRITON_INTERPRET=1`` runs the kernels on a CPU, for tests.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, (n, d) -> (n, d); see :class:`~vita_audio.engine.kernels.Norm`."""
     y = torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
-    _rms_norm[(len(x),)](x, weight, y, eps, x.shape[1], block, num_warps=max(1, min(16, block // 512)))
+    warps = max(1, min(16, block // 512))
+    _rms_norm[(len(x),)](x, weight, y, eps, x.shape[1], x.stride(0), block, num_warps=warps)
     return y
 
 
 @triton.jit
-def _rms_norm(x, weight, y, eps, size, block: tl.constexpr):  # pragma: no cover
+def _rms_norm(x, weight, y, eps, size, stride, block: tl.constexpr):
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     inside = columns < size
-    values = tl.load(x + row * size + columns, mask=inside, other=0).to(tl.float32)
+    values = tl.load(x + row * stride + columns, mask=inside, other=0).to(tl.float32)
     scale = 1 / tl.sqrt(tl.sum(values * values, axis=0) / size + eps)
     factors = tl.load(weight + columns, mask=inside, other=0).to(tl.float32)
     tl.store(y + row * size + columns, (values * scale * factors).to(y.dtype.element_ty), mask=inside)
@@ -62,7 +63,7 @@ def gate(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _gate(gate_up, y, size, block: tl.constexpr):  # pragma: no cover
+def _gate(gate_up, y, size, block: tl.constexpr):
     row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < size
     opening = tl.load(gate_up + row * 2 * size + columns, mask=inside, other=0).to(tl.float32)
@@ -89,9 +90,7 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, places: Tensor,
 
 
 @triton.jit
-def _rotate(
-    qkv, cos, sin, query, cache, places, heads, queries, size: tl.constexpr
-):  # pragma: no cover
+def _rotate(qkv, cos, sin, query, cache, places, heads, queries, size: tl.constexpr):
     row, head, columns = tl.program_id(0), tl.program_id(1), tl.arange(0, size)
     start = (row * heads + head) * size
     values = tl.load(qkv + start + columns).to(tl.float32)
@@ -138,12 +137,12 @@ def attend(
     return heard.view(tokens, queries * size)
 
 
-@triton.jit(do_not_specialize=["length", "first_row", "chunks", "width"])
+@triton.jit(do_not_specialize=["length", "first_row", "all_rows", "chunks", "width"])
 def _attend(
     query, cache, positions, heard, parts, sums, scale, length, reach,
     first_row, all_rows, kv, places, queries, width, chunks,
     size: tl.constexpr, in_tile: tl.constexpr, step: tl.constexpr, chunk: tl.constexpr, shared: tl.constexpr,
-):  # pragma: no cover  # fmt: skip
+):  # fmt: skip
     row, head = tl.program_id(0) // kv, tl.program_id(0) % kv
     group = queries // kv
     index = tl.program_id(1) * in_tile + tl.arange(0, in_tile)
@@ -187,7 +186,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def _combine(parts, sums, heard, chunks, size: tl.constexpr, block: tl.constexpr):  # pragma: no cover
+def _combine(parts, sums, heard, chunks, size: tl.constexpr, block: tl.constexpr):
     mine, columns, number = tl.program_id(0), tl.arange(0, size), tl.arange(0, block)
     best = tl.load(sums + (mine * chunks + number) * 2, mask=number < chunks, other=-1e30)
     highest = tl.max(best, axis=0)
@@ -200,7 +199,10 @@ def _combine(parts, sums, heard, chunks, size: tl.constexpr, block: tl.constexpr
 
 
 class Int8WeightProduct:
-    """y = x W^T + b for a fixed weight in 8 bits, inputs as they are; see :class:`~vita_audio.engine.kernels.Product`."""
+    """y = x W^T + b for a fixed weight in 8 bits and inputs as they are, on a GPU.
+
+    See :class:`~vita_audio.engine.kernels.Product`.
+    """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None):
         weight, self.bias = joined(weights, biases)
@@ -228,9 +230,9 @@ class Int8WeightProduct:
         splits = self._splits
         parts = x.new_empty((splits, rows, outputs), dtype=torch.float32) if splits > 1 else x
         arrived = self._arrived if tiles == 1 else self._arrived.new_zeros(tiles * len(self._arrived))
-        _int8_product[(len(self._arrived), splits, tiles)](
+        _int8_product[(tiles, len(self._arrived), splits)](
             x, self._weight, self._scale, self.bias, add, y, parts, arrived,
-            rows, outputs, self.in_features, self._stride, splits,
+            rows, outputs, self.in_features, x.stride(0), self._stride, splits,
             in_tile, OUTPUTS, INPUTS, splits > 1, self.bias is not None, add is not None,
             num_warps=2 if in_tile <= 32 else 4,
         )  # fmt: skip
@@ -240,19 +242,20 @@ class Int8WeightProduct:
 @triton.jit(do_not_specialize=["rows"])
 def _int8_product(
     x, weight, scale, bias, add, y, parts, arrived,
-    rows, outputs, inputs, stride, splits,
+    rows, outputs, inputs, x_stride, stride, splits,
     in_tile: tl.constexpr, out_tile: tl.constexpr, step: tl.constexpr,
     shared: tl.constexpr, has_bias: tl.constexpr, has_add: tl.constexpr,
-):  # pragma: no cover  # fmt: skip
+):  # fmt: skip
     """A tile of y^T; with ``shared``, the last of the blocks that share a tile's sums adds them up."""
-    block, part, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # Blocks that follow each other share a weight's tile, which the GPU's cache then holds.
+    tile, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     out = block * out_tile + tl.arange(0, out_tile)
     row = tile * in_tile + tl.arange(0, in_tile)
     column = tl.arange(0, step)
     steps = stride // step
     total = tl.zeros((out_tile, in_tile), tl.float32)
     w_start = weight + out[:, None].to(tl.int64) * stride + column[None]
-    x_start = x + row[None].to(tl.int64) * inputs + column[:, None]
+    x_start = x + row[None].to(tl.int64) * x_stride + column[:, None]
     for i in tl.range(part * steps // splits * step, (part + 1) * steps // splits * step, step, num_stages=3):
         w_tile = tl.load(w_start + i, mask=(out < outputs)[:, None], other=0)
         here = (row < rows)[None] & (i + column < inputs)[:, None]
@@ -265,7 +268,7 @@ def _int8_product(
         size = rows.to(tl.int64) * outputs
         tl.store(parts + part * size + place, total, mask=keep)
         tl.debug_barrier()
-        counter = arrived + tile * tl.num_programs(0) + block
+        counter = arrived + block * tl.num_programs(0) + tile
         finish = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
         if finish:
             total = tl.zeros((out_tile, in_tile), tl.float32)

@@ -43,7 +43,7 @@ class Turns:
         first = running.seen
         last = min(first + self._chunk(), len(running.tokens) - 1)
         embeds = running.request.embeds
-        part = None if embeds is None else embeds[first:last].to(self._weights.embedding)
+        part = None if embeds is None else embeds[first:last].to(self._weights.embedding, copy=True)
         heads = self._heads_in_use(running)
         prompt_pass(self._weights, self._state, row, first, last, part)
         running.seen = last
@@ -156,7 +156,7 @@ class Turns:
     def _prompt_end(self, running: Running) -> Tensor | None:
         """Inputs of the last chunk of a prompt, (width, d), if they are not plain embeddings."""
         embeds = running.request.embeds
-        return None if embeds is None else embeds[running.seen :].to(self._weights.embedding)
+        return None if embeds is None else embeds[running.seen :].to(self._weights.embedding, copy=True)
 
     def _draw(self, members: Sequence[tuple[int, Running]]) -> None:
         """Each member's own random numbers for one round."""

@@ -35,7 +35,8 @@ class AnyProduct(Protocol):
         ...
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """(n, in) -> (n, out); ``add`` (n, out) is added to the result, in products without a bias."""
+        """(n, in) -> (n, out); ``add`` (n, out) is added to the result, in products without a bias, and may be
+        overwritten."""
         ...
 
 

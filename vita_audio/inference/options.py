@@ -176,7 +176,7 @@ class RuntimeOptions:
         engine: generate with the engine, which copies the weights, or with the loop of ``model.generate``; the
             engine is the default where it can run the model.
         quantization: ``int8`` keeps the engine's weights in 8 bits: half the memory of bfloat16, and faster, on CPUs
-            with AVX-512; replies may differ. ``none`` keeps the model's type.
+            with AVX-512 and on GPUs with Triton; replies may differ. ``none`` keeps the model's type.
 
     Raises:
         ValueError: a kind of quantization that does not exist, or one without the engine.
