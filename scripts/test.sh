@@ -41,7 +41,7 @@ mapfile -t shell_scripts < <(git ls-files '*.sh' .ci/run)
 for script in "${shell_scripts[@]}"; do bash -n "$script"; done
 shellcheck "${shell_scripts[@]}"
 echo "== documentation"
-NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+NO_MKDOCS_2_WARNING=1 mkdocs build --strict # with --quiet it would not fail
 
 echo "== tests"
 if ! $all; then

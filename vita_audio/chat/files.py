@@ -44,7 +44,8 @@ def read_samples(
         path: JSON lines, or one JSON array.
         data_root: base of relative audio paths; those not found there are looked up next to the
             file. Defaults to ``$ROOT_PATH``, else the file's folder.
-        need_reply, answer_lists: see :func:`~vita_audio.chat.sample.parse_sample`.
+        need_reply: see :func:`~vita_audio.chat.sample.parse_sample`.
+        answer_lists: see there.
 
     Raises:
         SampleFileError: the file cannot be read or holds no samples, or a sample cannot be used.

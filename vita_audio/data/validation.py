@@ -55,7 +55,9 @@ def read_validation_set(
     """Read and pack a validation mix. All ranks must call it.
 
     Args:
-        config, tokenizer, codec: as for :func:`vita_audio.data.build_train_loader`.
+        config: as for :func:`vita_audio.data.build_train_loader`.
+        tokenizer: as there.
+        codec: as there.
         samples: how many are scored, of all ranks together.
         requests: how many are answered aloud.
 

@@ -44,7 +44,8 @@ class Engine:
         speech: ids of the vocabulary's markers of speech; without them no request can restrict its rows.
         prompt_chunk: tokens of a prompt that are computed at once while others wait for their round; None: what
             suits the device.
-        quantization, free: see :class:`~vita_audio.engine.weights.Weights`.
+        quantization: see :class:`~vita_audio.engine.weights.Weights`.
+        free: see there.
 
     Raises:
         ValueError: the engine cannot run this model, cannot quantize on its device, or a number is out of range.

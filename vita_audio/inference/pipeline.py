@@ -56,8 +56,8 @@ class SpeechPipeline:
         model: any causal LM of the family, on its device.
         tokenizer: the text tokenizer saved with it, audio tokens included.
         codec: turns speech into the model's input, and codes into sound.
-        engine, quantization: see :class:`~vita_audio.inference.options.RuntimeOptions`. With quantization the engine
-            empties the model's matrices; ``model.generate`` no longer works then.
+        engine: see :class:`~vita_audio.inference.options.RuntimeOptions`.
+        quantization: see there. With it the engine empties the model's matrices; ``model.generate`` no longer works.
 
     Raises:
         ValueError: model, tokenizer and codec do not match, or the engine cannot run the model but must.
@@ -99,9 +99,13 @@ class SpeechPipeline:
         Args:
             model_dir: folder of a ``qwen2_mtp`` or ``qwen2_mtp_sensevoice`` checkpoint, or a name that
                 :func:`~vita_audio.models.open.open_model` accepts.
-            audio_tokenizer_type, audio_tokenizer_path, flow_path, frontend_path: see
-                :class:`~vita_audio.inference.options.CodecOptions`.
-            device, dtype, attn_implementation: see :class:`~vita_audio.inference.options.RuntimeOptions`.
+            audio_tokenizer_type: see :class:`~vita_audio.inference.options.CodecOptions`.
+            audio_tokenizer_path: see there.
+            flow_path: see there.
+            frontend_path: see there.
+            device: see :class:`~vita_audio.inference.options.RuntimeOptions`.
+            dtype: see there.
+            attn_implementation: see there.
         """
         codec = CodecOptions(audio_tokenizer_type, audio_tokenizer_path, flow_path, frontend_path)
         return cls.open(model_dir, codec, RuntimeOptions(device, dtype, attn_implementation))

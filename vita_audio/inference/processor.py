@@ -67,8 +67,10 @@ class VitaAudioProcessor(ProcessorMixin):
         tokenizer: the text tokenizer saved with the model.
         audio_tokenizer_type: codec kind, see ``vita_audio.audio.available_kinds()``. If only folders are given,
             GLM-4-Voice, with SenseVoice features if the tokenizer belongs to the Plus family.
-        audio_tokenizer_path, flow_path, frontend_path: see ``get_audio_tokenizer``. With neither a kind nor a
-            folder the processor handles only text.
+        audio_tokenizer_path: see ``get_audio_tokenizer``. With neither a kind nor a folder the processor handles
+            only text.
+        flow_path: see there.
+        frontend_path: see there.
         device: device of the codec; defaults to CUDA if available. Inputs are returned on the CPU.
 
     Attributes:
@@ -130,8 +132,10 @@ class VitaAudioProcessor(ProcessorMixin):
 
         Args:
             pretrained_model_name_or_path: folder or hub name.
-            audio_tokenizer_type, audio_tokenizer_path, flow_path, frontend_path: see the class; defaults are those
-                saved in processor_config.json.
+            audio_tokenizer_type: see the class; the default is the one saved in processor_config.json.
+            audio_tokenizer_path: see the class; the default likewise.
+            flow_path: see the class; the default likewise.
+            frontend_path: see the class; the default likewise.
             device: see the class.
             hub: as in transformers, such as ``revision`` and ``token``.
 
