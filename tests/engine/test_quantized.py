@@ -95,7 +95,7 @@ def test_shared_embeddings_are_kept():
 
 def test_other_devices_and_kinds_are_refused_by_name():
     with pytest.raises(
-        ValueError, match="quantization=int8: the engine has it on CPUs, and on GPUs with Triton"
+        ValueError, match="quantization=int8: the engine has it on CPUs, and on GPUs where Triton runs"
     ):
         Weights(random_model().to("meta"), quantization="int8")
     with pytest.raises(ValueError, match="quantization='int3': use none, int8"):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,25 @@ def test_replies_of_8_bits_in_company_are_those_alone(golden_model, on_the_gpus_
     alone = [engine.submit(each).tokens() for each in wanted]
     handles = [engine.submit(each) for each in wanted]
     assert [handle.tokens() for handle in handles] == alone
+
+
+def test_where_triton_cannot_compile_the_engine_says_so_once_and_takes_pytorchs_kernels(monkeypatch, caplog):
+    def fail(gate_up):
+        raise RuntimeError("Failed to find C compiler.\nSpecify one.")
+
+    monkeypatch.setattr(triton_kernels, "gate", fail)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **where: None)
+    monkeypatch.setattr(torch.accelerator, "device_index", nullcontext)
+    kernels._tried.cache_clear()
+    for _ in range(2):
+        assert kernels.gpu_kernels(torch.device("cuda", 0)) is None
+    kernels._tried.cache_clear()
+    assert caplog.messages == [
+        "the engine runs on PyTorch's kernels alone, since Triton cannot run here: Failed to find C compiler."
+    ]
+    monkeypatch.setenv("VITA_AUDIO_TRITON", "0")
+    assert kernels.gpu_kernels(torch.device("cuda", 0)) is None
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.slow

@@ -7,9 +7,11 @@ to it (docs/engine.md has the figures). The blocked copy doubles the memory of t
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -26,13 +28,30 @@ SMALLEST_PACKED_ROW = 1 << 21
 SWITCH = "VITA_AUDIO_TRITON"
 """Environment variable; 0 leaves a GPU to PyTorch's kernels alone, for debugging."""
 
+_logger = logging.getLogger(__name__)
+
 
 def gpu_kernels(device: torch.device) -> ModuleType | None:
     """:mod:`~vita_audio.engine.triton_kernels` where they can run."""
     if device.type != "cuda" or os.environ.get(SWITCH, "1") == "0" or find_spec("triton") is None:
         return None
-    from vita_audio.engine import triton_kernels
+    return _tried(device)
 
+
+@cache
+def _tried(device: torch.device) -> ModuleType | None:
+    """The kernels, once one of them has run: Triton needs a C compiler, Python's headers, and a GPU that it knows."""
+    try:
+        from vita_audio.engine import triton_kernels
+
+        with torch.accelerator.device_index(device.index):
+            triton_kernels.gate(torch.zeros(1, 2, device=device))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        _logger.warning(
+            "the engine runs on PyTorch's kernels alone, since Triton cannot run here: %s", reason
+        )
+        return None
     return triton_kernels
 
 

@@ -248,7 +248,9 @@ def int8_product(device: torch.device) -> Callable[..., AnyProduct]:
     if device.type == "cpu":
         return Int8Product
     if (fused := gpu_kernels(device)) is None:
-        raise ValueError("quantization=int8: the engine has it on CPUs, and on GPUs with Triton; use none")
+        raise ValueError(
+            "quantization=int8: the engine has it on CPUs, and on GPUs where Triton runs; use none"
+        )
     return fused.Int8WeightProduct
 
 
