@@ -225,13 +225,11 @@ class Int8WeightProduct:
         largest = 256 // x.element_size()  # what the shared memory of a desktop's GPU holds
         in_tile = min(largest, max(16, triton.next_power_of_2(rows)))
         tiles = triton.cdiv(rows, in_tile)
-        # A prompt's many rows keep the GPU busy without sharing sums, but the order of the sums must stay.
+        splits = self._splits if tiles == 1 else 1  # a prompt's many rows keep the GPU busy without
         y = x.new_empty(rows, outputs)
-        splits = self._splits
         parts = x.new_empty((splits, rows, outputs), dtype=torch.float32) if splits > 1 else x
-        arrived = self._arrived if tiles == 1 else self._arrived.new_zeros(tiles * len(self._arrived))
         _int8_product[(tiles, len(self._arrived), splits)](
-            x, self._weight, self._scale, self.bias, add, y, parts, arrived,
+            x, self._weight, self._scale, self.bias, add, y, parts, self._arrived,
             rows, outputs, self.in_features, x.stride(0), self._stride, splits,
             in_tile, OUTPUTS, INPUTS, splits > 1, self.bias is not None, add is not None,
             num_warps=2 if in_tile <= 32 else 4,
@@ -246,7 +244,7 @@ def _int8_product(
     in_tile: tl.constexpr, out_tile: tl.constexpr, step: tl.constexpr,
     shared: tl.constexpr, has_bias: tl.constexpr, has_add: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y^T; with ``shared``, the last of the blocks that share a tile's sums adds them up."""
+    """A tile of y^T. With ``shared`` there is one tile of rows, and the last of a tile's blocks adds up their sums."""
     # Blocks that follow each other share a weight's tile, which the GPU's cache then holds.
     tile, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     out = block * out_tile + tl.arange(0, out_tile)
@@ -268,7 +266,7 @@ def _int8_product(
         size = rows.to(tl.int64) * outputs
         tl.store(parts + part * size + place, total, mask=keep)
         tl.debug_barrier()
-        counter = arrived + block * tl.num_programs(0) + tile
+        counter = arrived + block
         finish = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
         if finish:
             total = tl.zeros((out_tile, in_tile), tl.float32)
