@@ -41,6 +41,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_before():
+    """What a test ran may have set torch's threads; two processes with two each on two cores are 30 times slower."""
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(THREADS)
+
+
 @dataclass(frozen=True)
 class TinyWorld:
     """Folders of a model, its codec and the samples it knows by heart."""
