@@ -149,7 +149,7 @@ def measure_model(path: Path, arguments: argparse.Namespace, console: Console) -
     """All ways and modes of one model, printed as a table."""
     model, engines = build(path, arguments)
     engine = engines["engine"]
-    runs = best_runs(model, engines, arguments)
+    runs = best_runs(model, engines, arguments, limits=True)
     table = Table(
         title=f"{path.stem}: {arguments.tokens} tokens after a prompt of {arguments.prompt}, {arguments.dtype}"
     )
@@ -211,21 +211,26 @@ def build(path: Path, arguments: argparse.Namespace) -> tuple[Any, dict[str, Eng
 
 
 def best_runs(
-    model: Any, engines: dict[str, Engine], arguments: argparse.Namespace
+    model: Any, engines: dict[str, Engine], arguments: argparse.Namespace, limits: bool = False
 ) -> dict[tuple[str, str], Run]:
-    """The fastest run of each way and mode; they take turns. The first chunk's time is the fastest of all runs."""
+    """The fastest run of each way and mode; they take turns. The first chunk's time is the fastest of all runs.
+
+    Args:
+        limits: also measure the bandwidth around each run.
+    """
     runs: dict[tuple[str, str], list[Run]] = {}
     for repeat in range(arguments.repeats + 1):  # the first run of each warms up
         tokens = arguments.tokens if repeat or arguments.warm_up is None else arguments.warm_up
         for way, mode in ways(arguments):
             engine = engines.get(way, engines["engine"])
-            before = read_speed(engine)
+            before = read_speed(engine) if limits else 0.0
             if way == "plain":
                 run = plain(model, mode, arguments, tokens)
             else:
                 run = engine_run(engine, way, mode, arguments, tokens)
-            run.bandwidth = (before + read_speed(engine)) / 2
-            run.share = bytes_read(engine, run, way) / run.seconds / run.bandwidth
+            if limits:
+                run.bandwidth = (before + read_speed(engine)) / 2
+                run.share = bytes_read(engine, run, way) / run.seconds / run.bandwidth
             runs.setdefault((way, mode), []).append(run)
     best = {}
     for key, (_, *timed) in runs.items():

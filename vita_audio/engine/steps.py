@@ -43,12 +43,12 @@ def attention(weights: Weights, layer: Layer, cache: Tensor, qkv: Tensor, window
     rows, width = window.positions.shape
     queries, kv, size = weights.queries, weights.kv, weights.head_size
     qkv = qkv.view(-1, queries + 2 * kv, size)
-    if weights.fused is not None and window.masks is None:
+    if window.masks is None:
+        assert weights.fused is not None
         query = weights.fused.rotate(qkv, window.cos, window.sin, cache, window.cache_places, queries)
         return weights.fused.attend(
             query, cache, window.positions, window.rows.start, window.length, layer.window
         )
-    assert window.masks is not None
     query, keys_values = rotate(qkv, window.cos, window.sin, rows, width, queries, kv)
     cache.view(-1, size).index_copy_(0, window.cache_places, keys_values)
     keys, values = cache[:, window.rows, :, : window.length].unbind()
