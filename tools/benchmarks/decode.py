@@ -44,6 +44,8 @@ CHUNKS = Schedule.parse("1 10 4 10")
 """Text and speech alternate as in training: a chunk of ten speech tokens after 1 token of text, then after 4 each."""
 FIRST = sum(CHUNKS.pairs[0])
 """Tokens up to the end of the first chunk, and of Turbo's first round."""
+READS = 20
+"""Products that measure the bandwidth. Their mean counts, as a run's: other programs of the machine slow both."""
 SPEECH_ROWS = 16_400
 """Rows from the first marker of speech to the end of the released vocabularies."""
 
@@ -335,14 +337,12 @@ def read_speed(engine: Engine, product: Callable[[torch.Tensor], torch.Tensor] |
     head = engine.weights.lm_head
     product = product or head
     x = torch.randn(1, head.in_features, dtype=engine.weights.dtype, device=engine.weights.device)
-    best = float("inf")
-    for _ in range(5):
-        begin = time.perf_counter()
-        for _ in range(4):
-            y = product(x)
-        y[0, 0].item()
-        best = min(best, (time.perf_counter() - begin) / 4)
-    return head.num_bytes / best
+    product(x)
+    begin = time.perf_counter()
+    for _ in range(READS):
+        y = product(x)
+    y[0, 0].item()
+    return READS * head.num_bytes / (time.perf_counter() - begin)
 
 
 def now(arguments: argparse.Namespace) -> float:

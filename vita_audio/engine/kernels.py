@@ -25,8 +25,8 @@ SMALLEST_PACKED_ROW = 1 << 21
 """The same for a single row, where PyTorch has a matrix-vector product without a copy of its own."""
 
 
-SWITCH = "VITA_AUDIO_TRITON"
-"""Environment variable; 0 leaves a GPU to PyTorch's kernels alone, for debugging."""
+SWITCH = "VITA_AUDIO_KERNELS"
+"""Environment variable; 0 leaves the work to PyTorch's kernels alone, for debugging."""
 
 _logger = logging.getLogger(__name__)
 
@@ -35,11 +35,18 @@ def gpu_kernels(device: torch.device) -> ModuleType | None:
     """:mod:`~vita_audio.engine.triton_kernels` where they can run."""
     if device.type != "cuda" or os.environ.get(SWITCH, "1") == "0" or find_spec("triton") is None:
         return None
-    return _tried(device)
+    return _tried_on_gpu(device)
+
+
+def cpu_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """:mod:`~vita_audio.engine.cpu_kernels` where they can run, for weights of a type."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or os.environ.get(SWITCH, "1") == "0":
+        return None
+    return _tried_on_cpu()
 
 
 @cache
-def _tried(device: torch.device) -> ModuleType | None:
+def _tried_on_gpu(device: torch.device) -> ModuleType | None:
     """The kernels, once one of them has run: Triton needs a C compiler, Python's headers, and a GPU that it knows."""
     try:
         from vita_audio.engine import triton_kernels
@@ -47,12 +54,27 @@ def _tried(device: torch.device) -> ModuleType | None:
         with torch.accelerator.device_index(device.index):
             triton_kernels.gate(torch.zeros(1, 2, device=device))
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        _logger.warning(
-            "the engine runs on PyTorch's kernels alone, since Triton cannot run here: %s", reason
-        )
+        _warn("Triton cannot run here", error)
         return None
     return triton_kernels
+
+
+@cache
+def _tried_on_cpu() -> ModuleType | None:
+    """The kernels, once they are compiled: this needs a C++ compiler and Python's headers."""
+    from vita_audio.engine import cpu_kernels
+
+    try:
+        cpu_kernels.extension()
+    except Exception as error:
+        _warn("those for this CPU cannot be compiled here", error)
+        return None
+    return cpu_kernels
+
+
+def _warn(what: str, error: Exception) -> None:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    _logger.warning("the engine runs on PyTorch's kernels alone, since %s: %s", what, reason)
 
 
 class Product:
@@ -133,17 +155,17 @@ class Norm:
     """
 
     def __init__(self, weight: Tensor, eps: float, folded: bool = False):
-        self._weight, self._eps, self._folded = weight.detach(), eps, folded
-        self._fused = gpu_kernels(weight.device)
-        self.scale = self._weight.float() * math.sqrt(weight.numel())
+        self.weight, self.eps, self._folded = weight.detach(), eps, folded
+        self._fused = gpu_kernels(weight.device) or cpu_kernels(weight.device, weight.dtype)
+        self.scale = self.weight.float() * math.sqrt(weight.numel())
         self._least = torch.tensor(math.sqrt(weight.numel() * eps))
 
     def __call__(self, x: Tensor) -> Tensor:
         """(n, d) -> (n, d)."""
         if self._fused is not None:
-            return self._fused.rms_norm(x, self._weight, self._eps)
+            return self._fused.rms_norm(x, self.weight, self.eps)
         if x.device.type != "cpu":
-            return rms_norm(x, self._weight.shape, self._weight, self._eps)
+            return rms_norm(x, self.weight.shape, self.weight, self.eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).hypot_(self._least)
         normed = x.div(length)
         return normed if self._folded else normed.mul_(self.scale).to(x.dtype)

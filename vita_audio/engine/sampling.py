@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vita_audio.engine.kernels import cpu_kernels
 from vita_audio.engine.requests import Sampling
 from vita_audio.engine.weights import Weights
 
@@ -95,8 +96,11 @@ class Drawing:
 def best_ids(logits: Tensor) -> Tensor:
     """Ids of the highest logits, the first of equal ones: (..., vocabulary) -> (...).
 
-    On CPUs ``argmax`` takes five times as long in bfloat16.
+    On CPUs ``argmax`` takes five times as long as this in bfloat16.
     """
+    if (own := cpu_kernels(logits.device, logits.dtype)) is not None:
+        ids: Tensor = own.best_ids(logits)
+        return ids
     return logits.max(dim=-1).indices
 
 

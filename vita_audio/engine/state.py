@@ -18,10 +18,6 @@ from torch import Tensor
 
 from vita_audio.engine.weights import Weights
 
-MOST_FUSED = 64
-"""Positions of a row up to which a GPU's own attention is the faster one; a chunk of a prompt has more."""
-
-
 class State:
     """Caches of every layer and head, the tokens, and the lengths of ``rows`` rows; a round makes ``most`` tokens.
 
@@ -110,9 +106,10 @@ class Window:
         rows: which rows take part.
         positions: (rows, width); 0 where a row has fewer.
         places: (n,) in all rows' positions in one, (rows * (length + 1)). cache_places: (n * 2 kv,) in a cache's.
-        cos, sin: (n, queries + 2 kv, d_head), see :func:`vita_audio.engine.steps.run_layer`.
+        cos, sin: (n, queries + 2 kv, d_head), see :func:`vita_audio.engine.kernels.rotate`. Where a CPU's own kernels
+            rotate, (length + 1, d_head), of all positions.
         masks: for each reach of attention (None: all) what is added to the scores, (rows, 1, groups * width, length).
-            None: a kernel of the GPU's own attends, and knows from the positions.
+            None: a kernel of the engine's own attends, and knows from the positions.
         length: positions of the caches that are read.
     """
 
@@ -148,20 +145,17 @@ def window_of(
     places = torch.where(positions >= first[:, None], positions, state.length)
     positions = positions.clamp(min=0)
     cache_places = (state.row_places[rows] * weights.kv + places)[:, :, None] + state.head_places
-    flat = positions.flatten()
-    cos, sin = state.cos[flat][:, None], state.sin[flat][:, None]
-    rotated = (len(flat), weights.queries + weights.kv, weights.head_size)
-    kept = (len(flat), weights.kv, weights.head_size)
+    cos_sin = (state.cos, state.sin) if weights.stack is not None else rotation(weights, state, positions)
     groups = weights.queries // weights.kv
     return Window(
         rows=rows,
         positions=positions,
         places=(state.row_places[rows] + places).flatten(),
         cache_places=cache_places.flatten(),
-        cos=torch.cat([cos.expand(rotated), state.ones.expand(kept)], dim=1),
-        sin=torch.cat([sin.expand(rotated), state.zeros.expand(kept)], dim=1),
+        cos=cos_sin[0],
+        sin=cos_sin[1],
         masks=None
-        if weights.fused is not None and width <= MOST_FUSED
+        if weights.attends(width)
         else {
             reach: None
             if exact and width == 1 and reach is None
@@ -169,6 +163,18 @@ def window_of(
             for reach in weights.reaches
         },
         length=length,
+    )
+
+
+def rotation(weights: Weights, state: State, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin, (n, queries + 2 kv, d_head), for all heads at n positions; of values they are 1 and 0."""
+    flat = positions.flatten()
+    cos, sin = state.cos[flat][:, None], state.sin[flat][:, None]
+    rotated = (len(flat), weights.queries + weights.kv, weights.head_size)
+    kept = (len(flat), weights.kv, weights.head_size)
+    return (
+        torch.cat([cos.expand(rotated), state.ones.expand(kept)], dim=1),
+        torch.cat([sin.expand(rotated), state.zeros.expand(kept)], dim=1),
     )
 
 

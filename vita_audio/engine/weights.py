@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from vita_audio.engine.kernels import Norm, Product, gpu_kernels
+from vita_audio.engine.kernels import Norm, Product, cpu_kernels, gpu_kernels
 from vita_audio.engine.quantized import Int8Product
 
 if TYPE_CHECKING:
+    from vita_audio.engine.state import Window
     from vita_audio.models import Qwen2MTPForCausalLM
 
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
@@ -74,6 +75,14 @@ class Head:
     layer: Layer
 
 
+class AnyStack(Protocol):
+    """Decoder layers that run in one call; see :class:`~vita_audio.engine.cpu_kernels.Stack`."""
+
+    def __call__(self, caches: Sequence[Tensor], x: Tensor, window: Window) -> Tensor:
+        """(n, d) -> (n, d)."""
+        ...
+
+
 @dataclass(frozen=True)
 class AudioRows:
     """The part of the vocabulary that speech uses, and its markers.
@@ -113,7 +122,6 @@ class Weights:
             raise ValueError(
                 f"rope_type {kind}: the engine needs one of {', '.join(STATIC_ROPE)}; use generate()"
             )
-        make = Maker(model.device, model.dtype, quantization, free)
         self.num_layers = config.num_backbone_layers
         self.num_heads = config.num_nextn_predict_layers
         self.d = config.hidden_size
@@ -123,6 +131,12 @@ class Weights:
         self.fused = gpu_kernels(model.device)
         if self.fused is not None and not self.fused.fits(self.head_size):
             self.fused = None
+        own = cpu_kernels(model.device, model.dtype) if quantization == "none" else None
+        if own is not None and not own.fits(self.d, config.intermediate_size, self.queries, self.head_size):
+            own = None
+        make = Maker(model.device, model.dtype, quantization, free)
+        if own is not None:
+            make.kind = own.Bfloat16Product
         embeddings: Any = model.get_input_embeddings()
         self.embedding: Tensor = embeddings.weight.detach()
         self.vocab_size = len(self.embedding)
@@ -132,6 +146,12 @@ class Weights:
         self.heads = [
             make.head(head, config, config.layer_type(self.num_layers + head.index)) for head in model.heads
         ]
+        self.stack: AnyStack | None = None
+        self.head_stacks: list[AnyStack | None] = [None] * len(self.heads)
+        if own is not None:
+            shape = self.queries, self.kv, self.head_size
+            self.stack = own.Stack(self.layers, *shape)
+            self.head_stacks = [own.Stack([head.layer], *shape) for head in self.heads]
         self.reaches = {layer.window for layer in (*self.layers, *(head.layer for head in self.heads))}
         self.audio_rows = audio_rows
         self.audio_head: AnyProduct | None = None
@@ -150,6 +170,10 @@ class Weights:
     def device(self) -> torch.device:
         """Device of weights and caches."""
         return self.embedding.device
+
+    def attends(self, width: int) -> bool:
+        """Whether kernels of the engine's own attend in windows of ``width`` positions a row."""
+        return self.stack is not None or (self.fused is not None and width <= self.fused.MOST_POSITIONS)
 
     @property
     def backbone_bytes(self) -> int:

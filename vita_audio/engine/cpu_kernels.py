@@ -1,0 +1,210 @@
+"""Kernels in C++ for CPUs: products with weights in bfloat16, and whole decoder layers of a pass in one call.
+
+PyTorch's operations take some 20 µs each beside the reading of weights, ten of them a layer. ``cpu_kernels.cpp`` runs
+all layers in one parallel region instead. It is compiled when it is first used, which takes about ten seconds, and
+kept in ``$XDG_CACHE_HOME/vita_audio`` (``~/.cache/vita_audio``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shlex
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vita_audio.engine.kernels import joined
+
+if TYPE_CHECKING:
+    from vita_audio.engine.state import Window
+    from vita_audio.engine.weights import Layer
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+NAME = "vita_audio_cpu_kernels"
+OUTPUTS = 32
+"""Outputs of a block of weights, as in the source."""
+
+_logger = logging.getLogger(__name__)
+
+
+def instructions() -> list[str]:
+    """The compiler's flags for the instructions that this CPU has. Not ``-march=native``: a folder of compiled files
+    may be shared by machines."""
+    if torch.cpu._is_avx512_supported():
+        flags = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+        return [*flags, "-mavx512bf16"] if torch.cpu._is_avx512_bf16_supported() else flags
+    return ["-mavx2", "-mfma"] if torch.cpu._is_avx2_supported() else []
+
+
+@cache
+def extension(*flags: str) -> Any:
+    """The compiled source, for this CPU unless ``flags`` say other instructions.
+
+    Raises:
+        OSError: there is no compiler, or no folder to keep the result in.
+        RuntimeError: the compiler failed.
+        ImportError: the result cannot be loaded.
+    """
+    path = compiled(flags or instructions())
+    spec = importlib.util.spec_from_file_location(NAME, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compiled(flags: Sequence[str]) -> Path:
+    """The shared library made of the source with these flags; compiles it unless that was done before."""
+    includes = [Path(torch.__file__).parent / "include", Path(sysconfig.get_paths()["include"])]
+    command = [
+        *shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-O3", "-ffast-math", "-fopenmp", "-fPIC", "-Wno-psabi",
+        f"-DTORCH_EXTENSION_NAME={NAME}", *flags, *(f"-I{folder}" for folder in includes),
+    ]  # fmt: skip
+    key = hashlib.sha256(SOURCE.read_bytes() + "\0".join([*command, torch.__version__]).encode())
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    target = home / "vita_audio" / f"{NAME}-{key.hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not target.exists():
+        _logger.info("compiling the engine's kernels for this CPU; this takes about ten seconds, once")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            object_file, library = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+            _run([*command, "-c", str(SOURCE), "-o", str(object_file)])
+            # Linked without -ffast-math, which would make every thread of the process round small numbers to zero.
+            _run([command[0], "-shared", "-fopenmp", str(object_file), "-o", str(library)])
+            library.replace(target)  # whole or not at all, whoever else compiles
+    return target
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = (line for line in done.stderr.splitlines() if "error" in line)
+        raise RuntimeError(next(lines, f"{command[0]} ended with status {done.returncode}"))
+
+
+def fits(d: int, intermediate_size: int, heads: int, head_size: int) -> bool:
+    """Whether a model of this shape can use the kernels."""
+    return d % 2 == 0 and intermediate_size % OUTPUTS == 0 and heads * head_size % 2 == 0 == head_size % 2
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, (n, d) -> (n, d); see :class:`~vita_audio.engine.kernels.Norm`."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    extension().norm(x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), *x.shape)
+    return y
+
+
+def best_ids(logits: Tensor) -> Tensor:
+    """Ids of the highest logits, the first of equal ones: (..., vocabulary) -> (...)."""
+    logits = logits.contiguous()
+    ids = logits.new_empty(logits.shape[:-1], dtype=torch.long)
+    extension().find_best(logits.data_ptr(), ids.data_ptr(), ids.numel(), logits.shape[-1])
+    return ids
+
+
+class Bfloat16Product:
+    """y = x W^T + b for a fixed weight in bfloat16, on a CPU; see :class:`~vita_audio.engine.kernels.Product`.
+
+    A row's result does not depend on the rows beside it.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None):
+        weight, self.bias = joined(weights, biases)
+        self.out_features, self.in_features = weight.shape
+        padded = torch.nn.functional.pad(weight, (0, 0, 0, -self.out_features % OUTPUTS))
+        self._blocks = padded.view(-1, OUTPUTS, self.in_features // 2, 2).transpose(1, 2).contiguous()
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        self.native = extension().Product(
+            self._blocks.data_ptr(), bias, self.in_features, self.out_features
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a call reads."""
+        return 2 * self.in_features * self.out_features
+
+    def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """(n, in) -> (n, out); ``add`` (n, out) is added to the result."""
+        x = x.contiguous()
+        y = x.new_empty(len(x), self.out_features)
+        if add is not None:
+            add = add.contiguous()
+        extension().multiply(
+            self.native,
+            x.data_ptr(),
+            0 if add is None else add.data_ptr(),
+            y.data_ptr(),
+            len(x),
+            torch.get_num_threads(),
+        )
+        return y
+
+
+class Stack:
+    """Decoder layers that run in one call.
+
+    Args:
+        layers: their products are of :class:`Bfloat16Product`.
+        queries, kv, head_size: of attention.
+    """
+
+    def __init__(self, layers: Sequence[Layer], queries: int, kv: int, head_size: int):
+        self._layers = layers  # keeps the memory of what follows
+        self._shape = queries, kv, head_size
+        native = extension()
+        self._native = native.Layers(
+            [
+                native.Layer(
+                    layer.input_norm.weight.data_ptr(),
+                    layer.input_norm.eps,
+                    *(_native(product) for product in (layer.qkv, layer.out)),
+                    layer.mlp_norm.weight.data_ptr(),
+                    layer.mlp_norm.eps,
+                    *(_native(product) for product in (layer.gate_up, layer.down)),
+                    layer.window or 0,
+                )
+                for layer in layers
+            ]
+        )
+
+    def __call__(self, caches: Sequence[Tensor], x: Tensor, window: Window) -> Tensor:
+        """The layers over a window; keys and values go to the caches.
+
+        Args:
+            caches: of each layer, (2, all rows, kv, length + 1, d_head).
+            x: (n, d); may be overwritten.
+
+        Returns:
+            (n, d).
+        """
+        x = x.contiguous()
+        rows, width = window.positions.shape
+        _, all_rows, _, places, _ = caches[0].shape
+        native = extension()
+        tensors = window.positions, window.cache_places, window.cos, window.sin
+        native.run(
+            self._native,
+            [cache.data_ptr() for cache in caches],
+            x.data_ptr(),
+            native.Window(
+                *self._shape, all_rows, places, window.rows.start, rows, width, *(t.data_ptr() for t in tensors)
+            ),
+            torch.get_num_threads(),
+        )
+        return x
+
+
+def _native(product: Any) -> Any:
+    return product.native
