@@ -25,15 +25,19 @@ using Bf16 = uint16_t;
 using Address = uintptr_t;  // Python's view of a tensor's data
 using Index = int64_t;
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
+// Vectors of the CPU's own width, and rows whose sums fit its registers beside a block's weights.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 12;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kRows = 2;
+#else
+constexpr int kLanes = 4, kRows = 1;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 
 constexpr Index kOutputs = 32;  // outputs of a block of weights
-#ifdef __AVX512F__
-constexpr int kRows = 12;  // rows whose sums fit the registers beside a block's weights
-#else
-constexpr int kRows = 2;
-#endif
+constexpr int kVectors = kOutputs / kLanes;
 constexpr Index kKeys = 64;  // keys that attention takes at a time
 constexpr Index kAhead = 8192;  // bytes of weights that several rows fetch ahead; one row gains nothing by it
 
@@ -68,15 +72,20 @@ struct Product {
   const Bf16* weight;
   const Bf16* bias;  // null: none
   Index in, out;
+  bool alternate;  // blocks of the first and of the second half of the outputs take turns, as they are read
 
-  Product(Address weight, Address bias, Index in, Index out)
-      : weight(reinterpret_cast<const Bf16*>(weight)), bias(reinterpret_cast<const Bf16*>(bias)), in(in), out(out) {}
+  Product(Address weight, Address bias, Index in, Index out, bool alternate = false)
+      : weight(reinterpret_cast<const Bf16*>(weight)), bias(reinterpret_cast<const Bf16*>(bias)), in(in), out(out),
+        alternate(alternate) {}
 
   Index blocks() const { return (out + kOutputs - 1) / kOutputs; }
-  Index width(Index block) const { return std::min(kOutputs, out - block * kOutputs); }
+  Index first(Index block) const {
+    return alternate ? block % 2 * (out / 2) + block / 2 * kOutputs : block * kOutputs;
+  }
+  Index width(Index block) const { return std::min(kOutputs, out - first(block)); }
 };
 
-// sum + the products of two neighbouring inputs with 16 outputs' weights.
+// sum + the products of two neighbouring inputs with kLanes outputs' weights.
 inline Floats add_pairs(Floats sum, const Bf16* weights, uint32_t inputs) {
 #ifdef __AVX512BF16__
   const __m512bh left = (__m512bh)_mm512_loadu_si512(weights), right = (__m512bh)_mm512_set1_epi32(inputs);
@@ -94,7 +103,7 @@ template <int rows>
 void multiply_block(const Product& product, const Bf16* x, Index block, float* sums) {
   const Index pairs = product.in / 2;
   const Bf16* weights = product.weight + block * kOutputs * product.in;
-  Floats left[rows] = {}, right[rows] = {};
+  Floats totals[rows][kVectors] = {};
   for (Index pair = 0; pair < pairs; ++pair, weights += 2 * kOutputs) {
     if constexpr (rows > 1) {
       __builtin_prefetch(reinterpret_cast<const char*>(weights) + kAhead);
@@ -103,14 +112,11 @@ void multiply_block(const Product& product, const Bf16* x, Index block, float* s
     for (int row = 0; row < rows; ++row) {
       uint32_t inputs;
       std::memcpy(&inputs, x + row * product.in + 2 * pair, sizeof inputs);
-      left[row] = add_pairs(left[row], weights, inputs);
-      right[row] = add_pairs(right[row], weights + kOutputs, inputs);
+      for (int i = 0; i < kVectors; ++i)
+        totals[row][i] = add_pairs(totals[row][i], weights + 2 * kLanes * i, inputs);
     }
   }
-  for (int row = 0; row < rows; ++row) {
-    std::memcpy(sums + row * kOutputs, &left[row], sizeof left[row]);
-    std::memcpy(sums + row * kOutputs + kOutputs / 2, &right[row], sizeof right[row]);
-  }
+  std::memcpy(sums, totals, sizeof totals);
 }
 
 // The same for rows known at run time, 1 … most.
@@ -128,7 +134,7 @@ void multiply(const Product& product, const Bf16* x, Index rows, Store store) {
   alignas(64) float sums[kRows * kOutputs];
   const Part part(product.blocks());
   for (Index block = part.first; block < part.last; ++block) {
-    const Index first = block * kOutputs, width = product.width(block);
+    const Index first = product.first(block), width = product.width(block);
     for (Index start = 0; start < rows; start += kRows) {
       const Index count = std::min<Index>(kRows, rows - start);
       multiply_block(product, x + start * product.in, count, block, sums);
@@ -141,16 +147,16 @@ void multiply(const Product& product, const Bf16* x, Index rows, Store store) {
   }
 }
 
-// silu(gate) * up for this thread's share of a product whose outputs are all gates, then all ups.
+// silu(gate) * up for this thread's share of an alternating product: all gates, then all ups.
 void multiply_gated(const Product& product, const Bf16* x, Index rows, Bf16* y) {
   alignas(64) float gates[kRows * kOutputs], ups[kRows * kOutputs];
-  const Index size = product.out / 2, half = size / kOutputs;
-  const Part part(half);
+  const Index size = product.out / 2;
+  const Part part(product.blocks() / 2);
   for (Index block = part.first; block < part.last; ++block)
     for (Index start = 0; start < rows; start += kRows) {
       const Index count = std::min<Index>(kRows, rows - start);
-      multiply_block(product, x + start * product.in, count, block, gates);
-      multiply_block(product, x + start * product.in, count, half + block, ups);
+      multiply_block(product, x + start * product.in, count, 2 * block, gates);
+      multiply_block(product, x + start * product.in, count, 2 * block + 1, ups);
       for (Index row = 0; row < count; ++row)
         for (Index i = 0; i < kOutputs; ++i) {
           const float gate = gates[row * kOutputs + i], up = ups[row * kOutputs + i];
@@ -159,30 +165,33 @@ void multiply_gated(const Product& product, const Bf16* x, Index rows, Bf16* y) 
     }
 }
 
-// RMSNorm of this thread's share of the rows.
-void norm(const Bf16* x, const Bf16* weight, float eps, Index rows, Index size, Bf16* y) {
-  const Part part(rows);
-  for (Index row = part.first; row < part.last; ++row) {
-    const Bf16* values = x + row * size;
+struct Norm {
+  const Bf16* weight;
+  float eps;
+
+  Norm(Address weight, float eps) : weight(reinterpret_cast<const Bf16*>(weight)), eps(eps) {}
+
+  // RMSNorm of one row.
+  void operator()(const Bf16* x, Index size, Bf16* y) const {
     float sum = 0;
-    for (Index i = 0; i < size; ++i) sum += widen(values[i]) * widen(values[i]);
+    for (Index i = 0; i < size; ++i) sum += widen(x[i]) * widen(x[i]);
     const float scale = 1 / std::sqrt(sum / size + eps);
-    for (Index i = 0; i < size; ++i) y[row * size + i] = narrow(widen(values[i]) * scale * widen(weight[i]));
+    for (Index i = 0; i < size; ++i) y[i] = narrow(widen(x[i]) * scale * widen(weight[i]));
   }
-}
+
+  // Of this thread's share of the rows.
+  void operator()(const Bf16* x, Index rows, Index size, Bf16* y) const {
+    const Part part(rows);
+    for (Index row = part.first; row < part.last; ++row) (*this)(x + row * size, size, y + row * size);
+  }
+};
 
 struct Layer {
-  const Bf16* input_norm;
-  const Bf16* mlp_norm;
-  float input_eps, mlp_eps;
-  Product qkv, out, gate_up, down;
+  Norm input_norm;
+  Product qkv, out;
+  Norm mlp_norm;
+  Product gate_up, down;
   Index reach;  // positions that attention reaches back; 0: all
-
-  Layer(Address input_norm, float input_eps, Product qkv, Product out, Address mlp_norm, float mlp_eps,
-        Product gate_up, Product down, Index reach)
-      : input_norm(reinterpret_cast<const Bf16*>(input_norm)),
-        mlp_norm(reinterpret_cast<const Bf16*>(mlp_norm)),
-        input_eps(input_eps), mlp_eps(mlp_eps), qkv(qkv), out(out), gate_up(gate_up), down(down), reach(reach) {}
 };
 
 // The shapes of attention, and the positions that a pass computes.
@@ -230,16 +239,16 @@ void rotate(const Window& window, float* qkv, Bf16* cache) {
 }
 
 // Exchanges rows and columns: of halves of `step` rows, then within these of half as many.
-template <int step = 8>
-void transpose(Words (&rows)[16]) {
-  Words upper, lower;  // lanes 16 … 31 are the second vector's
+template <int step = kLanes / 2>
+void transpose(Words (&rows)[kLanes]) {
+  Words upper, lower;  // lanes from kLanes on are the second vector's
 #pragma GCC unroll 16
-  for (int lane = 0; lane < 16; ++lane) {
-    upper[lane] = lane & step ? 16 + lane - step : lane;
-    lower[lane] = lane & step ? 16 + lane : lane + step;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    upper[lane] = lane & step ? kLanes + lane - step : lane;
+    lower[lane] = lane & step ? kLanes + lane : lane + step;
   }
 #pragma GCC unroll 16
-  for (int row = 0; row < 16; ++row) {
+  for (int row = 0; row < kLanes; ++row) {
     if (row & step) continue;
     const Words above = rows[row], below = rows[row + step];
     rows[row] = __builtin_shuffle(above, below, upper);
@@ -252,11 +261,11 @@ void transpose(Words (&rows)[16]) {
 Product pack_keys(const Bf16* keys, Index count, Index size, std::vector<uint32_t>& packed) {
   const Index pairs = size / 2;
   packed.resize(kKeys * pairs);
-  for (Index start = 0; start < kKeys; start += 16)
-    for (Index first = 0; first < pairs; first += 16) {
-      const Index width = std::min<Index>(16, pairs - first);
-      Words tile[16] = {};
-      for (Index i = 0; i < 16 && start + i < count; ++i) {
+  for (Index start = 0; start < kKeys; start += kLanes)
+    for (Index first = 0; first < pairs; first += kLanes) {
+      const Index width = std::min<Index>(kLanes, pairs - first);
+      Words tile[kLanes] = {};
+      for (Index i = 0; i < kLanes && start + i < count; ++i) {
         __builtin_prefetch(keys + (kKeys + start + i) * size + 2 * first);
         std::memcpy(&tile[i], keys + (start + i) * size + 2 * first, 4 * width);
       }
@@ -372,42 +381,88 @@ void attend(const Window& window, const float* qkv, const Bf16* cache, Index rea
   }
 }
 
-struct Layers {
+// Layers and the norm of their output.
+struct Stack {
   std::vector<Layer> layers;
-
-  explicit Layers(std::vector<Layer> layers) : layers(std::move(layers)) {}
+  Norm norm;
 };
 
-// Runs layers over x (tokens, d), in place; keys and values go to the caches.
-void run(const Layers& stack, const std::vector<Address>& caches, Address input, const Window& window,
-         int threads) {
-  const std::vector<Layer>& layers = stack.layers;
-  Bf16* x = reinterpret_cast<Bf16*>(input);
-  const Index tokens = window.tokens(), d = layers[0].qkv.in, gated_size = layers[0].down.in;
-  const Index qkv_size = window.heads() * window.size, heard_size = window.queries * window.size;
-  std::vector<float> qkv(tokens * qkv_size);
-  std::vector<Bf16> normed(tokens * d), heard(tokens * heard_size), gated(tokens * gated_size);
-#pragma omp parallel num_threads(threads)
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const Layer& layer = layers[i];
+// What the threads of a pass share.
+struct Buffers {
+  std::vector<float> qkv;
+  std::vector<Bf16> x, normed, heard, gated;
+
+  Buffers(const Layer& layer, const Window& window)
+      : qkv(window.tokens() * layer.qkv.out), x(window.tokens() * layer.qkv.in), normed(x.size()),
+        heard(window.tokens() * layer.out.in), gated(window.tokens() * layer.down.in) {}
+};
+
+// This thread's part of a pass over buffers.x (tokens, d); keys and values go to the caches. y (tokens, d).
+void run(const Stack& stack, const std::vector<Address>& caches, const Window& window, Buffers& buffers, Bf16* y) {
+  const Index tokens = window.tokens(), d = buffers.x.size() / tokens;
+  Bf16 *x = buffers.x.data(), *normed = buffers.normed.data();
+  const auto add = [&](Index row, Index j, float sum) { x[row * d + j] = narrow(widen(x[row * d + j]) + sum); };
+  for (size_t i = 0; i < stack.layers.size(); ++i) {
+    const Layer& layer = stack.layers[i];
     Bf16* cache = reinterpret_cast<Bf16*>(caches[i]);
-    const auto add = [&](Index row, Index j, float sum) { x[row * d + j] = narrow(widen(x[row * d + j]) + sum); };
-    norm(x, layer.input_norm, layer.input_eps, tokens, d, normed.data());
+    const auto keep = [&](Index row, Index j, float sum) { buffers.qkv[row * layer.qkv.out + j] = sum; };
+    layer.input_norm(x, tokens, d, normed);
 #pragma omp barrier
-    multiply(layer.qkv, normed.data(), tokens, [&](Index row, Index j, float sum) { qkv[row * qkv_size + j] = sum; });
+    multiply(layer.qkv, normed, tokens, keep);
 #pragma omp barrier
-    rotate(window, qkv.data(), cache);
+    rotate(window, buffers.qkv.data(), cache);
 #pragma omp barrier
-    attend(window, qkv.data(), cache, layer.reach, heard.data());
+    attend(window, buffers.qkv.data(), cache, layer.reach, buffers.heard.data());
 #pragma omp barrier
-    multiply(layer.out, heard.data(), tokens, add);
+    multiply(layer.out, buffers.heard.data(), tokens, add);
 #pragma omp barrier
-    norm(x, layer.mlp_norm, layer.mlp_eps, tokens, d, normed.data());
+    layer.mlp_norm(x, tokens, d, normed);
 #pragma omp barrier
-    multiply_gated(layer.gate_up, normed.data(), tokens, gated.data());
+    multiply_gated(layer.gate_up, normed, tokens, buffers.gated.data());
 #pragma omp barrier
-    multiply(layer.down, gated.data(), tokens, add);
+    multiply(layer.down, buffers.gated.data(), tokens, add);
 #pragma omp barrier
+  }
+  stack.norm(x, tokens, d, y);
+}
+
+// The backbone over x (tokens, d): y (tokens, d), normed.
+void run_backbone(const Stack& stack, const std::vector<Address>& caches, Address x, Address y, const Window& window,
+                  int threads) {
+  Buffers buffers(stack.layers[0], window);
+  std::memcpy(buffers.x.data(), reinterpret_cast<const Bf16*>(x), buffers.x.size() * sizeof(Bf16));
+#pragma omp parallel num_threads(threads)
+  run(stack, caches, window, buffers, reinterpret_cast<Bf16*>(y));
+}
+
+// An MCTP head: it joins the norms of an embedding and of a state.
+struct Head {
+  Address embedding;  // (vocabulary, d)
+  Norm embed_norm, hidden_norm;
+  Product proj;
+  Stack stack;
+};
+
+// A head over the states hidden (tokens, d) and the tokens `ahead` of their positions in ids (all rows, stride):
+// y (tokens, d), normed.
+void run_head(const Head& head, Address cache, Address ids, Index stride, Index ahead, Address hidden, Address y,
+              const Window& window, int threads) {
+  const Index d = head.proj.out, tokens = window.tokens();
+  Buffers buffers(head.stack.layers[0], window);
+  std::vector<Bf16> fused(tokens * 2 * d);
+#pragma omp parallel num_threads(threads)
+  {
+    const Part part(tokens);
+    for (Index i = part.first; i < part.last; ++i) {
+      const Index row = window.first_row + i / window.width;
+      const Index id = reinterpret_cast<const Index*>(ids)[row * stride + window.positions[i] + ahead];
+      head.embed_norm(reinterpret_cast<const Bf16*>(head.embedding) + id * d, d, fused.data() + i * 2 * d);
+      head.hidden_norm(reinterpret_cast<const Bf16*>(hidden) + i * d, d, fused.data() + i * 2 * d + d);
+    }
+#pragma omp barrier
+    multiply(head.proj, fused.data(), tokens, [&](Index row, Index j, float sum) { buffers.x[row * d + j] = narrow(sum); });
+#pragma omp barrier
+    run(head.stack, {cache}, window, buffers, reinterpret_cast<Bf16*>(y));
   }
 }
 
@@ -420,12 +475,6 @@ void multiply_all(const Product& product, Address input, Address add, Address ou
   multiply(product, x, rows, [&](Index row, Index j, float sum) {
     y[row * out + j] = narrow(added ? widen(added[row * out + j]) + sum : sum);
   });
-}
-
-// y (rows, size) = RMSNorm of x (rows, size).
-void norm_all(Address x, Address weight, float eps, Address y, Index rows, Index size) {
-  norm(reinterpret_cast<const Bf16*>(x), reinterpret_cast<const Bf16*>(weight), eps, rows, size,
-       reinterpret_cast<Bf16*>(y));
 }
 
 // The place of the first of the largest values in each row of x (rows, size).
@@ -448,16 +497,18 @@ void find_best(Address input, Address output, Index rows, Index size) {
 
 }  // namespace
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+PYBIND11_MODULE(MODULE, module) {
   namespace py = pybind11;
-  py::class_<Product>(module, "Product").def(py::init<Address, Address, Index, Index>());
-  py::class_<Layer>(module, "Layer")
-      .def(py::init<Address, float, Product, Product, Address, float, Product, Product, Index>());
-  py::class_<Layers>(module, "Layers").def(py::init<std::vector<Layer>>());
+  const py::call_guard<py::gil_scoped_release> unlocked;
+  py::class_<Norm>(module, "Norm").def(py::init<Address, float>());
+  py::class_<Product>(module, "Product").def(py::init<Address, Address, Index, Index, bool>());
+  py::class_<Layer>(module, "Layer").def(py::init<Norm, Product, Product, Norm, Product, Product, Index>());
+  py::class_<Stack>(module, "Stack").def(py::init<std::vector<Layer>, Norm>());
+  py::class_<Head>(module, "Head").def(py::init<Address, Norm, Norm, Product, Stack>());
   py::class_<Window>(module, "Window")
       .def(py::init<Index, Index, Index, Index, Index, Index, Index, Index, Address, Address, Address, Address>());
-  module.def("multiply", &multiply_all, py::call_guard<py::gil_scoped_release>());
-  module.def("norm", &norm_all);
-  module.def("find_best", &find_best);
-  module.def("run", &run, py::call_guard<py::gil_scoped_release>());
+  module.def("multiply", &multiply_all, unlocked);
+  module.def("find_best", &find_best, unlocked);
+  module.def("run_backbone", &run_backbone, unlocked);
+  module.def("run_head", &run_head, unlocked);
 }

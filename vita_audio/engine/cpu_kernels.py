@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vita_audio.engine.kernels import joined
+from vita_audio.engine.kernels import Norm, joined
 
 if TYPE_CHECKING:
     from vita_audio.engine.state import Window
-    from vita_audio.engine.weights import Layer
+    from vita_audio.engine.weights import Head, Layer
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 NAME = "vita_audio_cpu_kernels"
@@ -56,7 +56,7 @@ def extension(*flags: str) -> Any:
         ImportError: the result cannot be loaded.
     """
     path = compiled(flags or instructions())
-    spec = importlib.util.spec_from_file_location(NAME, path)
+    spec = importlib.util.spec_from_file_location(path.name.partition(".")[0], path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -68,18 +68,19 @@ def compiled(flags: Sequence[str]) -> Path:
     """The shared library made of the source with these flags; compiles it unless that was done before."""
     includes = [Path(torch.__file__).parent / "include", Path(sysconfig.get_paths()["include"])]
     command = [
-        *shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-O3", "-ffast-math", "-fopenmp", "-fPIC", "-Wno-psabi",
-        f"-DTORCH_EXTENSION_NAME={NAME}", *flags, *(f"-I{folder}" for folder in includes),
+        *shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-O3", "-ffast-math", "-fopenmp", "-fPIC",
+        "-fvisibility=hidden", "-Wno-psabi", *flags, *(f"-I{folder}" for folder in includes),
     ]  # fmt: skip
     key = hashlib.sha256(SOURCE.read_bytes() + "\0".join([*command, torch.__version__]).encode())
+    name = f"{NAME}_{key.hexdigest()[:16]}"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = home / "vita_audio" / f"{NAME}-{key.hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = home / "vita_audio" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.exists():
         _logger.info("compiling the engine's kernels for this CPU; this takes about ten seconds, once")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             object_file, library = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-            _run([*command, "-c", str(SOURCE), "-o", str(object_file)])
+            _run([*command, f"-DMODULE={name}", "-c", str(SOURCE), "-o", str(object_file)])
             # Linked without -ffast-math, which would make every thread of the process round small numbers to zero.
             _run([command[0], "-shared", "-fopenmp", str(object_file), "-o", str(library)])
             library.replace(target)  # whole or not at all, whoever else compiles
@@ -96,14 +97,6 @@ def _run(command: list[str]) -> None:
 def fits(d: int, intermediate_size: int, heads: int, head_size: int) -> bool:
     """Whether a model of this shape can use the kernels."""
     return d % 2 == 0 and intermediate_size % OUTPUTS == 0 and heads * head_size % 2 == 0 == head_size % 2
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, (n, d) -> (n, d); see :class:`~vita_audio.engine.kernels.Norm`."""
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    extension().norm(x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), *x.shape)
-    return y
 
 
 def best_ids(logits: Tensor) -> Tensor:
@@ -124,10 +117,17 @@ class Bfloat16Product:
         weight, self.bias = joined(weights, biases)
         self.out_features, self.in_features = weight.shape
         padded = torch.nn.functional.pad(weight, (0, 0, 0, -self.out_features % OUTPUTS))
-        self._blocks = padded.view(-1, OUTPUTS, self.in_features // 2, 2).transpose(1, 2).contiguous()
+        blocks = padded.view(-1, OUTPUTS, self.in_features // 2, 2).transpose(1, 2)
+        # A gate and the value that it lets through are used together, so they are read together.
+        alternate = (
+            len(weights) == 2 and len(weights[0]) == len(weights[1]) and len(weights[0]) % OUTPUTS == 0
+        )
+        if alternate:
+            blocks = torch.stack(blocks.chunk(2), dim=1)
+        self._blocks = blocks.contiguous()
         bias = 0 if self.bias is None else self.bias.data_ptr()
         self.native = extension().Product(
-            self._blocks.data_ptr(), bias, self.in_features, self.out_features
+            self._blocks.data_ptr(), bias, self.in_features, self.out_features, alternate
         )
 
     @property
@@ -152,59 +152,98 @@ class Bfloat16Product:
         return y
 
 
-class Stack:
-    """Decoder layers that run in one call.
+class Backbone:
+    """The backbone's layers and its norm, in one call.
 
     Args:
         layers: their products are of :class:`Bfloat16Product`.
-        queries, kv, head_size: of attention.
+        shape: heads of queries, heads of keys, d_head.
     """
 
-    def __init__(self, layers: Sequence[Layer], queries: int, kv: int, head_size: int):
-        self._layers = layers  # keeps the memory of what follows
-        self._shape = queries, kv, head_size
-        native = extension()
-        self._native = native.Layers(
-            [
-                native.Layer(
-                    layer.input_norm.weight.data_ptr(),
-                    layer.input_norm.eps,
-                    *(_native(product) for product in (layer.qkv, layer.out)),
-                    layer.mlp_norm.weight.data_ptr(),
-                    layer.mlp_norm.eps,
-                    *(_native(product) for product in (layer.gate_up, layer.down)),
-                    layer.window or 0,
-                )
-                for layer in layers
-            ]
-        )
+    def __init__(self, layers: Sequence[Layer], norm: Norm, shape: tuple[int, int, int]):
+        self._memory = layers, norm  # lives as long as what follows
+        self._shape = shape
+        self._native = _stack(layers, norm)
 
     def __call__(self, caches: Sequence[Tensor], x: Tensor, window: Window) -> Tensor:
-        """The layers over a window; keys and values go to the caches.
+        """A window's inputs (n, d) -> normed outputs (n, d); keys and values go to the layers' caches."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        places = [cache.data_ptr() for cache in caches]
+        native = _window(self._shape, caches[0], window)
+        extension().run_backbone(
+            self._native, places, x.data_ptr(), y.data_ptr(), native, torch.get_num_threads()
+        )
+        return y
+
+
+class HeadPass:
+    """An MCTP head with the model's norm, in one call.
+
+    Args:
+        embedding: (vocabulary, d).
+        shape: see :class:`Backbone`.
+    """
+
+    def __init__(self, head: Head, norm: Norm, embedding: Tensor, shape: tuple[int, int, int]):
+        self._memory = head, norm, embedding
+        self._shape = shape
+        self._native = extension().Head(
+            embedding.data_ptr(),
+            _norm(head.embed_norm),
+            _norm(head.hidden_norm),
+            _product(head.proj),
+            _stack([head.layer], norm),
+        )
+
+    def __call__(self, cache: Tensor, tokens: Tensor, ahead: int, hidden: Tensor, window: Window) -> Tensor:
+        """A window's states (n, d) -> normed outputs (n, d); keys and values go to the cache.
 
         Args:
-            caches: of each layer, (2, all rows, kv, length + 1, d_head).
-            x: (n, d); may be overwritten.
-
-        Returns:
-            (n, d).
+            tokens: (all rows, length) ids; the head reads those ``ahead`` of the window's positions.
         """
-        x = x.contiguous()
-        rows, width = window.positions.shape
-        _, all_rows, _, places, _ = caches[0].shape
-        native = extension()
-        tensors = window.positions, window.cache_places, window.cos, window.sin
-        native.run(
-            self._native,
-            [cache.data_ptr() for cache in caches],
-            x.data_ptr(),
-            native.Window(
-                *self._shape, all_rows, places, window.rows.start, rows, width, *(t.data_ptr() for t in tensors)
-            ),
-            torch.get_num_threads(),
-        )
-        return x
+        hidden = hidden.contiguous()
+        y = torch.empty_like(hidden)
+        native = _window(self._shape, cache, window)
+        extension().run_head(
+            self._native, cache.data_ptr(), tokens.data_ptr(), tokens.stride(0), ahead,
+            hidden.data_ptr(), y.data_ptr(), native, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
 
 
-def _native(product: Any) -> Any:
+def _norm(norm: Norm) -> Any:
+    return extension().Norm(norm.weight.data_ptr(), norm.eps)
+
+
+def _product(product: Any) -> Any:
     return product.native
+
+
+def _stack(layers: Sequence[Layer], norm: Norm) -> Any:
+    native = [
+        extension().Layer(
+            _norm(layer.input_norm),
+            _product(layer.qkv),
+            _product(layer.out),
+            _norm(layer.mlp_norm),
+            _product(layer.gate_up),
+            _product(layer.down),
+            layer.window or 0,
+        )
+        for layer in layers
+    ]
+    return extension().Stack(native, _norm(norm))
+
+
+def _window(shape: tuple[int, int, int], cache: Tensor, window: Window) -> Any:
+    _, all_rows, _, places, _ = cache.shape
+    tensors = window.positions, window.cache_places, window.cos, window.sin
+    return extension().Window(
+        *shape,
+        all_rows,
+        places,
+        window.rows.start,
+        *window.positions.shape,
+        *(each.data_ptr() for each in tensors),
+    )

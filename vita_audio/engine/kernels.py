@@ -156,7 +156,7 @@ class Norm:
 
     def __init__(self, weight: Tensor, eps: float, folded: bool = False):
         self.weight, self.eps, self._folded = weight.detach(), eps, folded
-        self._fused = gpu_kernels(weight.device) or cpu_kernels(weight.device, weight.dtype)
+        self._fused = gpu_kernels(weight.device)
         self.scale = self.weight.float() * math.sqrt(weight.numel())
         self._least = torch.tensor(math.sqrt(weight.numel() * eps))
 

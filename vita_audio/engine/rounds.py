@@ -294,7 +294,9 @@ class Round:
         else:
             logits = project(weights, hidden, restricted, audio_only)
         if self.plan.drawing.plain:
-            tokens = best_ids(logits) + first_id
+            tokens = best_ids(logits)
+            if first_id:
+                tokens = tokens + first_id
         else:
             probabilities = distribution(logits, self.rules, self.plan.drawing, self.used, first_id)
             # Each pass has its column, after those of the drafts: company changes no row's draws.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vita_audio.engine.weights import Weights
 
+
 class State:
     """Caches of every layer and head, the tokens, and the lengths of ``rows`` rows; a round makes ``most`` tokens.
 
@@ -145,15 +146,16 @@ def window_of(
     places = torch.where(positions >= first[:, None], positions, state.length)
     positions = positions.clamp(min=0)
     cache_places = (state.row_places[rows] * weights.kv + places)[:, :, None] + state.head_places
-    cos_sin = (state.cos, state.sin) if weights.stack is not None else rotation(weights, state, positions)
+    whole = weights.backbone_pass is not None
+    cos, sin = (state.cos, state.sin) if whole else rotation(weights, state, positions)
     groups = weights.queries // weights.kv
     return Window(
         rows=rows,
         positions=positions,
         places=(state.row_places[rows] + places).flatten(),
         cache_places=cache_places.flatten(),
-        cos=cos_sin[0],
-        sin=cos_sin[1],
+        cos=cos,
+        sin=sin,
         masks=None
         if weights.attends(width)
         else {

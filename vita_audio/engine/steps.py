@@ -6,15 +6,13 @@ and can therefore be captured as a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from vita_audio.engine.kernels import attend, gate, rotate
 from vita_audio.engine.state import State, Window, window_of
-from vita_audio.engine.weights import AnyStack, Layer, Weights
+from vita_audio.engine.weights import Layer, Weights
 
 
 def embed(weights: Weights, tokens: Tensor) -> Tensor:
@@ -22,22 +20,6 @@ def embed(weights: Weights, tokens: Tensor) -> Tensor:
     if tokens.device.type == "cpu":
         return embedding(tokens, weights.embedding)
     return weights.embedding[tokens]
-
-
-def run_layers(
-    weights: Weights,
-    layers: Sequence[Layer],
-    stack: AnyStack | None,
-    caches: Sequence[Tensor],
-    x: Tensor,
-    window: Window,
-) -> Tensor:
-    """Decoder layers over a window, in one call if there is a ``stack``; see :func:`run_layer`."""
-    if stack is not None:
-        return stack(caches, x, window)
-    for layer, cache in zip(layers, caches, strict=True):
-        x = run_layer(weights, layer, cache, x, window)
-    return x
 
 
 def run_layer(weights: Weights, layer: Layer, cache: Tensor, x: Tensor, window: Window) -> Tensor:
@@ -78,7 +60,12 @@ def attention(weights: Weights, layer: Layer, cache: Tensor, qkv: Tensor, window
 def run_backbone(weights: Weights, state: State, x: Tensor, window: Window) -> Tensor:
     """All backbone layers over a window. Takes inputs (n, d), returns the normed output, and keeps it."""
     caches = state.caches[: weights.num_layers]
-    x = weights.norm(run_layers(weights, weights.layers, weights.stack, caches, x, window))
+    if weights.backbone_pass is not None:
+        x = weights.backbone_pass(caches, x, window)
+    else:
+        for layer, cache in zip(weights.layers, caches, strict=True):
+            x = run_layer(weights, layer, cache, x, window)
+        x = weights.norm(x)
     state.hidden.view(-1, weights.d).index_copy_(0, window.places, x)
     return x
 
@@ -95,12 +82,12 @@ def run_head(weights: Weights, state: State, index: int, hidden: Tensor, window:
     Returns:
         (n, d), normed; the last position of a row predicts the token after those known.
     """
-    head = weights.heads[index]
+    head, cache = weights.heads[index], state.caches[weights.num_layers + index]
+    if weights.head_passes:
+        return weights.head_passes[index](cache, state.tokens, index + 1, hidden, window)
     tokens = state.tokens[window.rows].gather(1, window.positions + (index + 1)).flatten()
     fused = torch.cat([head.embed_norm(embed(weights, tokens)), head.hidden_norm(hidden)], dim=-1)
-    caches = [state.caches[weights.num_layers + index]]
-    stack = weights.head_stacks[index]
-    return weights.norm(run_layers(weights, [head.layer], stack, caches, head.proj(fused), window))
+    return weights.norm(run_layer(weights, head.layer, cache, head.proj(fused), window))
 
 
 def backbone_pass(

@@ -13,7 +13,7 @@ from vita_audio.engine.kernels import Norm, Product, cpu_kernels, gpu_kernels
 from vita_audio.engine.quantized import Int8Product
 
 if TYPE_CHECKING:
-    from vita_audio.engine.state import Window
+    from vita_audio.engine.cpu_kernels import Backbone, HeadPass
     from vita_audio.models import Qwen2MTPForCausalLM
 
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
@@ -73,14 +73,6 @@ class Head:
     hidden_norm: Norm
     proj: AnyProduct
     layer: Layer
-
-
-class AnyStack(Protocol):
-    """Decoder layers that run in one call; see :class:`~vita_audio.engine.cpu_kernels.Stack`."""
-
-    def __call__(self, caches: Sequence[Tensor], x: Tensor, window: Window) -> Tensor:
-        """(n, d) -> (n, d)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -146,12 +138,13 @@ class Weights:
         self.heads = [
             make.head(head, config, config.layer_type(self.num_layers + head.index)) for head in model.heads
         ]
-        self.stack: AnyStack | None = None
-        self.head_stacks: list[AnyStack | None] = [None] * len(self.heads)
+        # Whole passes in one call each, where the CPU's own kernels run.
+        self.backbone_pass: Backbone | None = None
+        self.head_passes: list[HeadPass] = []
         if own is not None:
             shape = self.queries, self.kv, self.head_size
-            self.stack = own.Stack(self.layers, *shape)
-            self.head_stacks = [own.Stack([head.layer], *shape) for head in self.heads]
+            self.backbone_pass = own.Backbone(self.layers, self.norm, shape)
+            self.head_passes = [own.HeadPass(head, self.norm, self.embedding, shape) for head in self.heads]
         self.reaches = {layer.window for layer in (*self.layers, *(head.layer for head in self.heads))}
         self.audio_rows = audio_rows
         self.audio_head: AnyProduct | None = None
@@ -173,7 +166,9 @@ class Weights:
 
     def attends(self, width: int) -> bool:
         """Whether kernels of the engine's own attend in windows of ``width`` positions a row."""
-        return self.stack is not None or (self.fused is not None and width <= self.fused.MOST_POSITIONS)
+        if self.backbone_pass is not None:
+            return True
+        return self.fused is not None and width <= self.fused.MOST_POSITIONS
 
     @property
     def backbone_bytes(self) -> int:
