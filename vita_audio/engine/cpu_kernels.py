@@ -7,9 +7,12 @@ kept in ``$XDG_CACHE_HOME/vita_audio`` (``~/.cache/vita_audio``).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
+import math
+import mmap
 import os
 import shlex
 import subprocess
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 NAME = "vita_audio_cpu_kernels"
+HUGE_PAGE = 1 << 21
 OUTPUTS = 32
 """Outputs of a block of weights, as in the source."""
 
@@ -107,6 +111,18 @@ def best_ids(logits: Tensor) -> Tensor:
     return ids
 
 
+def memory(shape: Sequence[int]) -> Tensor:
+    """A tensor in bfloat16, in pages of 2 MiB where the system has them: fewer addresses to look up per byte read."""
+    size = 2 * math.prod(shape)
+    pages = mmap.mmap(-1, size + HUGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system built without
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(pages, dtype=torch.uint8)  # keeps the pages
+    start = -whole.data_ptr() % HUGE_PAGE
+    return whole[start : start + size].view(torch.bfloat16).view(shape)
+
+
 class Bfloat16Product:
     """y = x W^T + b for a fixed weight in bfloat16, on a CPU; see :class:`~vita_audio.engine.kernels.Product`.
 
@@ -124,7 +140,7 @@ class Bfloat16Product:
         )
         if alternate:
             blocks = torch.stack(blocks.chunk(2), dim=1)
-        self._blocks = blocks.contiguous()
+        self._blocks = memory(blocks.shape).copy_(blocks)
         bias = 0 if self.bias is None else self.bias.data_ptr()
         self.native = extension().Product(
             self._blocks.data_ptr(), bias, self.in_features, self.out_features, alternate
