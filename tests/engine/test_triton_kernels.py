@@ -128,14 +128,14 @@ def test_where_triton_cannot_compile_the_engine_says_so_once_and_takes_pytorchs_
     monkeypatch.setattr(triton_kernels, "gate", fail)
     monkeypatch.setattr(torch, "zeros", lambda *shape, **where: None)
     monkeypatch.setattr(torch.accelerator, "device_index", nullcontext)
-    kernels._tried.cache_clear()
+    kernels._tried_on_gpu.cache_clear()
     for _ in range(2):
         assert kernels.gpu_kernels(torch.device("cuda", 0)) is None
-    kernels._tried.cache_clear()
+    kernels._tried_on_gpu.cache_clear()
     assert caplog.messages == [
         "the engine runs on PyTorch's kernels alone, since Triton cannot run here: Failed to find C compiler."
     ]
-    monkeypatch.setenv("VITA_AUDIO_TRITON", "0")
+    monkeypatch.setenv("VITA_AUDIO_KERNELS", "0")
     assert kernels.gpu_kernels(torch.device("cuda", 0)) is None
     assert len(caplog.messages) == 1
 

@@ -57,6 +57,7 @@ class Run:
     Attributes:
         seconds: of the whole reply, with the prompt.
         chunks: until each chunk of speech is generated.
+        speech_passes: backbone passes that read the vocabulary's rows of speech alone.
         bandwidth: bytes per second of the engine's product, around the run.
         share: of that bandwidth, what the run read.
     """
@@ -65,6 +66,7 @@ class Run:
     chunks: list[float]
     backbone_passes: int
     head_passes: int
+    speech_passes: int = 0
     bandwidth: float = 0.0
     share: float = 0.0
 
@@ -296,17 +298,22 @@ def engine_run(engine: Engine, way: str, mode: str, arguments: argparse.Namespac
     begin = now(arguments)
     handle = engine.submit(request)
     chunks: list[float] = []
-    ends, count = chunk_ends(tokens), 0
+    ends, ids = chunk_ends(tokens), request.prompt[-1:]
     for event in handle:
-        count += len(getattr(event, "ids", ()))
-        ready = sum(end <= count for end in ends)
+        ids += getattr(event, "ids", ())
+        ready = sum(end < len(ids) for end in ends)
         chunks += [time.perf_counter() - begin] * (ready - len(chunks))
     seconds = now(arguments) - begin
     if lossless:
         return Run(seconds, chunks, handle.stats.rounds, handle.stats.drafts)
     steps = list(islice(Schedule.parse(mode).steps(engine.num_heads), tokens))
     passes = steps.count(BACKBONE)
-    return Run(seconds, chunks, passes, len(steps) - passes)
+    rows = engine.weights.audio_rows
+    speech = 0
+    if way == "engine_audio_rows" and rows is not None:
+        inside = [rows.begin <= last != rows.end for last in ids[:-1]]
+        speech = sum(step == BACKBONE and restricted for step, restricted in zip(steps, inside, strict=True))
+    return Run(seconds, chunks, passes, len(steps) - passes, speech)
 
 
 def together(engine: Engine, count: int, arguments: argparse.Namespace) -> float:
@@ -325,10 +332,14 @@ def together(engine: Engine, count: int, arguments: argparse.Namespace) -> float
 def bytes_read(engine: Engine, run: Run, way: str) -> int:
     """Bytes of weights that a run's passes read."""
     weights = engine.weights
-    projection = weights.audio_head if way == "engine_audio_rows" else weights.lm_head
-    assert projection is not None
+    full, speech = (
+        weights.lm_head.num_bytes,
+        0 if weights.audio_head is None else weights.audio_head.num_bytes,
+    )
     head = weights.heads[0].proj.num_bytes + weights.heads[0].layer.num_bytes if weights.heads else 0
-    return run.backbone_passes * weights.backbone_bytes + run.head_passes * (head + projection.num_bytes)
+    projection = speech if way == "engine_audio_rows" else full
+    total = run.backbone_passes * weights.backbone_bytes + run.head_passes * (head + projection)
+    return total - run.speech_passes * (full - speech)
 
 
 @torch.inference_mode()

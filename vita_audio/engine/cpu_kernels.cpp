@@ -78,11 +78,10 @@ struct Product {
       : weight(reinterpret_cast<const Bf16*>(weight)), bias(reinterpret_cast<const Bf16*>(bias)), in(in), out(out),
         alternate(alternate) {}
 
-  Index blocks() const { return (out + kOutputs - 1) / kOutputs; }
-  Index first(Index block) const {
-    return alternate ? block % 2 * (out / 2) + block / 2 * kOutputs : block * kOutputs;
-  }
-  Index width(Index block) const { return std::min(kOutputs, out - first(block)); }
+  Index half() const { return alternate ? out / 2 : out; }
+  Index blocks() const { return (half() + kOutputs - 1) / kOutputs * (alternate ? 2 : 1); }
+  Index first(Index block) const { return alternate ? block % 2 * half() + block / 2 * kOutputs : block * kOutputs; }
+  Index width(Index block) const { return std::min(kOutputs, half() - (alternate ? block / 2 : block) * kOutputs); }
 };
 
 // sum + the products of two neighbouring inputs with kLanes outputs' weights.
@@ -147,22 +146,24 @@ void multiply(const Product& product, const Bf16* x, Index rows, Store store) {
   }
 }
 
-// silu(gate) * up for this thread's share of an alternating product: all gates, then all ups.
+// silu(gate) * up for this thread's share of an alternating product, whose outputs are all gates, then all ups.
 void multiply_gated(const Product& product, const Bf16* x, Index rows, Bf16* y) {
   alignas(64) float gates[kRows * kOutputs], ups[kRows * kOutputs];
-  const Index size = product.out / 2;
+  const Index size = product.half();
   const Part part(product.blocks() / 2);
-  for (Index block = part.first; block < part.last; ++block)
+  for (Index pair = part.first; pair < part.last; ++pair) {
+    const Index first = pair * kOutputs, width = product.width(2 * pair);
     for (Index start = 0; start < rows; start += kRows) {
       const Index count = std::min<Index>(kRows, rows - start);
-      multiply_block(product, x + start * product.in, count, 2 * block, gates);
-      multiply_block(product, x + start * product.in, count, 2 * block + 1, ups);
+      multiply_block(product, x + start * product.in, count, 2 * pair, gates);
+      multiply_block(product, x + start * product.in, count, 2 * pair + 1, ups);
       for (Index row = 0; row < count; ++row)
-        for (Index i = 0; i < kOutputs; ++i) {
+        for (Index i = 0; i < width; ++i) {
           const float gate = gates[row * kOutputs + i], up = ups[row * kOutputs + i];
-          y[(start + row) * size + block * kOutputs + i] = narrow(gate / (1 + std::exp(-gate)) * up);
+          y[(start + row) * size + first + i] = narrow(gate / (1 + std::exp(-gate)) * up);
         }
     }
+  }
 }
 
 struct Norm {
@@ -482,11 +483,11 @@ void find_best(Address input, Address output, Index rows, Index size) {
   constexpr Index kChunk = 1024;
   for (Index row = 0; row < rows; ++row) {
     const Bf16* x = reinterpret_cast<const Bf16*>(input) + row * size;
-    float best = std::numeric_limits<float>::lowest();
+    float best = widen(x[0]);
     Index found = 0;
     for (Index start = 0; start < size; start += kChunk) {
       const Index end = std::min(start + kChunk, size);
-      float largest = std::numeric_limits<float>::lowest();
+      float largest = widen(x[start]);
       for (Index i = start; i < end; ++i) largest = std::max(largest, widen(x[i]));
       if (largest > best) best = largest, found = start;
     }

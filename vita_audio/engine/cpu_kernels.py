@@ -94,13 +94,13 @@ def compiled(flags: Sequence[str]) -> Path:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = (line for line in done.stderr.splitlines() if "error" in line)
+        lines = (line for line in done.stderr.splitlines() if " error: " in line)
         raise RuntimeError(next(lines, f"{command[0]} ended with status {done.returncode}"))
 
 
-def fits(d: int, intermediate_size: int, heads: int, head_size: int) -> bool:
-    """Whether a model of this shape can use the kernels."""
-    return d % 2 == 0 and intermediate_size % OUTPUTS == 0 and heads * head_size % 2 == 0 == head_size % 2
+def fits(*sizes: int) -> bool:
+    """Whether products can read inputs of these sizes: they take them in pairs."""
+    return all(size % 2 == 0 for size in sizes)
 
 
 def best_ids(logits: Tensor) -> Tensor:
@@ -130,16 +130,12 @@ class Bfloat16Product:
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None):
+        # A gate and the value that it lets through are used together, so they take turns in memory.
+        alternate = len(weights) == 2 and len(weights[0]) == len(weights[1])
         weight, self.bias = joined(weights, biases)
         self.out_features, self.in_features = weight.shape
-        padded = torch.nn.functional.pad(weight, (0, 0, 0, -self.out_features % OUTPUTS))
-        blocks = padded.view(-1, OUTPUTS, self.in_features // 2, 2).transpose(1, 2)
-        # A gate and the value that it lets through are used together, so they are read together.
-        alternate = (
-            len(weights) == 2 and len(weights[0]) == len(weights[1]) and len(weights[0]) % OUTPUTS == 0
-        )
-        if alternate:
-            blocks = torch.stack(blocks.chunk(2), dim=1)
+        parts = [_in_blocks(each) for each in (weights if alternate else [weight])]
+        blocks = torch.stack(parts, dim=1)
         self._blocks = memory(blocks.shape).copy_(blocks)
         bias = 0 if self.bias is None else self.bias.data_ptr()
         self.native = extension().Product(
@@ -155,17 +151,22 @@ class Bfloat16Product:
         """(n, in) -> (n, out); ``add`` (n, out) is added to the result."""
         x = x.contiguous()
         y = x.new_empty(len(x), self.out_features)
-        if add is not None:
-            add = add.contiguous()
+        added = None if add is None else add.contiguous()
         extension().multiply(
             self.native,
             x.data_ptr(),
-            0 if add is None else add.data_ptr(),
+            0 if added is None else added.data_ptr(),
             y.data_ptr(),
             len(x),
             torch.get_num_threads(),
         )
         return y
+
+
+def _in_blocks(weight: Tensor) -> Tensor:
+    """(out, in) -> (blocks, in / 2, OUTPUTS, 2), zero where there are no more outputs."""
+    padded = torch.nn.functional.pad(weight.detach(), (0, 0, 0, -len(weight) % OUTPUTS))
+    return padded.unflatten(0, (-1, OUTPUTS)).unflatten(2, (-1, 2)).transpose(1, 2)
 
 
 class Backbone:

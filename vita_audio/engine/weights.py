@@ -124,7 +124,7 @@ class Weights:
         if self.fused is not None and not self.fused.fits(self.head_size):
             self.fused = None
         own = cpu_kernels(model.device, model.dtype) if quantization == "none" else None
-        if own is not None and not own.fits(self.d, config.intermediate_size, self.queries, self.head_size):
+        if own is not None and not own.fits(self.d, config.intermediate_size, self.head_size):
             own = None
         make = Maker(model.device, model.dtype, quantization, free)
         if own is not None:

@@ -1,0 +1,252 @@
+"""The CPU's own kernels: each against PyTorch, passes against float32, and where they cannot be compiled."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vita_audio.engine import Engine, Request, Sampling, cpu_kernels, kernels
+from vita_audio.engine.sampling import best_ids
+from vita_audio.engine.state import State, window_of
+from vita_audio.engine.steps import run_backbone, run_head
+from vita_audio.engine.weights import Weights
+
+from .conftest import random_model
+
+SETS = [[], ["-mavx2", "-mfma"], ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]]
+"""Instruction sets other than this CPU's."""
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+def runs_here(flags):
+    return not flags or (
+        torch.cpu._is_avx512_supported() if "-mavx512f" in flags else torch.cpu._is_avx2_supported()
+    )
+
+
+@pytest.fixture(params=["this CPU's", *SETS], ids=["own", "plain", "avx2", "avx512"])
+def instructions(request, monkeypatch):
+    """Kernels compiled for several sets of instructions; this CPU's own, and those of others that it can run."""
+    if request.param != "this CPU's":
+        if not runs_here(request.param):
+            pytest.skip("this CPU has no such instructions")
+        monkeypatch.setattr(cpu_kernels, "instructions", lambda: request.param)
+    cpu_kernels.extension.cache_clear()
+    yield
+    cpu_kernels.extension.cache_clear()
+
+
+def without_own_kernels(monkeypatch, model):
+    monkeypatch.setenv(kernels.SWITCH, "0")
+    weights = Weights(model)
+    monkeypatch.delenv(kernels.SWITCH)
+    assert weights.backbone_pass is None
+    return weights
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("outputs", [[1], [31, 2], [64], [40, 40], [32, 8, 8]])
+@pytest.mark.parametrize("rows", [1, 2, 11, 12, 13, 30])
+def test_a_product_is_pytorchs_and_a_row_does_not_depend_on_its_company(outputs, rows):
+    weights = [torch.randn(size, 70).bfloat16() for size in outputs]
+    biases = [None if i == 1 else torch.randn(size).bfloat16() for i, size in enumerate(outputs)]
+    x = torch.randn(rows, 2 * 70).bfloat16()[:, ::2]
+    add = torch.randn(rows, sum(outputs)).bfloat16()
+    product, plain = cpu_kernels.Bfloat16Product(weights, biases), cpu_kernels.Bfloat16Product(weights)
+    expected = x.double() @ torch.cat(weights).double().t()
+    bias = torch.cat(
+        [torch.zeros(n) if b is None else b.double() for n, b in zip(outputs, biases, strict=True)]
+    )
+    torch.testing.assert_close(product(x).double(), expected + bias, rtol=1 / 128, atol=0.01)
+    torch.testing.assert_close(plain(x, add=add).double(), expected + add.double(), rtol=1 / 128, atol=0.01)
+    assert torch.equal(product(x), torch.cat([product(row[None]) for row in x]))
+    assert product.num_bytes == 2 * 70 * sum(outputs)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("size", [1, 5, 1024, 4100])
+def test_the_best_id_is_the_first_of_the_highest(size):
+    logits = torch.randn(3, 2, size).bfloat16()
+    logits[1, 1] = -torch.inf
+    logits[2, 0] = logits[2, 0].amax()
+    assert torch.equal(best_ids(logits), logits.float().argmax(dim=-1))
+
+
+SHAPES = {
+    "heads of 16": {"head_dim": 16},
+    "heads of 18": {"head_dim": 18},
+    "heads of 64": {"head_dim": 64},
+    "one key head": {"num_key_value_heads": 1},
+    "a key head each": {"num_key_value_heads": 4},
+    "a window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "a long window": {"use_sliding_window": True, "sliding_window": 70, "max_window_layers": 0},
+}
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_passes_are_as_close_to_float32_as_pytorchs(shape, monkeypatch):
+    """Two of three rows, one of which has fewer new positions, over caches that hold more than they see."""
+    model = random_model(1, initializer_range=0.15, hidden_size=64, intermediate_size=72, **shape).bfloat16()
+    own, theirs = Weights(model), without_own_kernels(monkeypatch, model)
+    assert own.backbone_pass is not None
+    exact = Weights(random_model_like(model))
+    errors = {"own": [], "theirs": []}
+    for known, width in [(0, 1), (0, 7), (5, 3), (62, 11), (100, 64), (0, 130), (200, 1)]:
+        outputs = [two_passes(weights, known, width) for weights in (own, theirs, exact)]
+        for name, output in zip(errors, outputs, strict=False):
+            errors[name].append((output - outputs[2]).square().mean().sqrt().item())
+    assert sum(errors["own"]) <= 1.2 * sum(errors["theirs"]), errors
+
+
+def random_model_like(model):
+    copy = type(model)(model.config)
+    copy.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    return copy.float().eval()
+
+
+def two_passes(weights, known, width):
+    """The outputs of the backbone and of a head, and what the caches then hold, in one tensor."""
+    torch.manual_seed(width)
+    state = State(weights, rows=3, length=300, most=4)
+    for cache in state.caches:
+        cache.copy_(torch.randn(cache.shape).bfloat16())
+    state.tokens.random_(96)
+    first, end = torch.tensor([known, known]), torch.tensor([known + width, known + max(1, width - 2)])
+    x = torch.randn(2 * width, weights.d).bfloat16().to(weights.dtype)
+    with torch.inference_mode():
+        window = window_of(weights, state, slice(1, 3), first, end, width, known + width)
+        hidden = run_backbone(weights, state, x, window)
+        output = run_head(weights, state, 0, hidden, window)
+    kept = (torch.arange(end[0] - width, end[0]) >= 0).repeat(2) & (
+        end[:, None] - width + torch.arange(width) >= first[:, None]
+    ).flatten()
+    caches = torch.stack(state.caches[: weights.num_layers + 1])[:, :, 1:, :, : known + width]
+    return torch.cat([part.float().flatten() for part in (hidden[kept], output[kept], caches)])
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=15, deadline=None)
+def test_in_bfloat16_too_a_reply_does_not_depend_on_its_company(seed):
+    """Not in one bit: greedy replies of a random model are long chains of close choices."""
+    chance = torch.Generator().manual_seed(seed)
+
+    def some(low, high):
+        return int(torch.randint(low, high + 1, (1,), generator=chance))
+
+    model = random_model(2).bfloat16()
+    alone, together = (
+        Engine(model, max_rows=1, max_length=200),
+        Engine(model, max_rows=3, max_length=200, prompt_chunk=16),
+    )
+    requests = [
+        Request(
+            [some(0, 95) for _ in range(some(1, 80))],
+            ["vanilla", "balance", "boost", "turbo"][some(0, 3)],
+            Sampling(do_sample=some(0, 1) == 1, seed=some(0, 99)),
+            lossless=some(0, 3) == 0,
+            max_new_tokens=some(1, 40),
+        )
+        for _ in range(5)
+    ]
+    handles = []
+    for request in requests:
+        handles.append(together.submit(request))
+        for _ in range(some(0, 3)):
+            together.step()
+    assert [handle.tokens() for handle in handles] == [alone.submit(request).tokens() for request in requests]
+
+
+def test_a_gate_and_what_it_lets_through_come_apart_again():
+    """In memory their blocks take turns."""
+    gate, up = (torch.randn(40, 32).bfloat16() for _ in range(2))
+    x = torch.randn(3, 32).bfloat16()
+    torch.testing.assert_close(
+        cpu_kernels.Bfloat16Product([gate, up])(x), x @ torch.cat([gate, up]).t(), rtol=0.01, atol=0.01
+    )
+
+
+# -- compiling ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As in a process that has not compiled anything, with an empty folder for the result."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    for cached in (cpu_kernels.extension, kernels._tried_on_cpu):
+        cached.cache_clear()
+    yield tmp_path
+    for cached in (cpu_kernels.extension, kernels._tried_on_cpu):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("no-such-compiler", "No such file or directory: 'no-such-compiler'"),
+        ("false", "false ended with status 1"),
+    ],
+)
+def test_without_a_compiler_the_engine_says_so_once_and_takes_pytorchs_kernels(
+    fresh, monkeypatch, caplog, compiler, reason
+):
+    monkeypatch.setenv("CXX", compiler)
+    model = random_model(4).bfloat16()
+    for _ in range(2):
+        engine = Engine(model, max_rows=1, max_length=50)
+        assert engine.weights.backbone_pass is None
+        assert len(engine.submit(Request([1, 2], "boost", max_new_tokens=8)).tokens()) == 8
+    (message,) = caplog.messages
+    assert message.startswith("the engine runs on PyTorch's kernels alone, since those for this CPU")
+    assert reason in message
+
+
+def test_the_compilers_first_error_is_the_reason(fresh, monkeypatch, tmp_path):
+    source = tmp_path / "broken.cpp"
+    source.write_text("int main() { return x; }\n")
+    monkeypatch.setattr(cpu_kernels, "SOURCE", source)
+    with pytest.raises(RuntimeError, match=r"broken\.cpp:1:.* error: .x. was not declared"):
+        cpu_kernels.extension()
+    assert list((fresh / "vita_audio").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(fresh, monkeypatch, caplog):
+    (fresh / "vita_audio").write_text("a file in its place")
+    assert kernels.cpu_kernels(torch.device("cpu"), torch.bfloat16) is None
+    assert str(fresh / "vita_audio") in caplog.text
+
+
+def test_it_is_compiled_once_also_by_two_at_once(fresh, monkeypatch):
+    with ThreadPoolExecutor(2) as pool:
+        paths = set(pool.map(cpu_kernels.compiled, [[], []]))
+    assert [*(fresh / "vita_audio").iterdir()] == list(paths)
+    monkeypatch.setattr(subprocess, "run", None)
+    assert {cpu_kernels.compiled([])} == paths
+
+
+def test_other_types_and_the_switch_leave_it_to_pytorch(monkeypatch):
+    cpu = torch.device("cpu")
+    assert kernels.cpu_kernels(cpu, torch.bfloat16) is cpu_kernels
+    assert kernels.cpu_kernels(cpu, torch.float32) is None
+    assert Weights(random_model(5, intermediate_size=49).bfloat16()).backbone_pass is None
+    monkeypatch.setenv("VITA_AUDIO_KERNELS", "0")
+    assert kernels.cpu_kernels(cpu, torch.bfloat16) is None
+
+
+def test_loading_the_kernels_leaves_small_numbers_as_they_are():
+    """A library that is linked with ``-ffast-math`` makes its process round subnormal numbers to zero."""
+    script = (
+        "import torch; from vita_audio.engine import cpu_kernels as own\n"
+        "own.extension(); x = torch.tensor([1e-40]); assert (x / 2).item() > 0 and 5e-324 * 1.0 > 0"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
