@@ -4,7 +4,7 @@
 ``python tools/benchmark.py decode --sizes 0.5b 1.5b 3b 7b --tokens 4096``
 
 One row of tokens costs the bytes of the weights that its passes read: decoding runs at the machine's bandwidth. The
-limit is that bandwidth, measured by the engine's own matrix-vector product before and after each run, divided by the
+limit is that bandwidth, measured by the engine's own matrix-vector products before and after each run, divided by the
 bytes per token. The ways take turns, and the fastest of their runs counts; of the shares of the limit, the median.
 
 * plain: the loop of ``model.generate``;
@@ -22,7 +22,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -44,8 +44,9 @@ CHUNKS = Schedule.parse("1 10 4 10")
 """Text and speech alternate as in training: a chunk of ten speech tokens after 1 token of text, then after 4 each."""
 FIRST = sum(CHUNKS.pairs[0])
 """Tokens up to the end of the first chunk, and of Turbo's first round."""
-READS = 20
-"""Products that measure the bandwidth. Their mean counts, as a run's: other programs of the machine slow both."""
+READS = 6
+"""Times that the matrices are read to measure the bandwidth. The mean counts, as of a run: what else the machine does
+slows both."""
 SPEECH_ROWS = 16_400
 """Rows from the first marker of speech to the end of the released vocabularies."""
 
@@ -187,8 +188,7 @@ def measure_model(path: Path, arguments: argparse.Namespace, console: Console) -
         )  # fmt: skip
     console.print(table)
     speeds = [run.bandwidth / 1e9 for (way, _), run in runs.items() if way != "engine_int8"]
-    weight = model.lm_head.weight.detach()
-    theirs = read_speed(engine, lambda x: torch.mm(x, weight.t())) / 1e9
+    theirs = read_speed_of_pytorch(model) / 1e9
     console.print(
         f"One row reads weights at {min(speeds):.1f} to {max(speeds):.1f} GB/s, with PyTorch's product at {theirs:.1f}"
     )
@@ -343,17 +343,34 @@ def bytes_read(engine: Engine, run: Run, way: str) -> int:
 
 
 @torch.inference_mode()
-def read_speed(engine: Engine, product: Callable[[torch.Tensor], torch.Tensor] | None = None) -> float:
-    """Bytes per second of the LM head's product with one row, the engine's by default; no cache holds the matrix."""
-    head = engine.weights.lm_head
-    product = product or head
-    x = torch.randn(1, head.in_features, dtype=engine.weights.dtype, device=engine.weights.device)
-    product(x)
-    begin = time.perf_counter()
-    for _ in range(READS):
+def read_speed(engine: Engine) -> float:
+    """Bytes per second of the engine's products with one row: the largest of each layer and the LM head, in turn, so
+    that no cache holds a part of them."""
+    weights = engine.weights
+    products = [*(layer.gate_up for layer in weights.layers), weights.lm_head]
+    x = torch.randn(1, weights.d, dtype=weights.dtype, device=weights.device)
+    for product in products:
         y = product(x)
     y[0, 0].item()
-    return READS * head.num_bytes / (time.perf_counter() - begin)
+    begin = time.perf_counter()
+    for _ in range(READS):
+        for product in products:
+            y = product(x)
+    y[0, 0].item()
+    return READS * sum(product.num_bytes for product in products) / (time.perf_counter() - begin)
+
+
+@torch.inference_mode()
+def read_speed_of_pytorch(model: Any) -> float:
+    """The same of PyTorch's product with the LM head."""
+    weight = model.lm_head.weight.detach()
+    x = torch.randn(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    torch.mm(x, weight.t())[0, 0].item()
+    begin = time.perf_counter()
+    for _ in range(READS):
+        y = torch.mm(x, weight.t())
+    y[0, 0].item()
+    return READS * weight.numel() * weight.element_size() / (time.perf_counter() - begin)
 
 
 def now(arguments: argparse.Namespace) -> float:

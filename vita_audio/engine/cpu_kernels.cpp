@@ -39,7 +39,7 @@ typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 constexpr Index kOutputs = 32;  // outputs of a block of weights
 constexpr int kVectors = kOutputs / kLanes;
 constexpr Index kKeys = 64;  // keys that attention takes at a time
-constexpr Index kAhead = 8192;  // bytes of weights that several rows fetch ahead; one row gains nothing by it
+constexpr Index kAhead = 8192;  // bytes of weights that are fetched ahead
 
 float widen(Bf16 value) {
   const uint32_t bits = static_cast<uint32_t>(value) << 16;
@@ -104,10 +104,9 @@ void multiply_block(const Product& product, const Bf16* x, Index block, float* s
   const Bf16* weights = product.weight + block * kOutputs * product.in;
   Floats totals[rows][kVectors] = {};
   for (Index pair = 0; pair < pairs; ++pair, weights += 2 * kOutputs) {
-    if constexpr (rows > 1) {
-      __builtin_prefetch(reinterpret_cast<const char*>(weights) + kAhead);
-      __builtin_prefetch(reinterpret_cast<const char*>(weights) + kAhead + 64);
-    }
+    // Without a place in the outer caches, which hold what runs between the passes.
+    __builtin_prefetch(reinterpret_cast<const char*>(weights) + kAhead, 0, 0);
+    __builtin_prefetch(reinterpret_cast<const char*>(weights) + kAhead + 64, 0, 0);
     for (int row = 0; row < rows; ++row) {
       uint32_t inputs;
       std::memcpy(&inputs, x + row * product.in + 2 * pair, sizeof inputs);
