@@ -70,7 +70,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["vita_audio", "vita_audio.*"]),
-    package_data={"vita_audio": ["py.typed", "cli/*.html", "engine/*.cpp", "evaluation/templates/*.html", "serving/page/*"]},
+    package_data={
+        "vita_audio": [
+            "py.typed",
+            "cli/*.html",
+            "engine/*.cpp",
+            "evaluation/templates/*.html",
+            "serving/page/*",
+        ]
+    },
     install_requires=[
         "audioread",
         "huggingface-hub",

@@ -193,6 +193,14 @@ def test_the_package_is_marked_as_typed(packaging):
     assert "py.typed" in packaging["package_data"]["vita_audio"]
 
 
+def test_every_file_of_the_package_that_is_no_module_is_packaged(packaging):
+    package = REPOSITORY / "vita_audio"
+    patterns = packaging["package_data"]["vita_audio"]
+    packaged = {path for pattern in patterns for path in package.glob(pattern)}
+    others = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others == packaged
+
+
 def test_messages_that_ask_for_an_extra_name_one_that_exists(packaging):
     """The package is installed from its folder; the name belongs to nobody on PyPI."""
     texts = {
