@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,6 +176,18 @@ def test_a_gate_and_what_it_lets_through_come_apart_again():
     )
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_large_weights_lie_in_large_pages_where_the_system_gives_them():
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("this system has none")
+    kept = cpu_kernels.memory([1 << 24]).fill_(1)
+    (line,) = (
+        line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if "AnonHuge" in line
+    )
+    assert int(line.split()[1]) * 1024 >= kept.numel()
+    assert kept.data_ptr() % cpu_kernels.HUGE_PAGE == 0
+
+
 # -- compiling ----------------------------------------------------------------------------------------------
 
 
@@ -236,6 +249,9 @@ def test_it_is_compiled_once_also_by_two_at_once(fresh, monkeypatch):
 
 def test_other_types_and_the_switch_leave_it_to_pytorch(monkeypatch):
     cpu = torch.device("cpu")
+    mixed = random_model(5).bfloat16()
+    mixed.model.norm.float()
+    assert Weights(mixed).backbone_pass is None
     assert kernels.cpu_kernels(cpu, torch.bfloat16) is cpu_kernels
     assert kernels.cpu_kernels(cpu, torch.float32) is None
     assert Weights(random_model(5, intermediate_size=49).bfloat16()).backbone_pass is None

@@ -114,7 +114,7 @@ def best_ids(logits: Tensor) -> Tensor:
 def memory(shape: Sequence[int]) -> Tensor:
     """A tensor in bfloat16, in pages of 2 MiB where the system has them: fewer addresses to look up per byte read."""
     size = 2 * math.prod(shape)
-    pages = mmap.mmap(-1, size + HUGE_PAGE)
+    pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a system built without
             pages.madvise(mmap.MADV_HUGEPAGE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -124,7 +124,8 @@ class Weights:
         if self.fused is not None and not self.fused.fits(self.head_size):
             self.fused = None
         own = cpu_kernels(model.device, model.dtype) if quantization == "none" else None
-        if own is not None and not own.fits(self.d, config.intermediate_size, self.head_size):
+        fits = own is not None and own.fits(self.d, config.intermediate_size, self.head_size)
+        if not fits or any(weight.dtype != model.dtype for weight in language_weights(model)):
             own = None
         make = Maker(model.device, model.dtype, quantization, free)
         if own is not None:
@@ -198,6 +199,14 @@ class Weights:
         cos, sin = (part[0] for part in self._rotary(self.embedding[:1], positions))
         half = self.head_size // 2
         return cos, torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
+
+
+def language_weights(model: Qwen2MTPForCausalLM) -> Iterator[Tensor]:
+    """The parameters of backbone, heads and LM head, without those of a speech encoder."""
+    base: Any = model.model
+    heads = (part for head in model.heads for part in (head.embed_norm, head.hidden_norm, head.proj))
+    for part in (base.layers, base.norm, *heads, model.lm_head):
+        yield from part.parameters()
 
 
 class Maker:
