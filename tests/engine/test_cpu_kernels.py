@@ -20,6 +20,7 @@ from .conftest import random_model
 
 SETS = [[], ["-mavx2", "-mfma"], ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]]
 """Instruction sets other than this CPU's."""
+TYPES = [torch.bfloat16, torch.float32]
 
 
 @pytest.fixture(autouse=True)
@@ -57,26 +58,29 @@ def without_own_kernels(monkeypatch, model):
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("outputs", [[1], [31, 2], [64], [40, 40], [32, 8, 8]])
 @pytest.mark.parametrize("rows", [1, 2, 11, 12, 13, 30])
-def test_a_product_is_pytorchs_and_a_row_does_not_depend_on_its_company(outputs, rows):
-    weights = [torch.randn(size, 70).bfloat16() for size in outputs]
-    biases = [None if i == 1 else torch.randn(size).bfloat16() for i, size in enumerate(outputs)]
-    x = torch.randn(rows, 2 * 70).bfloat16()[:, ::2]
-    add = torch.randn(rows, sum(outputs)).bfloat16()
-    product, plain = cpu_kernels.Bfloat16Product(weights, biases), cpu_kernels.Bfloat16Product(weights)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_product_is_pytorchs_and_a_row_does_not_depend_on_its_company(outputs, rows, dtype):
+    weights = [torch.randn(size, 70).to(dtype) for size in outputs]
+    biases = [None if i == 1 else torch.randn(size).to(dtype) for i, size in enumerate(outputs)]
+    x = torch.randn(rows, 2 * 70).to(dtype)[:, ::2]
+    add = torch.randn(rows, sum(outputs)).to(dtype)
+    close = {"rtol": 1 / 128, "atol": 0.01} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+    product, plain = cpu_kernels.PackedProduct(weights, biases), cpu_kernels.PackedProduct(weights)
     expected = x.double() @ torch.cat(weights).double().t()
     bias = torch.cat(
         [torch.zeros(n) if b is None else b.double() for n, b in zip(outputs, biases, strict=True)]
     )
-    torch.testing.assert_close(product(x).double(), expected + bias, rtol=1 / 128, atol=0.01)
-    torch.testing.assert_close(plain(x, add=add).double(), expected + add.double(), rtol=1 / 128, atol=0.01)
+    torch.testing.assert_close(product(x).double(), expected + bias, **close)
+    torch.testing.assert_close(plain(x, add=add).double(), expected + add.double(), **close)
     assert torch.equal(product(x), torch.cat([product(row[None]) for row in x]))
-    assert product.num_bytes == 2 * 70 * sum(outputs)
+    assert product.num_bytes == dtype.itemsize * 70 * sum(outputs)
 
 
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("size", [1, 5, 1024, 4100])
-def test_the_best_id_is_the_first_of_the_highest(size):
-    logits = torch.randn(3, 2, size).bfloat16()
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_best_id_is_the_first_of_the_highest(size, dtype):
+    logits = torch.randn(3, 2, size).to(dtype)
     logits[1, 1] = -torch.inf
     logits[2, 0] = logits[2, 0].amax()
     assert torch.equal(best_ids(logits), logits.float().argmax(dim=-1))
@@ -95,17 +99,20 @@ SHAPES = {
 
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_passes_are_as_close_to_float32_as_pytorchs(shape, monkeypatch):
+def test_passes_are_as_close_to_float32_as_pytorchs_and_equal_in_float32(shape, monkeypatch):
     """Two of three rows, one of which has fewer new positions, over caches that hold more than they see."""
     model = random_model(1, initializer_range=0.15, hidden_size=64, intermediate_size=72, **shape).bfloat16()
     own, theirs = Weights(model), without_own_kernels(monkeypatch, model)
+    single = random_model_like(model)
+    own_single, exact = Weights(single), without_own_kernels(monkeypatch, single)
     assert own.backbone_pass is not None
-    exact = Weights(random_model_like(model))
+    assert own_single.backbone_pass is not None
     errors = {"own": [], "theirs": []}
     for known, width in [(0, 1), (0, 7), (5, 3), (62, 11), (100, 64), (0, 130), (200, 1)]:
-        outputs = [two_passes(weights, known, width) for weights in (own, theirs, exact)]
+        outputs = [two_passes(weights, known, width) for weights in (own, theirs, exact, own_single)]
         for name, output in zip(errors, outputs, strict=False):
             errors[name].append((output - outputs[2]).square().mean().sqrt().item())
+        torch.testing.assert_close(outputs[3], outputs[2], rtol=1e-3, atol=1e-3)
     assert sum(errors["own"]) <= 1.2 * sum(errors["theirs"]), errors
 
 
@@ -135,16 +142,17 @@ def two_passes(weights, known, width):
     return torch.cat([part.float().flatten() for part in (hidden[kept], output[kept], caches)])
 
 
+@pytest.mark.parametrize("dtype", TYPES)
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=15, deadline=None)
-def test_in_bfloat16_too_a_reply_does_not_depend_on_its_company(seed):
+def test_a_reply_does_not_depend_on_its_company(dtype, seed):
     """Not in one bit: greedy replies of a random model are long chains of close choices."""
     chance = torch.Generator().manual_seed(seed)
 
     def some(low, high):
         return int(torch.randint(low, high + 1, (1,), generator=chance))
 
-    model = random_model(2).bfloat16()
+    model = random_model(2).to(dtype)
     alone, together = (
         Engine(model, max_rows=1, max_length=200),
         Engine(model, max_rows=3, max_length=200, prompt_chunk=16),
@@ -172,7 +180,7 @@ def test_a_gate_and_what_it_lets_through_come_apart_again():
     gate, up = (torch.randn(40, 32).bfloat16() for _ in range(2))
     x = torch.randn(3, 32).bfloat16()
     torch.testing.assert_close(
-        cpu_kernels.Bfloat16Product([gate, up])(x), x @ torch.cat([gate, up]).t(), rtol=0.01, atol=0.01
+        cpu_kernels.PackedProduct([gate, up])(x), x @ torch.cat([gate, up]).t(), rtol=0.01, atol=0.01
     )
 
 
@@ -180,7 +188,7 @@ def test_a_gate_and_what_it_lets_through_come_apart_again():
 def test_large_weights_lie_in_large_pages_where_the_system_gives_them():
     if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         pytest.skip("this system has none")
-    kept = cpu_kernels.memory([1 << 24]).fill_(1)
+    kept = cpu_kernels.memory([1 << 24], torch.bfloat16).fill_(1)
     (line,) = (
         line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if "AnonHuge" in line
     )
@@ -253,7 +261,8 @@ def test_other_types_and_the_switch_leave_it_to_pytorch(monkeypatch):
     mixed.model.norm.float()
     assert Weights(mixed).backbone_pass is None
     assert kernels.cpu_kernels(cpu, torch.bfloat16) is cpu_kernels
-    assert kernels.cpu_kernels(cpu, torch.float32) is None
+    assert kernels.cpu_kernels(cpu, torch.float32) is cpu_kernels
+    assert kernels.cpu_kernels(cpu, torch.float16) is None
     assert Weights(random_model(5, intermediate_size=49).bfloat16()).backbone_pass is None
     monkeypatch.setenv("VITA_AUDIO_KERNELS", "0")
     assert kernels.cpu_kernels(cpu, torch.bfloat16) is None

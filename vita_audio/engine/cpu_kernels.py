@@ -1,7 +1,7 @@
-"""Kernels in C++ for CPUs: products with weights in bfloat16, and whole decoder layers of a pass in one call.
+"""Kernels in C++ for CPUs: products with weights in bfloat16 or float32, and whole passes in one call.
 
 PyTorch's operations take some 20 µs each beside the reading of weights, ten of them a layer. ``cpu_kernels.cpp`` runs
-all layers in one parallel region instead. It is compiled when it is first used, which takes about ten seconds, and
+all layers in one parallel region instead. It is compiled when it is first used, which takes some ten seconds, and
 kept in ``$XDG_CACHE_HOME/vita_audio`` (``~/.cache/vita_audio``).
 """
 
@@ -80,7 +80,7 @@ def compiled(flags: Sequence[str]) -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     target = home / "vita_audio" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.exists():
-        _logger.info("compiling the engine's kernels for this CPU; this takes about ten seconds, once")
+        _logger.info("compiling the engine's kernels for this CPU; this takes 10 to 20 seconds, once")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             object_file, library = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
@@ -98,33 +98,38 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(next(lines, f"{command[0]} ended with status {done.returncode}"))
 
 
-def fits(*sizes: int) -> bool:
-    """Whether products can read inputs of these sizes: they take them in pairs."""
-    return all(size % 2 == 0 for size in sizes)
+def fits(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether products can read inputs of these sizes: they take 32 bits at a time."""
+    return all(size * dtype.itemsize % 4 == 0 for size in sizes)
+
+
+def native(dtype: torch.dtype) -> Any:
+    """The part of the extension for a type of weights, bfloat16 or float32."""
+    return getattr(extension(), str(dtype).removeprefix("torch."))
 
 
 def best_ids(logits: Tensor) -> Tensor:
     """Ids of the highest logits, the first of equal ones: (..., vocabulary) -> (...)."""
     logits = logits.contiguous()
     ids = logits.new_empty(logits.shape[:-1], dtype=torch.long)
-    extension().find_best(logits.data_ptr(), ids.data_ptr(), ids.numel(), logits.shape[-1])
+    native(logits.dtype).find_best(logits.data_ptr(), ids.data_ptr(), ids.numel(), logits.shape[-1])
     return ids
 
 
-def memory(shape: Sequence[int]) -> Tensor:
-    """A tensor in bfloat16, in pages of 2 MiB where the system has them: fewer addresses to look up per byte read."""
-    size = 2 * math.prod(shape)
+def memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor in pages of 2 MiB where the system has them: fewer addresses to look up per byte read."""
+    size = dtype.itemsize * math.prod(shape)
     pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a system built without
             pages.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(pages, dtype=torch.uint8)  # keeps the pages
     start = -whole.data_ptr() % HUGE_PAGE
-    return whole[start : start + size].view(torch.bfloat16).view(shape)
+    return whole[start : start + size].view(dtype).view(shape)
 
 
-class Bfloat16Product:
-    """y = x W^T + b for a fixed weight in bfloat16, on a CPU; see :class:`~vita_audio.engine.kernels.Product`.
+class PackedProduct:
+    """y = x W^T + b for a fixed weight on a CPU; see :class:`~vita_audio.engine.kernels.Product`.
 
     A row's result does not depend on the rows beside it.
     """
@@ -136,23 +141,23 @@ class Bfloat16Product:
         self.out_features, self.in_features = weight.shape
         parts = [_in_blocks(each) for each in (weights if alternate else [weight])]
         blocks = torch.stack(parts, dim=1)
-        self._blocks = memory(blocks.shape).copy_(blocks)
+        self._blocks = memory(blocks.shape, weight.dtype).copy_(blocks)
         bias = 0 if self.bias is None else self.bias.data_ptr()
-        self.native = extension().Product(
+        self.native = native(weight.dtype).Product(
             self._blocks.data_ptr(), bias, self.in_features, self.out_features, alternate
         )
 
     @property
     def num_bytes(self) -> int:
         """Bytes that a call reads."""
-        return 2 * self.in_features * self.out_features
+        return self._blocks.itemsize * self.in_features * self.out_features
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """(n, in) -> (n, out); ``add`` (n, out) is added to the result."""
         x = x.contiguous()
         y = x.new_empty(len(x), self.out_features)
         added = None if add is None else add.contiguous()
-        extension().multiply(
+        native(y.dtype).multiply(
             self.native,
             x.data_ptr(),
             0 if added is None else added.data_ptr(),
@@ -164,16 +169,16 @@ class Bfloat16Product:
 
 
 def _in_blocks(weight: Tensor) -> Tensor:
-    """(out, in) -> (blocks, in / 2, OUTPUTS, 2), zero where there are no more outputs."""
+    """(out, in) -> (blocks, in / n, OUTPUTS, n), zero where there are no more outputs; n numbers take 32 bits."""
     padded = torch.nn.functional.pad(weight.detach(), (0, 0, 0, -len(weight) % OUTPUTS))
-    return padded.unflatten(0, (-1, OUTPUTS)).unflatten(2, (-1, 2)).transpose(1, 2)
+    return padded.unflatten(0, (-1, OUTPUTS)).unflatten(2, (-1, 4 // weight.itemsize)).transpose(1, 2)
 
 
 class Backbone:
     """The backbone's layers and its norm, in one call.
 
     Args:
-        layers: their products are of :class:`Bfloat16Product`.
+        layers: their products are :class:`PackedProduct`.
         shape: heads of queries, heads of keys, d_head.
     """
 
@@ -187,9 +192,13 @@ class Backbone:
         x = x.contiguous()
         y = torch.empty_like(x)
         places = [cache.data_ptr() for cache in caches]
-        native = _window(self._shape, caches[0], window)
-        extension().run_backbone(
-            self._native, places, x.data_ptr(), y.data_ptr(), native, torch.get_num_threads()
+        native(x.dtype).run_backbone(
+            self._native,
+            places,
+            x.data_ptr(),
+            y.data_ptr(),
+            _window(self._shape, caches[0], window),
+            torch.get_num_threads(),
         )
         return y
 
@@ -205,7 +214,7 @@ class HeadPass:
     def __init__(self, head: Head, norm: Norm, embedding: Tensor, shape: tuple[int, int, int]):
         self._memory = head, norm, embedding
         self._shape = shape
-        self._native = extension().Head(
+        self._native = native(embedding.dtype).Head(
             embedding.data_ptr(),
             _norm(head.embed_norm),
             _norm(head.hidden_norm),
@@ -221,16 +230,22 @@ class HeadPass:
         """
         hidden = hidden.contiguous()
         y = torch.empty_like(hidden)
-        native = _window(self._shape, cache, window)
-        extension().run_head(
-            self._native, cache.data_ptr(), tokens.data_ptr(), tokens.stride(0), ahead,
-            hidden.data_ptr(), y.data_ptr(), native, torch.get_num_threads(),
-        )  # fmt: skip
+        native(hidden.dtype).run_head(
+            self._native,
+            cache.data_ptr(),
+            tokens.data_ptr(),
+            tokens.stride(0),
+            ahead,
+            hidden.data_ptr(),
+            y.data_ptr(),
+            _window(self._shape, cache, window),
+            torch.get_num_threads(),
+        )
         return y
 
 
 def _norm(norm: Norm) -> Any:
-    return extension().Norm(norm.weight.data_ptr(), norm.eps)
+    return native(norm.weight.dtype).Norm(norm.weight.data_ptr(), norm.eps)
 
 
 def _product(product: Any) -> Any:
@@ -238,8 +253,9 @@ def _product(product: Any) -> Any:
 
 
 def _stack(layers: Sequence[Layer], norm: Norm) -> Any:
-    native = [
-        extension().Layer(
+    part = native(norm.weight.dtype)
+    made = [
+        part.Layer(
             _norm(layer.input_norm),
             _product(layer.qkv),
             _product(layer.out),
@@ -250,13 +266,13 @@ def _stack(layers: Sequence[Layer], norm: Norm) -> Any:
         )
         for layer in layers
     ]
-    return extension().Stack(native, _norm(norm))
+    return part.Stack(made, _norm(norm))
 
 
 def _window(shape: tuple[int, int, int], cache: Tensor, window: Window) -> Any:
     _, all_rows, _, places, _ = cache.shape
     tensors = window.positions, window.cache_places, window.cos, window.sin
-    return extension().Window(
+    return native(cache.dtype).Window(
         *shape,
         all_rows,
         places,

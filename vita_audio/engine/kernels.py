@@ -40,7 +40,8 @@ def gpu_kernels(device: torch.device) -> ModuleType | None:
 
 def cpu_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """:mod:`~vita_audio.engine.cpu_kernels` where they can run, for weights of a type."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or os.environ.get(SWITCH, "1") == "0":
+    supported = dtype in (torch.bfloat16, torch.float32)
+    if device.type != "cpu" or not supported or os.environ.get(SWITCH, "1") == "0":
         return None
     return _tried_on_cpu()
 

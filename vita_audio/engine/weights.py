@@ -124,12 +124,12 @@ class Weights:
         if self.fused is not None and not self.fused.fits(self.head_size):
             self.fused = None
         own = cpu_kernels(model.device, model.dtype) if quantization == "none" else None
-        fits = own is not None and own.fits(self.d, config.intermediate_size, self.head_size)
+        fits = own is not None and own.fits(model.dtype, self.d, config.intermediate_size, self.head_size)
         if not fits or any(weight.dtype != model.dtype for weight in language_weights(model)):
             own = None
         make = Maker(model.device, model.dtype, quantization, free)
         if own is not None:
-            make.kind = own.Bfloat16Product
+            make.use(own.PackedProduct)
         embeddings: Any = model.get_input_embeddings()
         self.embedding: Tensor = embeddings.weight.detach()
         self.vocab_size = len(self.embedding)
@@ -223,6 +223,10 @@ class Maker:
         self._free = free
         on_cpu = device.type == "cpu" and gpu_kernels(device) is None
         self._fold = on_cpu and quantization == "none" and dtype == torch.float32
+
+    def use(self, kind: Callable[..., AnyProduct]) -> None:
+        """Make products of a kind that takes a norm's output."""
+        self.kind, self._fold = kind, False
 
     def product(self, *linears: Any, norms: Sequence[Norm] = ()) -> AnyProduct:
         """The product with all of them, joined along their outputs; ``norms`` make its inputs."""
