@@ -1,5 +1,6 @@
 """The CPU's own kernels: each against PyTorch, passes against float32, and where they cannot be compiled."""
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_requests import golden_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +18,9 @@ from vita_audio.engine.state import State, window_of
 from vita_audio.engine.steps import run_backbone, run_head
 from vita_audio.engine.weights import Weights
 
-from .conftest import random_model
+from .conftest import GOLDENS, random_model
+
+CASES = json.loads((GOLDENS / "generation_expected.json").read_text())
 
 SETS = [[], ["-mavx2", "-mfma"], ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]]
 """Instruction sets other than this CPU's."""
@@ -114,6 +118,14 @@ def test_passes_are_as_close_to_float32_as_pytorchs_and_equal_in_float32(shape, 
             errors[name].append((output - outputs[2]).square().mean().sqrt().item())
         torch.testing.assert_close(outputs[3], outputs[2], rtol=1e-3, atol=1e-3)
     assert sum(errors["own"]) <= 1.2 * sum(errors["theirs"]), errors
+
+
+def test_replies_with_pytorchs_kernels_are_the_goldens(golden_model, monkeypatch):
+    monkeypatch.setenv(kernels.SWITCH, "0")
+    engine = Engine(golden_model, max_rows=3, max_length=300)
+    assert engine.weights.backbone_pass is None
+    handles = [engine.submit(golden_request(case)) for case in CASES]
+    assert [handle.tokens() for handle in handles] == [case["new_tokens"] for case in CASES]
 
 
 def random_model_like(model):

@@ -1,8 +1,9 @@
 """The operations of a pass. Two take its time: matrix products with few rows, and attention over a cache.
 
-A pass of decoding multiplies 1 to 30 rows with every weight, so it runs at the speed at which weights are read. On
-CPUs PyTorch's own product is far from that speed for few rows, oneDNN's with weights in its blocked layout is close
-to it (docs/engine.md has the figures). The blocked copy doubles the memory of the weights.
+A pass of decoding multiplies 1 to 30 rows with every weight, so it runs at the speed at which weights are read. Where
+kernels of the engine's own can run, :func:`gpu_kernels` and :func:`cpu_kernels` have them. What follows here is
+PyTorch's: on CPUs its own product is far from that speed for few rows, oneDNN's with weights in its blocked layout is
+closer to it (docs/log.md has the figures). The blocked copy doubles the memory of the weights.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -127,9 +128,7 @@ class Weights:
         fits = own is not None and own.fits(model.dtype, self.d, config.intermediate_size, self.head_size)
         if not fits or any(weight.dtype != model.dtype for weight in language_weights(model)):
             own = None
-        make = Maker(model.device, model.dtype, quantization, free)
-        if own is not None:
-            make.use(own.PackedProduct)
+        make = Maker(model.device, model.dtype, quantization, free, own)
         embeddings: Any = model.get_input_embeddings()
         self.embedding: Tensor = embeddings.weight.detach()
         self.vocab_size = len(self.embedding)
@@ -212,21 +211,24 @@ def language_weights(model: Qwen2MTPForCausalLM) -> Iterator[Tensor]:
 class Maker:
     """Makes products of a model's linear layers; see :class:`Weights`.
 
-    On a CPU the weights of norms go into the products that follow, which saves an operation each. That rounds twice,
-    so it is for float32 alone.
+    With PyTorch's kernels on a CPU the weights of norms go into the products that follow, which saves an operation
+    each. That rounds twice, so it is for float32 alone.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, quantization: Quantization, free: bool):
-        self.kind: Callable[..., AnyProduct] = Product
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: Quantization,
+        free: bool,
+        own: ModuleType | None,
+    ):
+        self.kind: Callable[..., AnyProduct] = Product if own is None else own.PackedProduct
         if quantization != "none":
             self.kind = int8_product(device)
         self._free = free
         on_cpu = device.type == "cpu" and gpu_kernels(device) is None
-        self._fold = on_cpu and quantization == "none" and dtype == torch.float32
-
-    def use(self, kind: Callable[..., AnyProduct]) -> None:
-        """Make products of a kind that takes a norm's output."""
-        self.kind, self._fold = kind, False
+        self._fold = on_cpu and quantization == "none" and dtype == torch.float32 and own is None
 
     def product(self, *linears: Any, norms: Sequence[Norm] = ()) -> AnyProduct:
         """The product with all of them, joined along their outputs; ``norms`` make its inputs."""
