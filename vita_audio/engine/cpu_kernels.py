@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_suffix(".cpp")
 NAME = "vita_audio_cpu_kernels"
 HUGE_PAGE = 1 << 21
+LARGE = 4 * HUGE_PAGE
+"""Bytes from which a weight gets such pages; of the last one, a part is lost."""
 OUTPUTS = 32
 """Outputs of a block of weights, as in the source."""
 
@@ -117,12 +119,13 @@ def best_ids(logits: Tensor) -> Tensor:
 
 
 def memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor in pages of 2 MiB where the system has them: fewer addresses to look up per byte read."""
+    """A tensor, in pages of 2 MiB if it is large and the system has them: fewer addresses to look up per byte read."""
     size = dtype.itemsize * math.prod(shape)
+    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(*shape, dtype=dtype)
     pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system built without
-            pages.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a system built without
+        pages.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(pages, dtype=torch.uint8)  # keeps the pages
     start = -whole.data_ptr() % HUGE_PAGE
     return whole[start : start + size].view(dtype).view(shape)
