@@ -169,10 +169,8 @@ def test_a_reply_does_not_depend_on_its_company(dtype, seed):
         return int(torch.randint(low, high + 1, (1,), generator=chance))
 
     model = random_model(2).to(dtype)
-    alone, together = (
-        Engine(model, max_rows=1, max_length=200),
-        Engine(model, max_rows=3, max_length=200, prompt_chunk=16),
-    )
+    alone = Engine(model, max_rows=1, max_length=200)
+    together = Engine(model, max_rows=3, max_length=200, prompt_chunk=16)
     requests = [
         Request(
             [some(0, 95) for _ in range(some(1, 80))],
@@ -210,6 +208,16 @@ def test_large_weights_lie_in_large_pages_where_the_system_gives_them():
     )
     assert int(line.split()[1]) * 1024 >= cpu_kernels.HUGE_PAGE  # memory in pieces may not give all of them
     assert kept.data_ptr() % cpu_kernels.HUGE_PAGE == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_small_weights_take_no_large_pages():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    kept = [cpu_kernels.memory([100, 100], torch.bfloat16).fill_(1) for _ in range(200)]
+    assert resident() - before < len(kept) * cpu_kernels.HUGE_PAGE // 4
 
 
 # -- compiling ----------------------------------------------------------------------------------------------

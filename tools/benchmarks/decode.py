@@ -332,10 +332,8 @@ def together(engine: Engine, count: int, arguments: argparse.Namespace) -> float
 def bytes_read(engine: Engine, run: Run, way: str) -> int:
     """Bytes of weights that a run's passes read."""
     weights = engine.weights
-    full, speech = (
-        weights.lm_head.num_bytes,
-        0 if weights.audio_head is None else weights.audio_head.num_bytes,
-    )
+    full = weights.lm_head.num_bytes
+    speech = 0 if weights.audio_head is None else weights.audio_head.num_bytes
     head = weights.heads[0].proj.num_bytes + weights.heads[0].layer.num_bytes if weights.heads else 0
     projection = speech if way == "engine_audio_rows" else full
     total = run.backbone_passes * weights.backbone_bytes + run.head_passes * (head + projection)

@@ -53,15 +53,15 @@ def instructions() -> list[str]:
 
 
 @cache
-def extension(*flags: str) -> Any:
-    """The compiled source, for this CPU unless ``flags`` say other instructions.
+def extension() -> Any:
+    """The compiled source.
 
     Raises:
         OSError: there is no compiler, or no folder to keep the result in.
         RuntimeError: the compiler failed.
         ImportError: the result cannot be loaded.
     """
-    path = compiled(flags or instructions())
+    path = compiled(instructions())
     spec = importlib.util.spec_from_file_location(path.name.partition(".")[0], path)
     assert spec is not None
     assert spec.loader is not None
