@@ -102,7 +102,7 @@ class Shapes:
         return needed if self.exact or needed == 1 or needed > full else full
 
     def head_width(self, needed: int) -> int:
-        """Positions of the heads' window: a round of one backbone pass, of a burst, a lossless one, a short prompt."""
+        """Positions of the heads' window: a round of one backbone pass, of a burst, two rounds, a short prompt."""
         sizes = (0, self.num_heads + 1, self.num_heads + BURST, 2 * self.num_heads + 1, 64)
         return needed if self.exact else next((size for size in sizes if size >= needed), needed)
 
@@ -264,17 +264,13 @@ class Round:
 
     def _settle(self, head_passes: Tensor) -> None:
         """Move the lengths of the heads that ran, note the drafts, and report the tokens."""
-        state, rows, lossless = self.state, self.plan.rows, self.modes.lossless
-        # A lossless row's last positions were computed from drafts: with K heads, K positions.
-        verified = (state.seen[rows] - self.weights.num_heads * lossless).clamp(min=0)
-        ran = torch.arange(self.weights.num_heads, device=verified.device) < head_passes[:, None]
-        state.seen_heads[rows] = torch.where(ran, verified[:, None], state.seen_heads[rows])
-        state.drafts[rows] = head_passes * lossless
-        starts = state.starts[rows][:, None]
-        state.report[rows, 0] = state.known[rows] - state.drafts[rows]
-        state.report[rows, 1:] = state.tokens[rows].gather(
-            1, starts + state.columns[: state.report.shape[1] - 1]
-        )
+        state, rows = self.state, self.plan.rows
+        ran = torch.arange(self.weights.num_heads, device=head_passes.device) < head_passes[:, None]
+        state.seen_heads[rows] = torch.where(ran, state.seen[rows][:, None], state.seen_heads[rows])
+        state.drafts[rows] = head_passes * self.modes.lossless
+        head = torch.stack([state.known[rows] - state.drafts[rows], state.seen[rows]], dim=1)
+        ids = state.starts[rows][:, None] + state.columns[: state.most]
+        state.report[rows] = torch.cat([head, state.seen_heads[rows], state.tokens[rows].gather(1, ids)], dim=1)
 
     def _choose(self, hidden: Tensor, active: Tensor | None, step: int, by_head: bool = False) -> Tensor:
         """Choose a token for each row from its hidden state, (rows, d); append it to the active rows (None: all)."""
@@ -343,6 +339,9 @@ class Round:
         known = confirmed + accepted
         state.known[rows] = torch.where(active, known, state.known[rows])
         state.seen[rows] = torch.where(active, known, state.seen[rows])
+        # What heads computed from rejected drafts is forgotten. Head k read k + 1 tokens ahead.
+        valid = (known[:, None] - 1 - columns[:-1]).clamp(min=0)
+        state.seen_heads[rows] = torch.minimum(state.seen_heads[rows], valid)
         emit(state, rows, active, following)
         if self.used is not None:
             for i in range(num_heads):

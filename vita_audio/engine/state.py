@@ -29,16 +29,17 @@ class State:
         hidden: (rows, length + 1, d), the backbone's normed output, the input of the heads.
         known: (rows,) tokens, of which the last ``drafts`` (rows,) are not verified yet.
         seen: (rows,) positions that the backbone has computed.
-        seen_heads: (rows, heads) positions that each head has computed; falling from head to head.
+        seen_heads: (rows, heads) positions that each head has computed, some from drafts; falling from head to head.
         backbone_steps, head_steps: (rows,) passes that a row takes part in this round.
         uniforms: (rows, draws) numbers in [0, 1) for this round.
-        starts: (rows,) verified tokens at the start of the round. report: (rows, 1 + most): verified tokens at its
-            end, and the ids from the start on.
+        starts: (rows,) verified tokens at the start of the round.
+        report: (rows, 2 + heads + most), at its end: verified tokens, ``seen``, ``seen_heads``, and the ids from the
+            start on.
     """
 
     def __init__(self, weights: Weights, rows: int, length: int, most: int):
         device, dtype = weights.device, weights.dtype
-        self.rows, self.length = rows, length
+        self.rows, self.length, self.most = rows, length, most
         self.caches = [
             zeros((2, rows, weights.kv, length + 1, weights.head_size), dtype, device)
             for _ in range(weights.num_layers + weights.num_heads)
@@ -53,7 +54,7 @@ class State:
         self.backbone_steps = torch.zeros_like(self.known)
         self.head_steps = torch.zeros_like(self.known)
         self.starts = torch.zeros_like(self.known)
-        self.report = torch.zeros(rows, 1 + most, dtype=torch.long, device=device)
+        self.report = torch.zeros(rows, 2 + weights.num_heads + most, dtype=torch.long, device=device)
         self.uniforms = torch.zeros(rows, most + weights.num_heads, dtype=torch.float64, device=device)
         self.cos, self.sin = weights.rotary(length + 1)
         # Constants of windows, made once.

@@ -31,7 +31,7 @@ class Running:
     Attributes:
         session: the request's, or one that ends with it.
         tokens: of prompt and reply, without unverified drafts.
-        seen: positions that the backbone has computed. seen_heads: that each head has.
+        seen: positions that the backbone has computed. seen_heads: that each head has, some from drafts.
         rounds: what is left of its schedule.
         draft_length: of a lossless request.
         generator: of a sampled request.

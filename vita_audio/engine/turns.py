@@ -133,7 +133,9 @@ class Turns:
             ends.append(seen)
             widths.append(known - running.seen)
             if heads:
-                head_widths.append(seen - running.seen_heads[heads - 1])
+                lag = seen - running.seen_heads[heads - 1]
+                # Of a rejected draft, the heads that read it compute their positions again.
+                head_widths.append(max(lag, heads) if running.drafts else lag)
         requests = [running.request for _, running in members]
         lossless = any(request.lossless for request in requests)
         return Plan(
@@ -174,20 +176,16 @@ class Turns:
         fetched = self._state.report[first:last].tolist()
         ended: list[tuple[Running, Reason]] = []
         for row, running in members:
-            known, *ids = fetched[row - first]
-            start, (passes, heads) = len(running.tokens), running.step
-            ids = ids[: known - start]
+            known, running.seen, *rest = fetched[row - first]
+            start, heads = len(running.tokens), self._weights.num_heads
+            running.seen_heads, ids = rest[:heads], rest[heads : heads + known - start]
             lossless = running.request.lossless
-            # The backbone has not seen its own last token, nor what heads made of it.
-            running.seen = known - 1 if lossless else start + passes - 1
-            verified = max(running.seen - self._weights.num_heads, 0) if lossless else running.seen
-            running.seen_heads[:heads] = [verified] * heads
             accepted = len(ids) - 1 if lossless else None
             if running.draft_length is not None and accepted is not None:
                 running.draft_length.update(running.drafts, accepted)
                 running.handle.stats.drafts += running.drafts
                 running.handle.stats.accepted += accepted
-                running.drafts = heads
+                running.drafts = running.step[1]
             if not running.started:
                 running.started = True
             reason = take(running, ids, accepted)
