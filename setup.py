@@ -75,6 +75,7 @@ setup(
             "py.typed",
             "cli/*.html",
             "engine/*.cpp",
+            "engine/*.h",
             "evaluation/templates/*.html",
             "serving/page/*",
         ]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vita_audio.engine.weights import Head, Layer
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+HEADERS = sorted(SOURCE.parent.glob("cpu_*.h"))
 NAME = "vita_audio_cpu_kernels"
 HUGE_PAGE = 1 << 21
 LARGE = 4 * HUGE_PAGE
@@ -77,7 +78,8 @@ def compiled(flags: Sequence[str]) -> Path:
         *shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-O3", "-ffast-math", "-fopenmp", "-fPIC",
         "-fvisibility=hidden", "-Wno-psabi", *flags, *(f"-I{folder}" for folder in includes),
     ]  # fmt: skip
-    key = hashlib.sha256(SOURCE.read_bytes() + "\0".join([*command, torch.__version__]).encode())
+    source = b"".join(path.read_bytes() for path in (SOURCE, *HEADERS))
+    key = hashlib.sha256(source + "\0".join([*command, torch.__version__]).encode())
     name = f"{NAME}_{key.hexdigest()[:16]}"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     target = home / "vita_audio" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -187,8 +189,8 @@ class Backbone:
 
     def __init__(self, layers: Sequence[Layer], norm: Norm, shape: tuple[int, int, int]):
         self._memory = layers, norm  # lives as long as what follows
-        self._shape = shape
-        self._native = _stack(layers, norm)
+        self.shape = shape
+        self.native = _stack(layers, norm)
 
     def __call__(self, caches: Sequence[Tensor], x: Tensor, window: Window) -> Tensor:
         """A window's inputs (n, d) -> normed outputs (n, d); keys and values go to the layers' caches."""
@@ -196,11 +198,12 @@ class Backbone:
         y = torch.empty_like(x)
         places = [cache.data_ptr() for cache in caches]
         native(x.dtype).run_backbone(
-            self._native,
+            self.native,
             places,
             x.data_ptr(),
             y.data_ptr(),
-            _window(self._shape, caches[0], window),
+            shape_of(self.shape, caches[0], window.cos, window.sin),
+            _window(caches[0], window),
             torch.get_num_threads(),
         )
         return y
@@ -215,14 +218,10 @@ class HeadPass:
     """
 
     def __init__(self, head: Head, norm: Norm, embedding: Tensor, shape: tuple[int, int, int]):
-        self._memory = head, norm, embedding
-        self._shape = shape
-        self._native = native(embedding.dtype).Head(
-            embedding.data_ptr(),
-            _norm(head.embed_norm),
-            _norm(head.hidden_norm),
-            _product(head.proj),
-            _stack([head.layer], norm),
+        self._memory = head, norm  # lives as long as what follows
+        self._embedding, self._shape = embedding, shape
+        self.native = native(embedding.dtype).Head(
+            _norm(head.embed_norm), _norm(head.hidden_norm), _product(head.proj), _stack([head.layer], norm)
         )
 
     def __call__(self, cache: Tensor, tokens: Tensor, ahead: int, hidden: Tensor, window: Window) -> Tensor:
@@ -231,17 +230,17 @@ class HeadPass:
         Args:
             tokens: (all rows, length) ids; the head reads those ``ahead`` of the window's positions.
         """
-        hidden = hidden.contiguous()
-        y = torch.empty_like(hidden)
-        native(hidden.dtype).run_head(
-            self._native,
+        y = hidden.clone(memory_format=torch.contiguous_format)
+        native(y.dtype).run_head(
+            self.native,
             cache.data_ptr(),
+            self._embedding.data_ptr(),
             tokens.data_ptr(),
             tokens.stride(0),
             ahead,
-            hidden.data_ptr(),
             y.data_ptr(),
-            _window(self._shape, cache, window),
+            shape_of(self._shape, cache, window.cos, window.sin),
+            _window(cache, window),
             torch.get_num_threads(),
         )
         return y
@@ -272,14 +271,16 @@ def _stack(layers: Sequence[Layer], norm: Norm) -> Any:
     return part.Stack(made, _norm(norm))
 
 
-def _window(shape: tuple[int, int, int], cache: Tensor, window: Window) -> Any:
-    _, all_rows, _, places, _ = cache.shape
-    tensors = window.positions, window.cache_places, window.cos, window.sin
-    return native(cache.dtype).Window(
-        *shape,
-        all_rows,
-        places,
+def shape_of(heads: tuple[int, int, int], cache: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    _, rows, _, places, _ = cache.shape
+    return native(cache.dtype).Shape(*heads, rows, places, cos.data_ptr(), sin.data_ptr())
+
+
+def _window(cache: Tensor, window: Window) -> Any:
+    return extension().Window(
         window.rows.start,
         *window.positions.shape,
-        *(each.data_ptr() for each in tensors),
+        cache.shape[3],
+        window.positions.data_ptr(),
+        window.places.data_ptr(),
     )

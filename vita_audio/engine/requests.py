@@ -54,6 +54,11 @@ class Sampling:
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty}: give a number above 0")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken as the model gives it."""
+        return not self.do_sample and self.repetition_penalty == 1
+
 
 GREEDY = Sampling()
 """The most likely token at every step."""

@@ -86,7 +86,7 @@ class Drawing:
         drawn = [each for each in options if each.do_sample]
         penalty = any(each.repetition_penalty != 1 for each in options)
         return cls(
-            plain=not drawn and not penalty,
+            plain=all(each.greedy for each in options),
             penalty=penalty,
             largest_k=max((each.top_k for each in drawn), default=0),
             top_p=any(each.top_p < 1 for each in drawn),

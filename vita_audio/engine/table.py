@@ -63,6 +63,11 @@ class Running:
         return len(self.tokens) - self.seen
 
     @property
+    def tokens_left(self) -> int:
+        """Of the reply, at most."""
+        return self.request.max_new_tokens - self.handle.stats.new_tokens
+
+    @property
     def joins(self) -> bool:
         """Whether its first round can run together with others': its prompt is plain tokens."""
         return self.request.embeds is None

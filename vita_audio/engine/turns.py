@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vita_audio.engine.cpu_rounds import GreedyRounds
 from vita_audio.engine.graphs import Graphs
 from vita_audio.engine.requests import Reason, Tokens
 from vita_audio.engine.rounds import Plan, Round, Shapes
@@ -34,6 +35,7 @@ class Turns:
     def __init__(self, weights: Weights, state: State, table: RowTable, scheduler: Scheduler):
         self._weights, self._state, self._table, self._scheduler = weights, state, table, scheduler
         self._graphs = Graphs(weights.device)
+        self._greedy = GreedyRounds(weights, state, table.modes) if weights.backbone_pass else None
         self._last_steps: tuple[int, list[tuple[int, int]]] = (0, [])
         self._shapes = Shapes(weights.num_heads, state.length, exact=weights.device.type == "cpu")
 
@@ -67,13 +69,24 @@ class Turns:
             if heads and running.seen - running.seen_heads[heads - 1] > LARGEST_LAG:
                 self._catch_up(row, heads, running.seen)
         prompt = self._prompt_end(members[0][1]) if turn.kind == "first" else None
-        plan = self._plan(first, last, members, prompt)
-        state, table, rows = self._state, self._table, plan.rows
         self._set_steps(first, last, members)
+        if self._greedy is not None and all(running.request.sampling.greedy for _, running in members):
+            ends: list[tuple[int, Sequence[int]]] = [(0, ())] * (last - first)
+            for row, running in members:
+                ends[row - first] = running.tokens_left, running.request.stop_tokens
+            self._greedy(first, last, prompt, ends, self._table.checks)
+        else:
+            self._run_in_parts(self._plan(first, last, members, prompt), members, prompt)
+        return self._collect(first, last, members)
+
+    def _run_in_parts(
+        self, plan: Plan, members: Sequence[tuple[int, Running]], prompt: Tensor | None
+    ) -> None:
         self._draw(members)
+        table, rows = self._table, plan.rows
         work = Round(
             self._weights,
-            state,
+            self._state,
             plan,
             table.rules.of_rows(rows),
             table.modes.of_rows(rows),
@@ -87,7 +100,6 @@ class Turns:
         # A recording would read the same prompt again.
         self._graphs.run(self._shapes.key("read", plan) if prompt is None else None, work.read)
         self._graphs.run(self._shapes.key("go_on", plan), work.go_on)
-        return self._collect(first, last, members)
 
     def _heads_in_use(self, running: Running) -> int:
         if running.request.lossless:
@@ -199,9 +211,8 @@ class Turns:
 
 def take(running: Running, ids: list[int], accepted: int | None) -> Reason | None:
     """Add a round's tokens to a reply, up to where it ends. Returns why it ended, or None."""
-    request, stats = running.request, running.handle.stats
+    request, stats, left = running.request, running.handle.stats, running.tokens_left
     reason: Reason | None = None
-    left = request.max_new_tokens - stats.new_tokens
     if len(ids) >= left:
         ids, reason = ids[:left], "length"
     stop = next((i for i, token in enumerate(ids) if token in request.stop_tokens), None)

@@ -1,0 +1,86 @@
+"""Whole rounds of greedy rows on a CPU in one call each; the work is done in ``cpu_rounds.h``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vita_audio.engine.cpu_kernels import extension, native, shape_of
+from vita_audio.engine.rounds import BURST, Checks, Modes
+from vita_audio.engine.state import State
+from vita_audio.engine.weights import Weights
+
+COLUMNS = (
+    "tokens", "known", "seen", "seen_heads", "drafts", "starts", "backbone_steps", "head_steps", "report", "hidden",
+)  # fmt: skip
+"""What the kernels read and write of a state, besides its caches."""
+
+
+class GreedyRounds:
+    """Rounds of rows that are greedy, without a penalty, in one call each; see :class:`~vita_audio.engine.rounds.Round`.
+
+    A row whose reply ends makes no drafts. Otherwise the state is as after such a round.
+
+    Args:
+        modes: options of all rows.
+    """
+
+    def __init__(self, weights: Weights, state: State, modes: Modes):
+        self._memory = weights, state, modes
+        part, speech = native(weights.dtype), weights.audio_rows
+        backbone, heads = weights.backbone_pass, weights.head_passes
+        assert backbone is not None
+        columns = {name: getattr(state, name) for name in COLUMNS}
+        columns |= {"lossless": modes.lossless, "between": modes.between}
+        columns |= {"heads_speak": modes.heads_speak, "check": modes.check}
+        model = part.Model(
+            weights.embedding.data_ptr(),
+            backbone.native,
+            [head.native for head in heads],
+            weights.lm_head.native,
+            (weights.audio_head or weights.lm_head).native,
+            0 if speech is None else speech.begin,
+            0 if speech is None else speech.end,
+            shape_of(backbone.shape, state.caches[0], state.cos, state.sin),
+            [cache.data_ptr() for cache in state.caches],
+        )
+        rows = extension().Rows(
+            {name: column.data_ptr() for name, column in columns.items()},
+            state.tokens.stride(0),
+            state.report.stride(0),
+            weights.num_heads,
+            state.length + 1,
+        )
+        self._native = part.Rounds(model, rows)
+
+    def __call__(
+        self,
+        first: int,
+        last: int,
+        prompt: Tensor | None,
+        ends: Sequence[tuple[int, Sequence[int]]],
+        checks: Checks | None,
+    ) -> None:
+        """A round of the rows ``first`` … ``last`` - 1.
+
+        Args:
+            prompt: (tokens, d), inputs of the first backbone pass that are not plain embeddings.
+            ends: where each row's reply ends: after so many tokens, or with one of some ids.
+            checks: of all rows; None: nobody wants any.
+        """
+        self._native.run(
+            first,
+            last,
+            0 if prompt is None else prompt.data_ptr(),
+            ends,
+            None if checks is None else _checks(checks),
+            torch.get_num_threads(),
+        )
+
+
+def _checks(checks: Checks) -> Any:
+    columns = checks.hidden, checks.tokens, checks.disagreements
+    return extension().Checks(checks.tokens.shape[1], BURST, *(column.data_ptr() for column in columns))
