@@ -142,8 +142,10 @@ def two_passes(weights, known, width):
     torch.manual_seed(width)
     state = State(weights, rows=3, length=300, most=4)
     for cache in state.caches:
-        cache.copy_(torch.randn(cache.shape).bfloat16())
-        cache[:, :, :, known + width :] = torch.nan  # what no position sees
+        content = torch.randn(2, 3, weights.kv, 301, weights.head_size).bfloat16().to(weights.dtype)
+        content[:, :, :, known + width :] = torch.nan  # what no position sees
+        for content_of, at in zip(content, places_of(weights, state), strict=True):
+            cache.view(-1)[at] = content_of
     state.tokens.random_(96)
     first, end = torch.tensor([known, known]), torch.tensor([known + width, known + max(1, width - 2)])
     x = torch.randn(2 * width, weights.d).bfloat16().to(weights.dtype)
@@ -154,8 +156,29 @@ def two_passes(weights, known, width):
     kept = (torch.arange(end[0] - width, end[0]) >= 0).repeat(2) & (
         end[:, None] - width + torch.arange(width) >= first[:, None]
     ).flatten()
-    caches = torch.stack(state.caches[: weights.num_layers + 1])[:, :, 1:, :, : known + width]
-    return torch.cat([part.float().flatten() for part in (hidden[kept], output[kept], caches)])
+    caches = [
+        cache.view(-1)[at[row, :, :length]]
+        for cache in state.caches[: weights.num_layers + 1]
+        for at in places_of(weights, state)
+        for row, length in ((1, end[0]), (2, end[1]))
+    ]
+    return torch.cat([part.float().flatten() for part in (hidden[kept], output[kept], *caches)])
+
+
+def places_of(weights, state):
+    """Where a cache has its keys and its values, (3, kv, 301, d_head) each."""
+    _, rows, kv, places, width = state.caches[0].shape
+    size = weights.head_size
+    start = torch.arange(rows * kv).view(rows, kv, 1, 1) * places * width
+    place, j = torch.arange(301)[:, None], torch.arange(size)
+    if weights.backbone_pass is None:
+        return start + place * size + j, start + rows * kv * places * width + place * size + j
+    # Blocks of 64 positions; keys 32 at a time, values in 32 dimensions at a time; what takes 32 bits together.
+    n = 4 // weights.dtype.itemsize
+    key, block = place % 64, place // 64 * 64 * width
+    keys = key // 32 * 32 * size + j // n * 32 * n + key % 32 * n + j % n
+    values = j // 32 * 32 * 64 + key // n * 32 * n + j % 32 * n + key % n
+    return start + block + keys, start + rows * kv * places * width + block + values
 
 
 @pytest.mark.parametrize("dtype", TYPES)

@@ -72,6 +72,11 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+template <class T>
+Address address(const T* pointer) {
+  return reinterpret_cast<Address>(pointer);
+}
+
 inline Index round_up(Index value, Index unit) { return (value + unit - 1) / unit * unit; }
 
 // This thread's part of 0 … count - 1.
@@ -92,9 +97,10 @@ struct Product {
   const T* bias;  // null: none
   Index in, out;
   bool alternate;  // blocks of the first and of the second half of the outputs take turns, as they are read
+  Index used;      // inputs; the others count as zero
 
   Product(Address weight, Address bias, Index in, Index out, bool alternate = false)
-      : weight(pointer<T>(weight)), bias(pointer<T>(bias)), in(in), out(out), alternate(alternate) {}
+      : weight(pointer<T>(weight)), bias(pointer<T>(bias)), in(in), out(out), alternate(alternate), used(in) {}
 
   Index half() const { return alternate ? out / 2 : out; }
   Index blocks() const { return (half() + kOutputs - 1) / kOutputs * (alternate ? 2 : 1); }
@@ -130,7 +136,7 @@ void multiply_block(const Product<T>& product, const T* x, Index block, float* s
   constexpr Index together = kTogether<T>;
   const T* weights = product.weight + block * kOutputs * product.in;
   Floats totals[rows][kVectors] = {};
-  for (Index i = 0; i < product.in; i += together, weights += together * kOutputs) {
+  for (Index i = 0; i < product.used; i += together, weights += together * kOutputs) {
     // Without a place in the outer caches, which hold what runs between the passes.
     __builtin_prefetch(reinterpret_cast<const char*>(weights) + kAhead, 0, 0);
     __builtin_prefetch(reinterpret_cast<const char*>(weights) + kAhead + 64, 0, 0);
@@ -230,7 +236,8 @@ struct Layer {
   Index reach;  // positions that attention reaches back; 0: all
 };
 
-// Heads of attention and their dimension; a cache is (2, rows, kv, places, size), keys and then values.
+// Heads of attention and their dimension. A cache is (2, rows, kv, places, padded size): keys and then values, in blocks
+// of kKeys places. A block is the weight of the product that reads it, of kKeys scores or of a sum of kKeys values.
 template <class T>
 struct Shape {
   Index queries, kv, size;
@@ -242,8 +249,21 @@ struct Shape {
       : queries(queries), kv(kv), size(size), rows(rows), places(places), cos(pointer<T>(cos)), sin(pointer<T>(sin)) {}
 
   Index heads() const { return queries + 2 * kv; }
-  Index start(Index row, Index head) const { return (row * kv + head) * places * size; }  // of keys in a cache
+  Index padded() const { return round_up(size, kOutputs); }
+  Index start(Index row, Index head) const { return (row * kv + head) * places * padded(); }  // of keys in a cache
   Index values() const { return start(rows, 0); }  // from there to the values
+
+  Index key_at(Index place, Index j) const {
+    const Index key = place % kKeys, word = j / kTogether<T>;
+    return (place - key) * padded() + key / kOutputs * kOutputs * size + word * kOutputs * kTogether<T> +
+           key % kOutputs * kTogether<T> + j % kTogether<T>;
+  }
+
+  Index value_at(Index place, Index j) const {
+    const Index key = place % kKeys, word = key / kTogether<T>;
+    return (place - key) * padded() + j / kOutputs * kOutputs * kKeys + word * kOutputs * kTogether<T> +
+           j % kOutputs * kTogether<T> + key % kTogether<T>;
+  }
 };
 
 // Tokens of a window that belong to one row of the state.
@@ -270,6 +290,7 @@ struct Window {
   }
 
   Index tokens() const { return positions.size(); }
+  bool ends_row(Index token) const { return token + 1 == tokens() || rows[token + 1] != rows[token]; }
 
   void clear() {
     spans.clear(), rows.clear(), positions.clear(), places.clear();
@@ -306,76 +327,19 @@ void rotate(const Shape<T>& shape, const Window& window, float* qkv, T* cache) {
         values[half + j] = right * widen(cos[half + j]) + left * widen(sin[half + j]);
       }
     }
-    if (head >= shape.queries) {
-      const Index at = head - shape.queries, second = at / shape.kv;  // keys, then values
-      T* target = cache + shape.start(window.rows[token], at % shape.kv) + second * shape.values();
-      for (Index j = 0; j < size; ++j) target[window.places[token] * size + j] = narrow<T>(values[j]);
+    if (head < shape.queries) continue;
+    T* target = cache + shape.start(window.rows[token], (head - shape.queries) % shape.kv);
+    const Index place = window.places[token];
+    if (head < shape.queries + shape.kv) {
+      for (Index j = 0; j < size; ++j) target[shape.key_at(place, j)] = narrow<T>(values[j]);
+      continue;
     }
+    target += shape.values();
+    for (Index j = 0; j < size; ++j) target[shape.value_at(place, j)] = narrow<T>(values[j]);
+    // The place that is read together with the row's last one.
+    if (window.ends_row(token) && (place + 1) % kTogether<T>)
+      for (Index j = 0; j < size; ++j) target[shape.value_at(place + 1, j)] = 0;
   }
-}
-
-// Exchanges rows and columns: of halves of `step` rows, then within these of half as many.
-template <int step = kLanes / 2>
-void transpose(Words (&rows)[kLanes]) {
-  Words upper, lower;  // lanes from kLanes on are the second vector's
-#pragma GCC unroll 16
-  for (int lane = 0; lane < kLanes; ++lane) {
-    upper[lane] = lane & step ? kLanes + lane - step : lane;
-    lower[lane] = lane & step ? kLanes + lane : lane + step;
-  }
-#pragma GCC unroll 16
-  for (int row = 0; row < kLanes; ++row) {
-    if (row & step) continue;
-    const Words above = rows[row], below = rows[row + step];
-    rows[row] = __builtin_shuffle(above, below, upper);
-    rows[row + step] = __builtin_shuffle(above, below, lower);
-  }
-  if constexpr (step > 1) transpose<step / 2>(rows);
-}
-
-// Keys (count, size) as the weight of a product that gives kKeys scores; those missing are zero.
-template <class T>
-Product<T> pack_keys(const T* keys, Index count, Index size, std::vector<uint32_t>& packed) {
-  constexpr Index together = kTogether<T>;
-  const Index words = size / together;
-  packed.resize(kKeys * words);
-  for (Index start = 0; start < kKeys; start += kLanes)
-    for (Index first = 0; first < words; first += kLanes) {
-      const Index width = std::min<Index>(kLanes, words - first);
-      Words tile[kLanes] = {};
-      for (Index i = 0; i < kLanes && start + i < count; ++i) {
-        __builtin_prefetch(keys + (kKeys + start + i) * size + together * first);
-        std::memcpy(&tile[i], keys + (start + i) * size + together * first, sizeof(uint32_t) * width);
-      }
-      transpose(tile);
-      uint32_t* target = packed.data() + start / kOutputs * kOutputs * words + start % kOutputs;
-      for (Index i = 0; i < width; ++i) std::memcpy(target + (first + i) * kOutputs, &tile[i], sizeof tile[i]);
-    }
-  return {reinterpret_cast<Address>(packed.data()), 0, size, kKeys};
-}
-
-// Values (count, size) as the weight of a product that sums kKeys of them; those missing are zero.
-template <class T>
-Product<T> pack_values(const T* values, Index count, Index size, std::vector<uint32_t>& packed) {
-  constexpr Index together = kTogether<T>;
-  static const T none[kOutputs] = {};
-  packed.resize(kKeys / together * round_up(size, kOutputs));
-  uint32_t* target = packed.data();
-  for (Index first = 0; first < size; first += kOutputs) {
-    const Index width = std::min(kOutputs, size - first);
-    for (Index key = 0; key < kKeys; key += together, target += kOutputs) {
-      const auto at = [&](Index i) { return key + i < count ? values + (key + i) * size + first : none; };
-      const T *even = at(0), *odd = at(together - 1);
-      __builtin_prefetch(even + kKeys * size);
-      __builtin_prefetch(odd + kKeys * size);
-      if constexpr (together == 1) {
-        std::memcpy(target, even, width * sizeof(T));
-      } else {
-        for (Index i = 0; i < width; ++i) target[i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
-      }
-    }
-  }
-  return {reinterpret_cast<Address>(packed.data()), 0, kKeys, size};
 }
 
 // What queries have heard so far: a softmax over the keys up to now.
@@ -384,7 +348,6 @@ struct Heard {
   std::vector<T> queries;            // (count, size)
   std::vector<float> best, total;    // (count,) the highest score, and the sum of all shares relative to it
   std::vector<float> sums;           // (count, size) of values times shares
-  std::vector<uint32_t> keys, values;
 
   void clear(Index count, Index size) {
     queries.resize(count * size);
@@ -412,8 +375,8 @@ void add_scores(Heard<T>& heard, Index query, Index size, const float* scores, I
 }
 
 // Attention over a cache of this thread's share of the queries in qkv (tokens, heads, size), each over the positions
-// up to its own: y (tokens, queries, size). Queries of one key head share its packing. Keys are taken kKeys at a time
-// from multiples of kKeys on, so a query's sums do not depend on the others.
+// up to its own: y (tokens, queries, size). Keys are taken a block at a time, so a query's sums do not depend on the
+// others.
 template <class T>
 void attend(const Shape<T>& shape, const Window& window, const float* qkv, const T* cache, Index reach, T* y) {
   static thread_local Heard<T> heard;  // keeps its memory
@@ -440,8 +403,9 @@ void attend(const Shape<T>& shape, const Window& window, const float* qkv, const
     }
     const Index lowest = window.positions[token(0)], length = window.positions[token(count - 1)] + 1;
     for (Index start = reach ? std::max<Index>(0, lowest - reach + 1) / kKeys * kKeys : 0; start < length; start += kKeys) {
-      const Product<T> scoring = pack_keys(keys + start * size, std::min(kKeys, length - start), size, heard.keys);
-      const Product<T> summing = pack_values(values + start * size, std::min(kKeys, length - start), size, heard.values);
+      const Product<T> scoring(address(keys + start * shape.padded()), 0, size, kKeys);
+      Product<T> summing(address(values + start * shape.padded()), 0, kKeys, size);
+      summing.used = std::min(kKeys, round_up(length - start, kTogether<T>));
       for (Index query = 0; query < count; query += kRows) {
         const Index rows = std::min<Index>(kRows, count - query);
         for (Index block = 0; block < kKeys / kOutputs; ++block) {

@@ -38,8 +38,8 @@ NAME = "vita_audio_cpu_kernels"
 HUGE_PAGE = 1 << 21
 LARGE = 4 * HUGE_PAGE
 """Bytes from which a weight gets such pages; of the last one, a part is lost."""
-OUTPUTS = 32
-"""Outputs of a block of weights, as in the source."""
+OUTPUTS, KEYS = 32, 64
+"""Outputs of a block of weights and positions of a block of a cache, as in the source."""
 
 _logger = logging.getLogger(__name__)
 
@@ -110,6 +110,11 @@ def fits(dtype: torch.dtype, *sizes: int) -> bool:
 def native(dtype: torch.dtype) -> Any:
     """The part of the extension for a type of weights, bfloat16 or float32."""
     return getattr(extension(), str(dtype).removeprefix("torch."))
+
+
+def cache_shape(length: int, head_size: int) -> tuple[int, int]:
+    """Places and numbers a place of a cache that holds ``length`` positions; see ``Shape`` in the source."""
+    return math.ceil(length / KEYS) * KEYS, math.ceil(head_size / OUTPUTS) * OUTPUTS
 
 
 def best_ids(logits: Tensor) -> Tensor:
@@ -203,7 +208,7 @@ class Backbone:
             x.data_ptr(),
             y.data_ptr(),
             shape_of(self.shape, caches[0], window.cos, window.sin),
-            _window(caches[0], window),
+            _window(window),
             torch.get_num_threads(),
         )
         return y
@@ -221,7 +226,10 @@ class HeadPass:
         self._memory = head, norm  # lives as long as what follows
         self._embedding, self._shape = embedding, shape
         self.native = native(embedding.dtype).Head(
-            _norm(head.embed_norm), _norm(head.hidden_norm), _product(head.proj), _stack([head.layer], norm)
+            _norm(head.embed_norm),
+            _norm(head.hidden_norm),
+            native_product(head.proj),
+            _stack([head.layer], norm),
         )
 
     def __call__(self, cache: Tensor, tokens: Tensor, ahead: int, hidden: Tensor, window: Window) -> Tensor:
@@ -240,7 +248,7 @@ class HeadPass:
             ahead,
             y.data_ptr(),
             shape_of(self._shape, cache, window.cos, window.sin),
-            _window(cache, window),
+            _window(window),
             torch.get_num_threads(),
         )
         return y
@@ -250,7 +258,8 @@ def _norm(norm: Norm) -> Any:
     return native(norm.weight.dtype).Norm(norm.weight.data_ptr(), norm.eps)
 
 
-def _product(product: Any) -> Any:
+def native_product(product: Any) -> Any:
+    """A :class:`PackedProduct` as the kernels take it."""
     return product.native
 
 
@@ -259,11 +268,11 @@ def _stack(layers: Sequence[Layer], norm: Norm) -> Any:
     made = [
         part.Layer(
             _norm(layer.input_norm),
-            _product(layer.qkv),
-            _product(layer.out),
+            native_product(layer.qkv),
+            native_product(layer.out),
             _norm(layer.mlp_norm),
-            _product(layer.gate_up),
-            _product(layer.down),
+            native_product(layer.gate_up),
+            native_product(layer.down),
             layer.window or 0,
         )
         for layer in layers
@@ -272,15 +281,21 @@ def _stack(layers: Sequence[Layer], norm: Norm) -> Any:
 
 
 def shape_of(heads: tuple[int, int, int], cache: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    """The shapes of attention as the kernels take them.
+
+    Args:
+        heads: see :class:`Backbone`. cache: of a layer.
+        cos, sin: (all positions, d_head); see :meth:`~vita_audio.engine.weights.Weights.rotary`.
+    """
     _, rows, _, places, _ = cache.shape
     return native(cache.dtype).Shape(*heads, rows, places, cos.data_ptr(), sin.data_ptr())
 
 
-def _window(cache: Tensor, window: Window) -> Any:
+def _window(window: Window) -> Any:
     return extension().Window(
         window.rows.start,
         *window.positions.shape,
-        cache.shape[3],
+        len(window.cos),
         window.positions.data_ptr(),
         window.places.data_ptr(),
     )

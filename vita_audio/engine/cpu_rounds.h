@@ -1,5 +1,5 @@
 // Rounds of greedy rows on a CPU, each in one parallel region: what rounds.py does, without its hundred operations of
-// PyTorch. Rows take part with the tokens that they need, and a row whose reply ends makes no drafts.
+// PyTorch. Rows take part with the tokens that they need, and where a reply ends, no head goes on.
 #pragma once
 
 #include <utility>
@@ -81,7 +81,7 @@ class Rounds {
         offer_drafts();
         choose();
 #pragma omp single
-        take_drafts(head);
+        head_passes = take_drafts(first, head, ends);
       }
 #pragma omp single
       settle(first, last);
@@ -217,8 +217,14 @@ class Rounds {
     }
   }
 
-  void take_drafts(Index head) {
-    for (size_t i = 0; i < asked_.size(); ++i) append(asked_[i].row, i, checks_ ? checks_->burst + head : 0);
+  // Appends what a head chose. Returns how many heads are used in all: none follow where a reply ends.
+  Index take_drafts(Index first, Index head, const std::vector<End>& ends) {
+    for (size_t i = 0; i < asked_.size(); ++i) {
+      const Index row = asked_[i].row;
+      append(row, i, checks_ ? checks_->burst + head : 0);
+      if (ends_reply(row, ends[row - first])) head_steps_[row - first] = head + 1;
+    }
+    return *std::max_element(head_steps_.begin(), head_steps_.end());
   }
 
   // The choice of a state is its row's next token. slot: where it waits to be checked.
@@ -279,6 +285,7 @@ class Rounds {
       rows_.drafts[row] = rows_.lossless[row] ? steps : 0;
       Index* report = rows_.report + row * rows_.report_stride;
       *report++ = rows_.known[row] - rows_.drafts[row];
+      *report++ = rows_.drafts[row];
       *report++ = rows_.seen[row];
       for (Index head = 0; head < rows_.num_heads; ++head) *report++ = rows_.seen_head(row, head);
       std::copy_n(rows_.tokens_of(row) + rows_.starts[row], rows_.known[row] - rows_.drafts[row] - rows_.starts[row], report);

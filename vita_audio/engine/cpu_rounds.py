@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vita_audio.engine.cpu_kernels import extension, native, shape_of
+from vita_audio.engine.cpu_kernels import extension, native, native_product, shape_of
 from vita_audio.engine.rounds import BURST, Checks, Modes
 from vita_audio.engine.state import State
 from vita_audio.engine.weights import Weights
@@ -20,9 +20,9 @@ COLUMNS = (
 
 
 class GreedyRounds:
-    """Rounds of rows that are greedy, without a penalty, in one call each; see :class:`~vita_audio.engine.rounds.Round`.
+    """Rounds of rows that are greedy, without a penalty, in one call each.
 
-    A row whose reply ends makes no drafts. Otherwise the state is as after such a round.
+    The state is then as after a :class:`~vita_audio.engine.rounds.Round`, but where a reply ends, no head goes on.
 
     Args:
         modes: options of all rows.
@@ -40,8 +40,8 @@ class GreedyRounds:
             weights.embedding.data_ptr(),
             backbone.native,
             [head.native for head in heads],
-            weights.lm_head.native,
-            (weights.audio_head or weights.lm_head).native,
+            native_product(weights.lm_head),
+            native_product(weights.audio_head or weights.lm_head),
             0 if speech is None else speech.begin,
             0 if speech is None else speech.end,
             shape_of(backbone.shape, state.caches[0], state.cos, state.sin),

@@ -268,9 +268,12 @@ class Round:
         ran = torch.arange(self.weights.num_heads, device=head_passes.device) < head_passes[:, None]
         state.seen_heads[rows] = torch.where(ran, state.seen[rows][:, None], state.seen_heads[rows])
         state.drafts[rows] = head_passes * self.modes.lossless
-        head = torch.stack([state.known[rows] - state.drafts[rows], state.seen[rows]], dim=1)
+        drafts = state.drafts[rows]
+        head = torch.stack([state.known[rows] - drafts, drafts, state.seen[rows]], dim=1)
         ids = state.starts[rows][:, None] + state.columns[: state.most]
-        state.report[rows] = torch.cat([head, state.seen_heads[rows], state.tokens[rows].gather(1, ids)], dim=1)
+        state.report[rows] = torch.cat(
+            [head, state.seen_heads[rows], state.tokens[rows].gather(1, ids)], dim=1
+        )
 
     def _choose(self, hidden: Tensor, active: Tensor | None, step: int, by_head: bool = False) -> Tensor:
         """Choose a token for each row from its hidden state, (rows, d); append it to the active rows (None: all)."""

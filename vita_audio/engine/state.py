@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vita_audio.engine.cpu_kernels import KEYS, cache_shape
 from vita_audio.engine.weights import Weights
 
 
@@ -24,7 +25,8 @@ class State:
 
     Attributes:
         caches: for each layer, then each head, (2, rows, kv, length + 1, d_head): keys, then values. What a pass
-            must not keep is written to the last place, which no query sees.
+            must not keep is written to the last place, which no query sees. A CPU's own kernels have a layout of their
+            own, :func:`vita_audio.engine.cpu_kernels.cache_shape`.
         tokens: (rows, length + spare) ids; ``known`` of each row are valid.
         hidden: (rows, length + 1, d), the backbone's normed output, the input of the heads.
         known: (rows,) tokens, of which the last ``drafts`` (rows,) are not verified yet.
@@ -33,15 +35,18 @@ class State:
         backbone_steps, head_steps: (rows,) passes that a row takes part in this round.
         uniforms: (rows, draws) numbers in [0, 1) for this round.
         starts: (rows,) verified tokens at the start of the round.
-        report: (rows, 2 + heads + most), at its end: verified tokens, ``seen``, ``seen_heads``, and the ids from the
-            start on.
+        report: (rows, 3 + heads + most), at its end: verified tokens, ``drafts``, ``seen``, ``seen_heads``, and the
+            ids from the start on.
     """
 
     def __init__(self, weights: Weights, rows: int, length: int, most: int):
         device, dtype = weights.device, weights.dtype
         self.rows, self.length, self.most = rows, length, most
+        self._block, places, size = 1, length + 1, weights.head_size
+        if weights.backbone_pass is not None:  # in blocks, with a place more for what is read together
+            self._block, (places, size) = KEYS, cache_shape(length + 2, size)
         self.caches = [
-            zeros((2, rows, weights.kv, length + 1, weights.head_size), dtype, device)
+            zeros((2, rows, weights.kv, places, size), dtype, device)
             for _ in range(weights.num_layers + weights.num_heads)
         ]
         self.hidden = zeros((rows, length + 1, weights.d), dtype, device)
@@ -54,7 +59,7 @@ class State:
         self.backbone_steps = torch.zeros_like(self.known)
         self.head_steps = torch.zeros_like(self.known)
         self.starts = torch.zeros_like(self.known)
-        self.report = torch.zeros(rows, 2 + weights.num_heads + most, dtype=torch.long, device=device)
+        self.report = torch.zeros(rows, 3 + weights.num_heads + most, dtype=torch.long, device=device)
         self.uniforms = torch.zeros(rows, most + weights.num_heads, dtype=torch.float64, device=device)
         self.cos, self.sin = weights.rotary(length + 1)
         # Constants of windows, made once.
@@ -80,8 +85,9 @@ class State:
         if one == other:
             return
         places = [one, other]
+        whole = -(-length // self._block) * self._block
         for cache in self.caches:
-            cache[:, places, :, :length] = cache[:, places[::-1], :, :length]
+            cache[:, places, :, :whole] = cache[:, places[::-1], :, :whole]
         self.hidden[places, :length] = self.hidden[places[::-1], :length]
         for tensor in (self.tokens, *self.lengths):
             tensor[places] = tensor[places[::-1]]

@@ -188,7 +188,7 @@ class Turns:
         fetched = self._state.report[first:last].tolist()
         ended: list[tuple[Running, Reason]] = []
         for row, running in members:
-            known, running.seen, *rest = fetched[row - first]
+            known, drafts, running.seen, *rest = fetched[row - first]
             start, heads = len(running.tokens), self._weights.num_heads
             running.seen_heads, ids = rest[:heads], rest[heads : heads + known - start]
             lossless = running.request.lossless
@@ -197,7 +197,7 @@ class Turns:
                 running.draft_length.update(running.drafts, accepted)
                 running.handle.stats.drafts += running.drafts
                 running.handle.stats.accepted += accepted
-                running.drafts = running.step[1]
+                running.drafts = drafts
             if not running.started:
                 running.started = True
             reason = take(running, ids, accepted)
