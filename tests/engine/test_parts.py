@@ -17,12 +17,13 @@ from transformers import (
 )
 
 from vita_audio.engine import AudioRows, Sampling
+from vita_audio.engine.drafting import DraftLength, RoundCost
 from vita_audio.engine.graphs import Graphs
 from vita_audio.engine.kernels import Product
 from vita_audio.engine.rounds import BURST, Modes, Plan, Round
 from vita_audio.engine.sampling import Drawing, Rules, distribution, pick
 from vita_audio.engine.scheduler import Scheduler, Turn, segments
-from vita_audio.engine.speculation import DraftLength, accept_greedy, accept_sampled
+from vita_audio.engine.speculation import accept_greedy, accept_sampled
 from vita_audio.engine.state import State
 from vita_audio.engine.weights import Weights
 from vita_audio.models.schedule import Schedule
@@ -159,7 +160,7 @@ def test_greedy_acceptance_is_the_longest_agreeing_prefix():
 
 
 def test_draft_lengths_follow_what_is_accepted_and_come_back():
-    length = DraftLength(10, cost=0.1)
+    length = DraftLength(10, RoundCost(head=0.1))
     assert length.best() >= 7
     for _ in range(60):
         length.update(drafted := length.best(), accepted=min(2, drafted))
@@ -167,8 +168,18 @@ def test_draft_lengths_follow_what_is_accepted_and_come_back():
     for _ in range(200):
         length.update(drafted := length.best(), accepted=drafted)
     assert length.best() == 10
-    costly = DraftLength(10, cost=1.5)
+    costly = DraftLength(10, RoundCost(head=1.5))
     assert costly.best() == 0
+
+
+def test_fewer_tokens_are_drafted_where_positions_cost_and_by_heads_that_are_behind():
+    length = DraftLength(10, RoundCost(head=0.1))
+    behind = DraftLength(10, RoundCost(head=0.1, position=0.15))
+    assert 0 < behind.best() < length.best()
+    current = behind.best()
+    assert behind.best([0] * current + [50] * (10 - current)) == current  # for one token more it does not pay
+    assert behind.best([0] * 3 + [500] * 7) == 3
+    assert length.best([500] * 10) == length.best()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

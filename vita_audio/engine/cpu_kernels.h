@@ -38,6 +38,7 @@ constexpr Index kOutputs = 32;  // outputs of a block of weights
 constexpr int kVectors = kOutputs / kLanes;
 constexpr Index kKeys = 64;  // keys that attention takes at a time
 constexpr Index kAhead = 8192;  // bytes of weights that are fetched ahead
+constexpr Index kAlone = 2048;  // numbers that each thread norms for itself, sooner than it would wait for others
 
 // Numbers that lie together in 32 bits.
 template <class T>
@@ -220,10 +221,14 @@ struct Norm {
     for (Index i = 0; i < size; ++i) y[i] = narrow<T>(widen(x[i]) * scale * widen(weight[i]));
   }
 
+  void rows(const T* x, Index first, Index last, Index size, T* y) const {
+    for (Index row = first; row < last; ++row) (*this)(x + row * size, size, y + row * size);
+  }
+
   // Of this thread's share of the rows.
-  void operator()(const T* x, Index rows, Index size, T* y) const {
-    const Part part(rows);
-    for (Index row = part.first; row < part.last; ++row) (*this)(x + row * size, size, y + row * size);
+  void operator()(const T* x, Index count, Index size, T* y) const {
+    const Part part(count);
+    rows(x, part.first, part.last, size, y);
   }
 };
 
@@ -459,14 +464,21 @@ template <class T>
 void run(const Stack<T>& stack, const Address* caches, const Shape<T>& shape, const Window& window, Buffers<T>& buffers,
          T* y) {
   const Index tokens = window.tokens(), d = stack.layers[0].qkv.in;
-  T *x = buffers.x.data(), *normed = buffers.normed.data();
+  static thread_local std::vector<T> own;  // keeps its memory
+  const bool alone = tokens * d <= kAlone;
+  if (alone) own.resize(tokens * d);
+  T *x = buffers.x.data(), *normed = alone ? own.data() : buffers.normed.data();
+  const auto norm = [&](const Norm<T>& by) {
+    if (alone) return by.rows(x, 0, tokens, d, normed);
+    by(x, tokens, d, normed);
+#pragma omp barrier
+  };
   const auto add = [&](Index row, Index j, float sum) { x[row * d + j] = narrow<T>(widen(x[row * d + j]) + sum); };
   for (size_t i = 0; i < stack.layers.size(); ++i) {
     const Layer<T>& layer = stack.layers[i];
     T* cache = pointer<T>(caches[i]);
     const auto keep = [&](Index row, Index j, float sum) { buffers.qkv[row * layer.qkv.out + j] = sum; };
-    layer.input_norm(x, tokens, d, normed);
-#pragma omp barrier
+    norm(layer.input_norm);
     multiply(layer.qkv, normed, tokens, keep);
 #pragma omp barrier
     rotate(shape, window, buffers.qkv.data(), cache);
@@ -475,8 +487,7 @@ void run(const Stack<T>& stack, const Address* caches, const Shape<T>& shape, co
 #pragma omp barrier
     multiply(layer.out, buffers.heard.data(), tokens, add);
 #pragma omp barrier
-    layer.mlp_norm(x, tokens, d, normed);
-#pragma omp barrier
+    norm(layer.mlp_norm);
     multiply_gated(layer.gate_up, normed, tokens, buffers.gated.data());
 #pragma omp barrier
     multiply(layer.down, buffers.gated.data(), tokens, add);

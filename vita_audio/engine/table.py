@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vita_audio.engine.drafting import DraftLength
 from vita_audio.engine.requests import Handle, Request
 from vita_audio.engine.rounds import BURST, Checks, Modes
 from vita_audio.engine.sampling import Rules
 from vita_audio.engine.scheduler import segments
 from vita_audio.engine.sessions import Session
-from vita_audio.engine.speculation import DraftLength
 from vita_audio.engine.state import State
 from vita_audio.engine.weights import Weights
 from vita_audio.models.schedule import Schedule
@@ -61,6 +61,11 @@ class Running:
     def unseen(self) -> int:
         """Verified tokens that the backbone has not computed."""
         return len(self.tokens) - self.seen
+
+    @property
+    def behind(self) -> list[int]:
+        """Positions that each head has not computed, of those that the backbone has."""
+        return [self.seen - seen for seen in self.seen_heads]
 
     @property
     def tokens_left(self) -> int:
@@ -117,7 +122,7 @@ class RowTable:
         length = session.common(request.prompt, request.embeds)
         # The last token of a prompt is always computed: the reply begins with its output.
         session.cut(min(length, len(request.prompt) - 1), weights.num_heads)
-        drafts = DraftLength(weights.num_heads, weights.draft_cost) if request.lossless else None
+        drafts = DraftLength(weights.num_heads, weights.round_cost) if request.lossless else None
         running = Running(
             handle,
             session,

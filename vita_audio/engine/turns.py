@@ -102,8 +102,8 @@ class Turns:
         self._graphs.run(self._shapes.key("go_on", plan), work.go_on)
 
     def _heads_in_use(self, running: Running) -> int:
-        if running.request.lossless:
-            return self._weights.num_heads
+        if running.draft_length is not None:
+            return running.draft_length.best(running.behind)
         return min(Schedule.parse(running.request.schedule).longest_head_run, self._weights.num_heads)
 
     def _catch_up(self, row: int, heads: int, seen: int) -> None:
@@ -132,7 +132,7 @@ class Turns:
     def _next_step(self, running: Running) -> tuple[int, int]:
         if running.draft_length is None:
             return next(running.rounds)
-        return 1, running.draft_length.best()
+        return 1, running.draft_length.best(running.behind)
 
     def _plan(
         self, first: int, last: int, members: Sequence[tuple[int, Running]], prompt: Tensor | None
