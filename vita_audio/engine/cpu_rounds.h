@@ -49,31 +49,29 @@ class Rounds {
   // A round of the rows first … last - 1, whose replies end as `ends` say. prompt: inputs (tokens, d) of the only row's
   // first pass; null: embeddings. checks: null without.
   void run(Index first, Index last, Address prompt, const std::vector<End>& ends, const Checks* checks, int threads) {
-    checks_ = checks;
+    checks_ = checks, first_ = first, last_ = last;
+    backbone_steps_.assign(rows_.backbone_steps + first, rows_.backbone_steps + last);
     head_steps_.assign(rows_.head_steps + first, rows_.head_steps + last);
     found_.resize(threads);
-    Index passes = 0, head_passes = 0;
-    for (Index row = first; row < last; ++row) {
-      rows_.starts[row] = rows_.known[row] - rows_.drafts[row];
-      passes = std::max(passes, rows_.backbone_steps[row]);
-    }
+    for (Index row = first; row < last; ++row) rows_.starts[row] = rows_.known[row] - rows_.drafts[row];
+    Index passes = most(backbone_steps_), head_passes = 0;
 #pragma omp parallel num_threads(threads)
     {
       for (Index step = 0; step < passes; ++step) {
 #pragma omp single
-        start_pass(first, last, step, step ? 0 : prompt);
+        start_pass(step, step ? 0 : prompt);
         vita_audio::run(model_.backbone, model_.caches.data(), model_.shape, window_, buffers_, states_.data());
 #pragma omp single
         offer_tokens(step);
         choose();
 #pragma omp single
-        take_tokens(step);
+        passes = take_tokens(step, ends);
       }
 #pragma omp single
-      head_passes = start_heads(first, last, ends);
+      head_passes = start_heads();
       for (Index head = 0; head < head_passes; ++head) {
 #pragma omp single
-        keep_rows(first, head);
+        keep_rows(head);
         vita_audio::run(model_.heads[head], model_.caches[model_.backbone.layers.size() + head],
                         pointer<T>(model_.embedding), rows_.tokens, rows_.tokens_stride, head + 1, model_.shape, window_,
                         buffers_, fused_, states_.data());
@@ -81,10 +79,10 @@ class Rounds {
         offer_drafts();
         choose();
 #pragma omp single
-        head_passes = take_drafts(first, head, ends);
+        head_passes = take_drafts(head, ends);
       }
 #pragma omp single
-      settle(first, last);
+      settle();
     }
   }
 
@@ -105,10 +103,12 @@ class Rounds {
     buffers_.fit(model_.backbone.layers[0], tokens);
   }
 
-  void start_pass(Index first, Index last, Index step, Address prompt) {
+  static Index most(const std::vector<Index>& steps) { return *std::max_element(steps.begin(), steps.end()); }
+
+  void start_pass(Index step, Address prompt) {
     window_.clear();
-    for (Index row = first; row < last; ++row)
-      if (rows_.backbone_steps[row] > step) window_.add_row(row, rows_.seen[row], rows_.known[row]);
+    for (Index row = first_; row < last_; ++row)
+      if (backbone_steps_[row - first_] > step) window_.add_row(row, rows_.seen[row], rows_.known[row]);
     fit(window_.tokens());
     if (prompt) {
       std::copy_n(pointer<T>(prompt), buffers_.x.size(), buffers_.x.data());
@@ -195,8 +195,9 @@ class Rounds {
     return asked_[index].speech ? model_.begin : 0;  // no logit is a number
   }
 
-  // Verifies drafts and appends the token that follows those accepted.
-  void take_tokens(Index step) {
+  // Verifies drafts and appends the token that follows those accepted. Returns how many passes there are in all: none
+  // follow where a reply ends.
+  Index take_tokens(Index step, const std::vector<End>& ends) {
     for (Index i = 0; i < Index(asked_.size()); ++i) {
       const Index check = asked_[i].check;
       if (check < 0) continue;
@@ -214,17 +215,19 @@ class Rounds {
         rows_.seen_head(row, head) = std::min(rows_.seen_head(row, head), std::max<Index>(known - 1 - head, 0));
       append(row, at + accepted, step);
       at += drafts + 1;
+      if (ends_reply(row, ends)) backbone_steps_[row - first_] = head_steps_[row - first_] = 0;
     }
+    return most(backbone_steps_);
   }
 
-  // Appends what a head chose. Returns how many heads are used in all: none follow where a reply ends.
-  Index take_drafts(Index first, Index head, const std::vector<End>& ends) {
+  // Appends what a head chose. Returns how many heads are used in all.
+  Index take_drafts(Index head, const std::vector<End>& ends) {
     for (size_t i = 0; i < asked_.size(); ++i) {
       const Index row = asked_[i].row;
       append(row, i, checks_ ? checks_->burst + head : 0);
-      if (ends_reply(row, ends[row - first])) head_steps_[row - first] = head + 1;
+      if (ends_reply(row, ends)) head_steps_[row - first_] = head + 1;
     }
-    return *std::max_element(head_steps_.begin(), head_steps_.end());
+    return most(head_steps_);
   }
 
   // The choice of a state is its row's next token. slot: where it waits to be checked.
@@ -239,32 +242,28 @@ class Rounds {
   }
 
   // The window of the heads: what the backbone has seen, and the last head of a row has not.
-  Index start_heads(Index first, Index last, const std::vector<End>& ends) {
+  Index start_heads() {
     window_.clear();
-    Index most = 0;
-    for (Index row = first; row < last; ++row) {
-      Index& steps = head_steps_[row - first];
-      if (steps && ends_reply(row, ends[row - first])) steps = 0;
-      if (steps) window_.add_row(row, rows_.seen_head(row, steps - 1), rows_.seen[row]);
-      most = std::max(most, steps);
-    }
+    for (Index row = first_; row < last_; ++row)
+      if (const Index steps = head_steps_[row - first_])
+        window_.add_row(row, rows_.seen_head(row, steps - 1), rows_.seen[row]);
     fit(window_.tokens());
     for (Index i = 0; i < window_.tokens(); ++i) {
       const Index place = window_.rows[i] * rows_.places + window_.positions[i];
       std::copy_n(pointer<T>(rows_.hidden) + place * d_, d_, states_.data() + i * d_);
     }
-    return most;
+    return most(head_steps_);
   }
 
-  bool ends_reply(Index row, const End& end) const {
-    const auto& [left, stops] = end;
+  bool ends_reply(Index row, const std::vector<End>& ends) const {
+    const auto& [left, stops] = ends[row - first_];
     const Index *first = rows_.tokens_of(row) + rows_.starts[row], *last = rows_.tokens_of(row) + rows_.known[row];
     return last - first >= left || std::find_first_of(first, last, stops.begin(), stops.end()) != last;
   }
 
   // Drops rows that use no more than `head` heads.
-  void keep_rows(Index first, Index head) {
-    const auto stays = [&](const Span& span) { return head_steps_[span.row - first] > head; };
+  void keep_rows(Index head) {
+    const auto stays = [&](const Span& span) { return head_steps_[span.row - first_] > head; };
     if (std::all_of(window_.spans.begin(), window_.spans.end(), stays)) return;
     Window kept;
     for (const Span& span : window_.spans) {
@@ -278,9 +277,9 @@ class Rounds {
   }
 
   // Moves the lengths of the heads that ran, notes the drafts, and reports.
-  void settle(Index first, Index last) {
-    for (Index row = first; row < last; ++row) {
-      const Index steps = head_steps_[row - first];
+  void settle() {
+    for (Index row = first_; row < last_; ++row) {
+      const Index steps = head_steps_[row - first_];
       for (Index head = 0; head < steps; ++head) rows_.seen_head(row, head) = rows_.seen[row];
       rows_.drafts[row] = rows_.lossless[row] ? steps : 0;
       Index* report = rows_.report + row * rows_.report_stride;
@@ -296,12 +295,13 @@ class Rounds {
   Rows rows_;
   Index d_;
   const Checks* checks_ = nullptr;
+  Index first_ = 0, last_ = 0;              // rows of the round
   Window window_;
   Buffers<T> buffers_;
   std::vector<T> states_, fused_, wanted_;  // (tokens, d), (tokens, 2 d), (asked for, d)
   std::vector<Asked> asked_;
   std::vector<std::vector<Best>> found_;    // of each thread
-  std::vector<Index> head_steps_;           // of each row
+  std::vector<Index> backbone_steps_, head_steps_;  // of each row, up to the end of its reply
 };
 
 }  // namespace vita_audio

@@ -36,7 +36,7 @@ class DraftLength:
 
     HOPE = 0.9
     """Assumed chance of a draft that was not tried lately, so that longer drafts are tried again."""
-    PRIOR = 4
+    PRIOR = 2
     """Outcomes that this assumption counts as."""
     PACE = 0.1
     """Weight of the newest outcome, once there are several."""
