@@ -16,7 +16,7 @@ from vita_audio.engine import Engine, Request, Sampling, cpu_kernels, kernels
 from vita_audio.engine.sampling import best_ids
 from vita_audio.engine.state import State, window_of
 from vita_audio.engine.steps import run_backbone, run_head
-from vita_audio.engine.weights import Weights
+from vita_audio.engine.weights import AudioRows, Weights
 
 from .conftest import GOLDENS, random_model
 
@@ -210,6 +210,80 @@ def test_a_reply_does_not_depend_on_its_company(dtype, seed):
         for _ in range(some(0, 3)):
             together.step()
     assert [handle.tokens() for handle in handles] == [alone.submit(request).tokens() for request in requests]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=15, deadline=None)
+def test_rounds_in_one_call_are_those_in_parts(dtype, seed):
+    """Replies that end early, in company and in conversations, with and without the rows of speech."""
+    chance = torch.Generator().manual_seed(seed)
+
+    def some(low, high):
+        return int(torch.randint(low, high + 1, (1,), generator=chance))
+
+    model = random_model(3).to(dtype)
+    with torch.no_grad():
+        model.lm_head.weight[:50] *= 0.7  # so that speech goes on for a while
+    engines = [Engine(model, max_rows=3, max_length=200, speech=AudioRows(50, 51)) for _ in range(2)]
+    engines[1]._turns._greedy = None
+    sessions = [[engine.session() for _ in range(2)] for engine in engines]
+    turns = [
+        {
+            "prompt": [some(0, 95) for _ in range(some(1, 40))],
+            "schedule": ["vanilla", "balance", "boost", "turbo", "2-3"][some(0, 4)],
+            "lossless": some(0, 2) == 0,
+            "audio_rows": ["off", "auto", "on"][some(0, 2)],
+            "stop_tokens": [some(0, 95) for _ in range(some(0, 8))],
+            "max_new_tokens": some(1, 40),
+            "place": some(0, 3),
+            "steps": some(0, 3),
+        }
+        for _ in range(6)
+    ]
+    found = []
+    for engine, theirs in zip(engines, sessions, strict=True):
+        handles, said = [], [[], []]
+        for turn in turns:
+            turn = dict(turn)
+            place, steps = turn.pop("place"), turn.pop("steps")
+            if place < 2 and not theirs[place].busy:  # goes on with what was said there
+                turn |= {"session": theirs[place], "prompt": (said[place] + turn["prompt"])[-150:]}
+                said[place] = turn["prompt"]
+            handles.append(engine.submit(Request(**turn)))
+            for _ in range(steps):
+                engine.step()
+        found.append([handle.tokens() for handle in handles])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("schedule", "lossless"), [("vanilla", False), ("turbo", False), ("vanilla", True)])
+def test_nothing_is_computed_after_the_end_of_a_reply(schedule, lossless):
+    engine = Engine(random_model(4), max_rows=1, max_length=200)
+    prompt = list(range(20))
+    session = engine.session()
+    engine.submit(Request(prompt, schedule, lossless=lossless, max_new_tokens=1, session=session)).tokens()
+    assert session.seen == 20
+    assert set(session.seen_heads) == {0}
+    reply = engine.submit(Request(prompt, schedule, lossless=lossless, max_new_tokens=12)).tokens()
+    stop = next(i for i in range(2, 12) if reply[i] not in reply[:i])
+    session = engine.session()
+    request = Request(
+        prompt, schedule, lossless=lossless, stop_tokens=[reply[stop]], max_new_tokens=99, session=session
+    )
+    assert engine.submit(request).tokens() == reply[: stop + 1]
+    assert session.seen <= 20 + stop
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("audio_rows", ["off", "on"])
+def test_weights_that_are_not_numbers_give_tokens_all_the_same(audio_rows):
+    model = random_model(4)
+    model.model.norm.weight.data.fill_(torch.nan)
+    engine = Engine(model, max_rows=1, max_length=200, speech=AudioRows(50, 51))
+    tokens = engine.submit(Request([1, 2, 60], "turbo", audio_rows=audio_rows, max_new_tokens=12)).tokens()
+    assert len(tokens) == 12
+    assert all(0 <= token < 96 for token in tokens)
 
 
 def test_a_gate_and_what_it_lets_through_come_apart_again():
