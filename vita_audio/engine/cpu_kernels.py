@@ -1,6 +1,6 @@
 """Kernels in C++ for CPUs: products with weights in bfloat16 or float32, and whole passes in one call.
 
-PyTorch's operations take some 20 µs each beside the reading of weights, ten of them a layer. ``cpu_kernels.cpp`` runs
+PyTorch's operations take some 20 µs each beside the reading of weights, ten of them a layer. ``cpu_kernels.h`` runs
 all layers in one parallel region instead. It is compiled when it is first used, which takes some ten seconds, and
 kept in ``$XDG_CACHE_HOME/vita_audio`` (``~/.cache/vita_audio``).
 """

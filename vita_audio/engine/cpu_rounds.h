@@ -52,7 +52,6 @@ class Rounds {
     checks_ = checks, first_ = first, last_ = last;
     backbone_steps_.assign(rows_.backbone_steps + first, rows_.backbone_steps + last);
     head_steps_.assign(rows_.head_steps + first, rows_.head_steps + last);
-    found_.resize(threads);
     for (Index row = first; row < last; ++row) rows_.starts[row] = rows_.known[row] - rows_.drafts[row];
     Index passes = most(backbone_steps_), head_passes = 0;
 #pragma omp parallel num_threads(threads)
@@ -106,6 +105,7 @@ class Rounds {
   static Index most(const std::vector<Index>& steps) { return *std::max_element(steps.begin(), steps.end()); }
 
   void start_pass(Index step, Address prompt) {
+    found_.resize(omp_get_num_threads());
     window_.clear();
     for (Index row = first_; row < last_; ++row)
       if (backbone_steps_[row - first_] > step) window_.add_row(row, rows_.seen[row], rows_.known[row]);
@@ -186,7 +186,7 @@ class Rounds {
 #pragma omp barrier
   }
 
-  // Of the state `index`. The threads have the ids in their order.
+  // The id chosen for a state. Threads have ids in ascending order, so of equal logits the first counts.
   Index best(Index index) const {
     Best best = found_[0][index];
     for (const std::vector<Best>& found : found_)
@@ -261,7 +261,7 @@ class Rounds {
     return last - first >= left || std::find_first_of(first, last, stops.begin(), stops.end()) != last;
   }
 
-  // Drops rows that use no more than `head` heads.
+  // Drops the rows that use `head` heads or fewer from the window.
   void keep_rows(Index head) {
     const auto stays = [&](const Span& span) { return head_steps_[span.row - first_] > head; };
     if (std::all_of(window_.spans.begin(), window_.spans.end(), stays)) return;
