@@ -85,18 +85,10 @@ class Product:
     Args:
         weights: (out_i, in) each; they are joined along their outputs.
         biases: (out_i,) each, or None for all.
-        scale: (in,), a factor of the inputs that goes into the weight.
     """
 
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None] | None = None,
-        scale: Tensor | None = None,
-    ):
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None):
         weight, self.bias = joined(weights, biases)
-        if scale is not None:
-            weight = weight * scale
         self.out_features, self.in_features = weight.shape
         self._weight, self._transposed = weight, weight.t()
         self._packed: Tensor | None = pack(weight)
@@ -151,15 +143,12 @@ class Norm:
     """RMSNorm over the last dimension for a fixed weight, (d,), on its device.
 
     On CPUs PyTorch composes it of nine operations. Four give the same: x w sqrt(d) / sqrt(sum x^2 + d eps).
-
-    Args:
-        folded: leave out :attr:`scale`; the product that follows has it in its weight. On a CPU only.
     """
 
-    def __init__(self, weight: Tensor, eps: float, folded: bool = False):
-        self.weight, self.eps, self._folded = weight.detach(), eps, folded
+    def __init__(self, weight: Tensor, eps: float):
+        self.weight, self.eps = weight.detach(), eps
         self._fused = gpu_kernels(weight.device)
-        self.scale = self.weight.float() * math.sqrt(weight.numel())
+        self._scale = self.weight.float() * math.sqrt(weight.numel())
         self._least = torch.tensor(math.sqrt(weight.numel() * eps))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -169,8 +158,7 @@ class Norm:
         if x.device.type != "cpu":
             return rms_norm(x, self.weight.shape, self.weight, self.eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).hypot_(self._least)
-        normed = x.div(length)
-        return normed if self._folded else normed.mul_(self.scale).to(x.dtype)
+        return x.div(length).mul_(self._scale).to(x.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -134,7 +134,7 @@ class Weights:
         fits = own is not None and own.fits(model.dtype, self.d, config.intermediate_size, self.head_size)
         if not fits or any(weight.dtype != model.dtype for weight in language_weights(model)):
             own = None
-        make = Maker(model.device, model.dtype, quantization, free, own)
+        make = Maker(model.device, quantization, free, own)
         embeddings: Any = model.get_input_embeddings()
         self.embedding: Tensor = embeddings.weight.detach()
         self.vocab_size = len(self.embedding)
@@ -219,66 +219,49 @@ def language_weights(model: Qwen2MTPForCausalLM) -> Iterator[Tensor]:
 class Maker:
     """Makes products of a model's linear layers; see :class:`Weights`.
 
-    With PyTorch's kernels on a CPU the weights of norms go into the products that follow, which saves an operation
-    each. That rounds twice, so it is for float32 alone.
+    Args:
+        own: the CPU's own kernels, where they run.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        quantization: Quantization,
-        free: bool,
-        own: ModuleType | None,
-    ):
+    def __init__(self, device: torch.device, quantization: Quantization, free: bool, own: ModuleType | None):
         self.kind: Callable[..., AnyProduct] = Product if own is None else own.PackedProduct
         if quantization != "none":
             self.kind = int8_product(device)
         self._free = free
-        on_cpu = device.type == "cpu" and gpu_kernels(device) is None
-        self._fold = on_cpu and quantization == "none" and dtype == torch.float32 and own is None
 
-    def product(self, *linears: Any, norms: Sequence[Norm] = ()) -> AnyProduct:
-        """The product with all of them, joined along their outputs; ``norms`` make its inputs."""
-        weights, biases = [each.weight for each in linears], [each.bias for each in linears]
-        made: AnyProduct
-        if self._fold and norms:
-            made = Product(weights, biases, scale=torch.cat([norm.scale for norm in norms]))
-        else:
-            made = self.kind(weights, biases)
+    def product(self, *linears: Any) -> AnyProduct:
+        """The product with all of them, joined along their outputs."""
+        made = self.kind([each.weight for each in linears], [each.bias for each in linears])
         if self._free:
             for each in linears:
                 each.weight.data = each.weight.data.new_empty(0)
         return made
 
-    def norm(self, module: Any) -> Norm:
-        """A norm whose output goes to a product alone."""
-        return _norm(module, self._fold)
-
     def layer(self, module: Any, config: Any, layer_type: str) -> Layer:
         """A decoder layer."""
         attention, mlp = module.self_attn, module.mlp
-        input_norm, mlp_norm = self.norm(module.input_layernorm), self.norm(module.post_attention_layernorm)
         return Layer(
-            input_norm=input_norm,
-            qkv=self.product(attention.q_proj, attention.k_proj, attention.v_proj, norms=[input_norm]),
+            input_norm=_norm(module.input_layernorm),
+            qkv=self.product(attention.q_proj, attention.k_proj, attention.v_proj),
             out=self.product(attention.o_proj),
-            mlp_norm=mlp_norm,
-            gate_up=self.product(mlp.gate_proj, mlp.up_proj, norms=[mlp_norm]),
+            mlp_norm=_norm(module.post_attention_layernorm),
+            gate_up=self.product(mlp.gate_proj, mlp.up_proj),
             down=self.product(mlp.down_proj),
             window=config.sliding_window if layer_type == "sliding_attention" else None,
         )
 
     def head(self, module: Any, config: Any, layer_type: str) -> Head:
         """An MCTP head."""
-        norms = self.norm(module.embed_norm), self.norm(module.hidden_norm)
         return Head(
-            *norms, self.product(module.proj, norms=norms), self.layer(module.layer, config, layer_type)
+            embed_norm=_norm(module.embed_norm),
+            hidden_norm=_norm(module.hidden_norm),
+            proj=self.product(module.proj),
+            layer=self.layer(module.layer, config, layer_type),
         )
 
 
-def _norm(module: Any, folded: bool = False) -> Norm:
-    return Norm(module.weight, module.variance_epsilon, folded)
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight, module.variance_epsilon)
 
 
 def int8_product(device: torch.device) -> Callable[..., AnyProduct]:
