@@ -379,6 +379,15 @@ def test_it_is_compiled_once_also_by_two_at_once(fresh, monkeypatch):
     assert {cpu_kernels.compiled([])} == paths
 
 
+def test_a_compiled_file_that_cannot_be_loaded_is_made_again(fresh, monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "instructions", list)
+    path = cpu_kernels.compiled([])
+    size = path.stat().st_size
+    path.write_bytes(b"")
+    assert cpu_kernels.extension().float32
+    assert path.stat().st_size == size
+
+
 def test_other_types_and_the_switch_leave_it_to_pytorch(monkeypatch):
     cpu = torch.device("cpu")
     mixed = random_model(5).bfloat16()

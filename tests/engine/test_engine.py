@@ -209,6 +209,20 @@ def test_speech_rows_change_nothing_where_the_choice_lies_among_them(model):
     assert not any(handle.stats.disagreements for handle in handles)
 
 
+@pytest.mark.parametrize("schedule", ["vanilla", "turbo"])
+def test_each_token_is_checked_once(schedule):
+    """Every choice among speech would have been text, and the other reply's rounds read all rows."""
+    writing = random_model(4)
+    with torch.no_grad():
+        writing.lm_head.weight[60:] *= 0.01
+        writing.lm_head.weight[61] = 0  # no end of speech
+    engine = Engine(writing, max_rows=2, max_length=300, speech=AudioRows(begin=60, end=61))
+    checked = engine.submit(Request([3, 60], schedule, audio_rows="auto", max_new_tokens=40))
+    engine.submit(Request([3, 5], schedule, max_new_tokens=40))
+    assert min(checked.tokens()) >= 60
+    assert 35 <= checked.stats.disagreements <= 40  # those of the last round wait for the next one
+
+
 def test_the_tokens_of_a_restricted_row_do_not_depend_on_its_company(model):
     rows = AudioRows(begin=60, end=61)
     requests = [

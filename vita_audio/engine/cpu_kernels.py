@@ -63,6 +63,14 @@ def extension() -> Any:
         ImportError: the result cannot be loaded.
     """
     path = compiled(instructions())
+    try:
+        return _load(path)
+    except ImportError:  # it is empty, say, after the machine lost its power
+        path.unlink()
+        return _load(compiled(instructions()))
+
+
+def _load(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.name.partition(".")[0], path)
     assert spec is not None
     assert spec.loader is not None
