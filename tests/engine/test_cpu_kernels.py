@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vita_audio.engine import Engine, Request, Sampling, cpu_kernels, kernels
+from vita_audio.engine.drafting import DraftLength
 from vita_audio.engine.sampling import best_ids
 from vita_audio.engine.state import State, window_of
 from vita_audio.engine.steps import run_backbone, run_head
@@ -257,14 +258,31 @@ def test_rounds_in_one_call_are_those_in_parts(dtype, seed):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "lossless", "tokens", "heads"),
+    [
+        ("vanilla", False, 1, []),
+        ("turbo", False, 1, []),
+        ("turbo", False, 3, [20, 20]),
+        ("vanilla", True, 1, []),
+        ("vanilla", True, 2, []),  # the backbone's next pass makes the second
+        ("vanilla", True, 3, [20]),
+    ],
+)
+def test_nothing_is_computed_after_a_reply_of_so_many_tokens(monkeypatch, schedule, lossless, tokens, heads):
+    monkeypatch.setattr(DraftLength, "best", lambda self, behind=None: 4)
+    engine = Engine(random_model(4), max_rows=1, max_length=200)
+    handle = engine.submit(Request(range(20), schedule, lossless=lossless, max_new_tokens=tokens))
+    engine.step()
+    assert engine._table._state.seen[0] == 20
+    assert engine._table._state.seen_heads[0].tolist() == heads + [0] * (4 - len(heads))
+    assert len(handle.tokens()) == tokens
+
+
 @pytest.mark.parametrize(("schedule", "lossless"), [("vanilla", False), ("turbo", False), ("vanilla", True)])
-def test_nothing_is_computed_after_the_end_of_a_reply(schedule, lossless):
+def test_nothing_is_computed_after_a_stop_token(schedule, lossless):
     engine = Engine(random_model(4), max_rows=1, max_length=200)
     prompt = list(range(20))
-    session = engine.session()
-    engine.submit(Request(prompt, schedule, lossless=lossless, max_new_tokens=1, session=session)).tokens()
-    assert session.seen == 20
-    assert set(session.seen_heads) == {0}
     reply = engine.submit(Request(prompt, schedule, lossless=lossless, max_new_tokens=12)).tokens()
     stop = next(i for i in range(2, 12) if reply[i] not in reply[:i])
     session = engine.session()
@@ -273,6 +291,20 @@ def test_nothing_is_computed_after_the_end_of_a_reply(schedule, lossless):
     )
     assert engine.submit(request).tokens() == reply[: stop + 1]
     assert session.seen <= 20 + stop
+    if schedule == "turbo":  # the heads in use, up to the one that gave the stop token
+        assert sum(seen == session.seen for seen in session.seen_heads) == stop % 5
+
+
+def test_inputs_of_any_layout_give_the_same_reply():
+    model = random_model(4)
+    engine = Engine(model, max_rows=1, max_length=200)
+    embeds = torch.randn(20, 32)
+    request = {"schedule": "turbo", "max_new_tokens": 20}
+    replies = [
+        engine.submit(Request(range(20), embeds=each, **request)).tokens()
+        for each in (embeds, embeds.t().contiguous().t())
+    ]
+    assert replies[0] == replies[1]
 
 
 @pytest.mark.usefixtures("instructions")

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from vita_audio.engine import AudioRows, Engine, Finished, Request, Sampling, Tokens
+from vita_audio.engine import AudioRows, Engine, Finished, Request, Sampling, Tokens, kernels
+from vita_audio.engine.drafting import DraftLength
 from vita_audio.models import SCHEDULES
 
 from .conftest import GOLDENS, random_model
@@ -207,6 +208,31 @@ def test_speech_rows_change_nothing_where_the_choice_lies_among_them(model):
     tokens = [handle.tokens() for handle in handles]
     assert tokens[0] == tokens[1] == tokens[2] != tokens[3] == tokens[4] == tokens[5]
     assert not any(handle.stats.disagreements for handle in handles)
+
+
+@pytest.mark.parametrize("stops", [[None], [5.0], ["7"]])
+def test_stop_tokens_that_are_no_ids_are_refused(model, stops):
+    engine = Engine(model, max_rows=1, max_length=100)
+    with pytest.raises(ValueError, match=r"stop_tokens=.*: give token ids"):
+        engine.submit(Request([1], stop_tokens=stops, max_new_tokens=3))
+    for accepted in (torch.tensor([5]), {5: 1}, range(5, 6)):
+        assert engine.submit(Request([1], stop_tokens=accepted, max_new_tokens=3)).tokens()
+
+
+@pytest.mark.parametrize("own_kernels", ["1", "0"])
+def test_heads_forget_what_they_computed_from_rejected_drafts(model, monkeypatch, own_kernels):
+    """A lossless reply leaves the caches of a conversation as any other: the heads speak next."""
+    monkeypatch.setenv(kernels.SWITCH, own_kernels)
+    monkeypatch.setattr(DraftLength, "best", lambda self, behind=None: 4)
+    engine, fresh = (Engine(model, max_rows=1, max_length=300) for _ in range(2))
+    for start in range(8):
+        session, said = engine.session(), list(range(start, start + 12))
+        for lossless in (True, False, True, False):
+            request = {"schedule": "turbo", "lossless": lossless, "max_new_tokens": 25}
+            reply = engine.submit(Request(said, session=session, **request)).tokens()
+            assert reply == fresh.submit(Request(said, **request)).tokens()
+            said = [*said, *reply, 7]
+        engine.close_session(session)
 
 
 @pytest.mark.parametrize("schedule", ["vanilla", "turbo"])

@@ -178,8 +178,22 @@ def test_fewer_tokens_are_drafted_where_positions_cost_and_by_heads_that_are_beh
     assert 0 < behind.best() < length.best()
     current = behind.best()
     assert behind.best([0] * current + [50] * (10 - current)) == current  # for one token more it does not pay
-    assert behind.best([0] * 3 + [500] * 7) == 3
     assert length.best([500] * 10) == length.best()
+
+
+@pytest.mark.parametrize("head", [0.1, 0.2, 0.3])
+def test_after_many_rejections_tokens_are_drafted_again(head):
+    """Also by heads that lag behind by then."""
+    length, lags = DraftLength(10, RoundCost(head, position=0.15)), [0] * 10
+    drafted = []
+    for step in range(600):
+        drafts = length.best(lags)
+        accepted = 0 if step < 40 else drafts
+        lags = [0 if i < drafts else lag + accepted + 1 for i, lag in enumerate(lags)]
+        length.update(drafts, accepted)
+        drafted.append(drafts)
+    assert sum(drafted[:40]) < 100
+    assert min(drafted[-300:]) >= max(1, length.best() - 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

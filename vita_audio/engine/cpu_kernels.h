@@ -38,7 +38,7 @@ constexpr Index kOutputs = 32;  // outputs of a block of weights
 constexpr int kVectors = kOutputs / kLanes;
 constexpr Index kKeys = 64;  // keys that attention takes at a time
 constexpr Index kAhead = 8192;  // bytes of weights that are fetched ahead
-constexpr Index kAlone = 2048;  // numbers that each thread norms for itself, sooner than it would wait for others
+constexpr Index kAlone = 2048;  // numbers up to which each thread computes a whole norm itself, which is quicker than waiting
 
 // Numbers that lie together in 32 bits.
 template <class T>
@@ -278,15 +278,15 @@ struct Span {
   Index last() const { return begin + count - 1; }
 };
 
-// The positions that a pass computes. Where keys and values of a token go may differ from its position: to a place
-// that is never read.
+// The positions that a pass computes. Keys and values go to the token's place: its position, or, if they must not be
+// kept, a place that is never read.
 struct Window {
   std::vector<Span> spans;
   std::vector<Index> rows, positions, places;  // of each token
 
   Window() = default;
 
-  // The same number of tokens in each of some rows: positions (rows, width), and places, which count `stride` a row.
+  // `width` tokens in each row: positions and places (rows, width). Places count through all rows, `stride` to a row.
   Window(Index first_row, Index rows, Index width, Index stride, Address positions, Address places) {
     for (Index i = 0; i < rows; ++i) {
       start(first_row + i);
@@ -341,13 +341,13 @@ void rotate(const Shape<T>& shape, const Window& window, float* qkv, T* cache) {
     }
     target += shape.values();
     for (Index j = 0; j < size; ++j) target[shape.value_at(place, j)] = narrow<T>(values[j]);
-    // The place that is read together with the row's last one.
+    // Values are read in pairs, so the place after the last one must hold a number.
     if (window.ends_row(token) && (place + 1) % kTogether<T>)
       for (Index j = 0; j < size; ++j) target[shape.value_at(place + 1, j)] = 0;
   }
 }
 
-// What queries have heard so far: a softmax over the keys up to now.
+// The running softmax of queries over the keys so far.
 template <class T>
 struct Heard {
   std::vector<T> queries;            // (count, size)
@@ -505,8 +505,9 @@ struct Head {
   Stack<T> stack;
 };
 
-// This thread's part of a head's pass over the states y (tokens, d), which its output replaces, and over the embeddings,
-// (vocabulary, d), of the tokens `ahead` of the window's positions in ids (all rows, stride). fused: (tokens, 2 d).
+// This thread's part of a head's pass over the states y (tokens, d), which its output replaces. The head also reads the
+// embeddings, (vocabulary, d), of the tokens `ahead` of the window's positions in ids (all rows, stride). fused:
+// (tokens, 2 d).
 template <class T>
 void run(const Head<T>& head, Address cache, const T* embedding, const Index* ids, Index stride, Index ahead,
          const Shape<T>& shape, const Window& window, Buffers<T>& buffers, std::vector<T>& fused, T* y) {

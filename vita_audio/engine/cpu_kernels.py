@@ -121,7 +121,7 @@ def native(dtype: torch.dtype) -> Any:
 
 
 def cache_shape(length: int, head_size: int) -> tuple[int, int]:
-    """Places and numbers a place of a cache that holds ``length`` positions; see ``Shape`` in the source."""
+    """Places of a cache for ``length`` positions, and numbers per place; see ``Shape`` in the source."""
     return math.ceil(length / KEYS) * KEYS, math.ceil(head_size / OUTPUTS) * OUTPUTS
 
 

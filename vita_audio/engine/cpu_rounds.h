@@ -1,5 +1,5 @@
-// Rounds of greedy rows on a CPU, each in one parallel region: what rounds.py does, without its hundred operations of
-// PyTorch. Rows take part with the tokens that they need, and where a reply ends, no head goes on.
+// Rounds of greedy rows on a CPU, each in one parallel region: what rounds.py does, in place of some hundred operations
+// of PyTorch. Each row brings only the tokens it needs, and nothing is computed after the end of a reply.
 #pragma once
 
 #include <utility>
@@ -13,13 +13,13 @@ struct Model {
   Address embedding;                // (vocabulary, d)
   Stack<T> backbone;
   std::vector<Head<T>> heads;
-  Product<T> lm_head, speech_head;  // the second over the ids from `begin` on
+  Product<T> lm_head, speech_head;  // speech_head: the ids from `begin` on
   Index begin, end;                 // the markers of speech
   Shape<T> shape;
   std::vector<Address> caches;      // of the layers, then of the heads
 };
 
-// Where rows stand and what they asked for, as in state.py and rounds.py.
+// Where rows stand, and the options of their requests, as in state.py and rounds.py.
 struct Rows {
   Index tokens_stride, report_stride, num_heads, places;
   Index *tokens, *known, *seen, *seen_heads, *drafts, *starts, *backbone_steps, *head_steps, *report;
@@ -30,7 +30,7 @@ struct Rows {
   Index& seen_head(Index row, Index head) const { return seen_heads[row * num_heads + head]; }
 };
 
-// Choices among the rows of speech that no full projection has checked yet; null without.
+// Choices among the rows of speech that no full projection has checked yet.
 struct Checks {
   Index steps, burst;
   Address hidden;          // (rows, steps, d)
@@ -47,7 +47,7 @@ class Rounds {
   Rounds(Model<T> model, Rows rows) : model_(std::move(model)), rows_(rows), d_(model_.lm_head.in) {}
 
   // A round of the rows first … last - 1, whose replies end as `ends` say. prompt: inputs (tokens, d) of the only row's
-  // first pass; null: embeddings. checks: null without.
+  // first pass; null: embeddings. checks: null if no row wants any.
   void run(Index first, Index last, Address prompt, const std::vector<End>& ends, const Checks* checks, int threads) {
     checks_ = checks, first_ = first, last_ = last;
     backbone_steps_.assign(rows_.backbone_steps + first, rows_.backbone_steps + last);
@@ -61,7 +61,7 @@ class Rounds {
         start_pass(step, step ? 0 : prompt);
         vita_audio::run(model_.backbone, model_.caches.data(), model_.shape, window_, buffers_, states_.data());
 #pragma omp single
-        offer_tokens(step);
+        ask_for_tokens(step);
         choose();
 #pragma omp single
         passes = take_tokens(step, ends);
@@ -75,7 +75,7 @@ class Rounds {
                         pointer<T>(model_.embedding), rows_.tokens, rows_.tokens_stride, head + 1, model_.shape, window_,
                         buffers_, fused_, states_.data());
 #pragma omp single
-        offer_drafts();
+        ask_for_drafts();
         choose();
 #pragma omp single
         head_passes = take_drafts(head, ends);
@@ -86,7 +86,7 @@ class Rounds {
   }
 
  private:
-  // A state whose next token is asked for.
+  // A state from which a token is to be chosen.
   struct Asked {
     Index row;
     bool speech;  // among the ids of speech
@@ -120,8 +120,8 @@ class Rounds {
     }
   }
 
-  // Keeps what the backbone has computed, and asks for a token after each draft and after the last token known.
-  void offer_tokens(Index step) {
+  // Stores the backbone's output, and asks for the token after the last verified one and after each draft.
+  void ask_for_tokens(Index step) {
     asked_.clear(), wanted_.clear();
     bool full = false;
     for (const Span& span : window_.spans) {
@@ -135,7 +135,7 @@ class Rounds {
     if (checks_ && full && !step) ask_checks();
   }
 
-  void offer_drafts() {
+  void ask_for_drafts() {
     asked_.clear(), wanted_.clear();
     for (const Span& span : window_.spans)
       ask(span.row, span.last(), rows_.heads_speak[span.row] || (rows_.between[span.row] && in_speech(span.row)));
@@ -152,7 +152,7 @@ class Rounds {
     wanted_.insert(wanted_.end(), state, state + d_);
   }
 
-  // Since all rows of the vocabulary are read, a few states more cost nothing.
+  // All rows of the vocabulary are read anyway, so a few more states cost almost nothing.
   void ask_checks() {
     std::vector<Index> rows;
     for (const Span& span : window_.spans) rows.push_back(span.row);
@@ -192,11 +192,11 @@ class Rounds {
     for (const std::vector<Best>& found : found_)
       if (found[index].id >= 0 && (best.id < 0 || found[index].logit > best.logit)) best = found[index];
     if (best.id >= 0) return best.id;
-    return asked_[index].speech ? model_.begin : 0;  // no logit is a number
+    return asked_[index].speech ? model_.begin : 0;  // every logit is NaN
   }
 
-  // Verifies drafts and appends the token that follows those accepted. Returns how many passes there are in all: none
-  // follow where a reply ends.
+  // Verifies drafts and appends the token that follows those accepted. Returns the number of backbone passes in this
+  // round. A reply that has ended takes no more.
   Index take_tokens(Index step, const std::vector<End>& ends) {
     for (Index i = 0; i < Index(asked_.size()); ++i) {
       const Index check = asked_[i].check;
@@ -210,22 +210,23 @@ class Rounds {
       Index known = rows_.known[row] - drafts, accepted = 0;
       while (accepted < drafts && best(at + accepted) == tokens[known]) ++accepted, ++known;
       rows_.known[row] = rows_.seen[row] = known;
-      // What heads computed from rejected drafts is forgotten. A head k read k + 1 tokens ahead.
+      // What heads computed from rejected drafts is forgotten. Head k reads k + 1 tokens ahead.
       for (Index head = 0; head < rows_.num_heads; ++head)
         rows_.seen_head(row, head) = std::min(rows_.seen_head(row, head), std::max<Index>(known - 1 - head, 0));
       append(row, at + accepted, step);
       at += drafts + 1;
-      if (ends_reply(row, ends)) backbone_steps_[row - first_] = head_steps_[row - first_] = 0;
+      if (ends_reply(row, ends)) backbone_steps_[row - first_] = 0;
+      if (ends_drafts(row, ends)) head_steps_[row - first_] = 0;
     }
     return most(backbone_steps_);
   }
 
-  // Appends what a head chose. Returns how many heads are used in all.
+  // Appends what a head chose. Returns the number of heads that run in this round.
   Index take_drafts(Index head, const std::vector<End>& ends) {
     for (size_t i = 0; i < asked_.size(); ++i) {
       const Index row = asked_[i].row;
       append(row, i, checks_ ? checks_->burst + head : 0);
-      if (ends_reply(row, ends)) head_steps_[row - first_] = head + 1;
+      if (ends_drafts(row, ends)) head_steps_[row - first_] = head + 1;
     }
     return most(head_steps_);
   }
@@ -241,7 +242,7 @@ class Rounds {
     }
   }
 
-  // The window of the heads: what the backbone has seen, and the last head of a row has not.
+  // The window of the heads: in each row, what the backbone has computed and the row's last head has not.
   Index start_heads() {
     window_.clear();
     for (Index row = first_; row < last_; ++row)
@@ -255,11 +256,15 @@ class Rounds {
     return most(head_steps_);
   }
 
-  bool ends_reply(Index row, const std::vector<End>& ends) const {
+  // Whether a row's reply ends with its last token. spare: tokens that are not there yet, but count.
+  bool ends_reply(Index row, const std::vector<End>& ends, Index spare = 0) const {
     const auto& [left, stops] = ends[row - first_];
     const Index *first = rows_.tokens_of(row) + rows_.starts[row], *last = rows_.tokens_of(row) + rows_.known[row];
-    return last - first >= left || std::find_first_of(first, last, stops.begin(), stops.end()) != last;
+    return last - first + spare >= left || std::find_first_of(first, last, stops.begin(), stops.end()) != last;
   }
+
+  // Whether no head need go on. The pass that verifies drafts makes a token of its own.
+  bool ends_drafts(Index row, const std::vector<End>& ends) const { return ends_reply(row, ends, rows_.lossless[row]); }
 
   // Drops the rows that use `head` heads or fewer from the window.
   void keep_rows(Index head) {
@@ -276,7 +281,7 @@ class Rounds {
     fit(window_.tokens());
   }
 
-  // Moves the lengths of the heads that ran, notes the drafts, and reports.
+  // Updates the lengths of the heads that ran and the number of drafts, and writes the report.
   void settle() {
     for (Index row = first_; row < last_; ++row) {
       const Index steps = head_steps_[row - first_];

@@ -20,9 +20,10 @@ COLUMNS = (
 
 
 class GreedyRounds:
-    """Rounds of rows that are greedy, without a penalty, in one call each.
+    """Runs a round in one call, for rows that are greedy and have no repetition penalty.
 
-    The state is then as after a :class:`~vita_audio.engine.rounds.Round`, but where a reply ends, no head goes on.
+    The state is then as after a :class:`~vita_audio.engine.rounds.Round`, but nothing is computed after the end of a
+    reply.
 
     Args:
         modes: options of all rows.
@@ -68,9 +69,10 @@ class GreedyRounds:
 
         Args:
             prompt: (tokens, d), inputs of the first backbone pass that are not plain embeddings.
-            ends: where each row's reply ends: after so many tokens, or with one of some ids.
+            ends: for each row, how many more tokens its reply may have, and the ids that end it.
             checks: of all rows; None: nobody wants any.
         """
+        prompt = None if prompt is None else prompt.contiguous()
         self._native.run(
             first,
             last,

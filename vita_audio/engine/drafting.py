@@ -19,7 +19,7 @@ class RoundCost:
     position: float = 0.0
 
     def of(self, drafts: int, behind: float) -> float:
-        """The backbone verifies so many drafts, and as many heads draft; they are so many positions behind."""
+        """Cost of a round that verifies ``drafts`` tokens and drafts as many; its heads lag ``behind`` positions."""
         backbone = 1 + self.position * drafts
         return backbone + drafts * self.head * (1 + self.position * (drafts + behind))
 
@@ -41,7 +41,9 @@ class DraftLength:
     PACE = 0.1
     """Weight of the newest outcome, once there are several."""
     ROUNDS = 8
-    """Over so many rounds it pays to bring up a head that is behind."""
+    """Rounds over which the cost of bringing up a lagging head is spread."""
+    LARGEST_LAG = 24
+    """Positions that count at most, so that a head which was not used for long is used again."""
 
     def __init__(self, most: int, cost: RoundCost):
         self._chances = [self.HOPE] * most
@@ -62,13 +64,13 @@ class DraftLength:
         """The number of tokens to draft.
 
         Args:
-            behind: positions that each head has not computed, of those that the backbone has; None: none.
+            behind: how many positions each head lags behind the backbone; None: none.
         """
         best, best_rate, tokens, chance = 0, 1.0, 1.0, 1.0
         for count, each in enumerate(self._chances, start=1):
             chance *= each
             tokens += chance
-            lag = behind[count - 1] / self.ROUNDS if behind else 0
+            lag = min(behind[count - 1], self.LARGEST_LAG) / self.ROUNDS if behind else 0
             rate = tokens / self._cost.of(count, lag)
             if rate > best_rate:
                 best, best_rate = count, rate

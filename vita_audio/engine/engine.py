@@ -246,6 +246,8 @@ class Engine:
             raise ValueError(
                 f"embeds: give {len(request.prompt)} rows of {self._weights.d}, got {tuple(request.embeds.shape)}"
             )
+        if not all(hasattr(token, "__index__") for token in request.stop_tokens):
+            raise ValueError(f"stop_tokens={request.stop_tokens}: give token ids")
         Schedule.parse(request.schedule)
 
     def _admit(self) -> None:

@@ -56,7 +56,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken as the model gives it."""
+        """Whether the most likely token is always taken, without a repetition penalty."""
         return not self.do_sample and self.repetition_penalty == 1
 
 

@@ -181,9 +181,9 @@ class Checks:
         return Checks(self.hidden[rows], self.tokens[rows], self.disagreements[rows])
 
     def note(self, slot: int, hidden: Tensor, tokens: Tensor, wanted: Tensor) -> None:
-        """Remember one choice of each row: states (rows, d), ids (rows,); -1 where it is not ``wanted``."""
-        self.hidden[:, slot] = hidden
-        self.tokens[:, slot] = torch.where(wanted, tokens, -1)
+        """Remember one choice of each row where it is ``wanted``: states (rows, d), ids (rows,)."""
+        self.hidden[:, slot] = torch.where(wanted[:, None], hidden, self.hidden[:, slot])
+        self.tokens[:, slot] = torch.where(wanted, tokens, self.tokens[:, slot])
 
     def compare(self, best: Tensor) -> None:
         """Count the remembered tokens that differ from the best of all rows, (rows * steps,), and forget them."""
@@ -342,7 +342,7 @@ class Round:
         known = confirmed + accepted
         state.known[rows] = torch.where(active, known, state.known[rows])
         state.seen[rows] = torch.where(active, known, state.seen[rows])
-        # What heads computed from rejected drafts is forgotten. Head k read k + 1 tokens ahead.
+        # What heads computed from rejected drafts is forgotten. Head k reads k + 1 tokens ahead.
         valid = (known[:, None] - 1 - columns[:-1]).clamp(min=0)
         state.seen_heads[rows] = torch.minimum(state.seen_heads[rows], valid)
         emit(state, rows, active, following)

@@ -25,13 +25,14 @@ class State:
 
     Attributes:
         caches: for each layer, then each head, (2, rows, kv, length + 1, d_head): keys, then values. What a pass
-            must not keep is written to the last place, which no query sees. A CPU's own kernels have a layout of their
-            own, :func:`vita_audio.engine.cpu_kernels.cache_shape`.
+            must not keep is written to the last place, which no query sees. The CPU's own kernels use another layout,
+            :func:`vita_audio.engine.cpu_kernels.cache_shape`.
         tokens: (rows, length + spare) ids; ``known`` of each row are valid.
         hidden: (rows, length + 1, d), the backbone's normed output, the input of the heads.
         known: (rows,) tokens, of which the last ``drafts`` (rows,) are not verified yet.
         seen: (rows,) positions that the backbone has computed.
-        seen_heads: (rows, heads) positions that each head has computed, some from drafts; falling from head to head.
+        seen_heads: (rows, heads) positions that each head has computed, falling from head to head. The last may be
+            computed from unverified drafts.
         backbone_steps, head_steps: (rows,) passes that a row takes part in this round.
         uniforms: (rows, draws) numbers in [0, 1) for this round.
         starts: (rows,) verified tokens at the start of the round.
@@ -43,7 +44,9 @@ class State:
         device, dtype = weights.device, weights.dtype
         self.rows, self.length, self.most = rows, length, most
         self._block, places, size = 1, length + 1, weights.head_size
-        if weights.backbone_pass is not None:  # in blocks, with a place more for what is read together
+        if (
+            weights.backbone_pass is not None
+        ):  # in blocks, with one more place, since values are read in pairs
             self._block, (places, size) = KEYS, cache_shape(length + 2, size)
         self.caches = [
             zeros((2, rows, weights.kv, places, size), dtype, device)

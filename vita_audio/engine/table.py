@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor
@@ -31,11 +32,12 @@ class Running:
     Attributes:
         session: the request's, or one that ends with it.
         tokens: of prompt and reply, without unverified drafts.
-        seen: positions that the backbone has computed. seen_heads: that each head has, some from drafts.
+        seen: positions that the backbone has computed. seen_heads: that each head has, the last perhaps from drafts.
         rounds: what is left of its schedule.
         draft_length: of a lossless request.
         generator: of a sampled request.
         drafts: unverified tokens that follow ``tokens`` in the state.
+        stops: ids that end the reply.
         started: the first round has run.
         step: passes of backbone and heads in the round that runs.
     """
@@ -48,6 +50,7 @@ class Running:
     rounds: Iterator[tuple[int, int]]
     draft_length: DraftLength | None
     generator: torch.Generator | None
+    stops: tuple[int, ...]
     drafts: int = 0
     started: bool = False
     step: tuple[int, int] = (0, 0)
@@ -64,12 +67,12 @@ class Running:
 
     @property
     def behind(self) -> list[int]:
-        """Positions that each head has not computed, of those that the backbone has."""
+        """How many positions each head lags behind the backbone."""
         return [self.seen - seen for seen in self.seen_heads]
 
     @property
     def tokens_left(self) -> int:
-        """Of the reply, at most."""
+        """How many more tokens the reply may have."""
         return self.request.max_new_tokens - self.handle.stats.new_tokens
 
     @property
@@ -131,6 +134,7 @@ class RowTable:
             seen_heads=list(session.seen_heads),
             rounds=segments(Schedule.parse(request.schedule), weights.num_heads, BURST),
             draft_length=drafts,
+            stops=tuple(map(index, request.stop_tokens)),
             generator=_generator(request.sampling.seed) if request.sampling.do_sample else None,
         )
         handle.stats.prompt_tokens, handle.stats.cached_tokens = len(running.tokens), running.seen
@@ -177,9 +181,9 @@ class RowTable:
         if request.lossless and request.sampling.do_sample and self.draft_probabilities is None:
             drafts = (state.rows, weights.num_heads, weights.vocab_size)
             self.draft_probabilities = torch.zeros(drafts, device=weights.device)
-        if request.audio_rows == "auto":
-            if self.checks is None:
-                self.checks = Checks.of(weights, state.rows)
+        if request.audio_rows == "auto" and self.checks is None:
+            self.checks = Checks.of(weights, state.rows)
+        if self.checks is not None:
             self.checks.tokens[row] = -1
             self.checks.disagreements[row] = 0
 

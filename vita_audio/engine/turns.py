@@ -73,7 +73,7 @@ class Turns:
         if self._greedy is not None and all(running.request.sampling.greedy for _, running in members):
             ends: list[tuple[int, Sequence[int]]] = [(0, ())] * (last - first)
             for row, running in members:
-                ends[row - first] = running.tokens_left, running.request.stop_tokens
+                ends[row - first] = running.tokens_left, running.stops
             self._greedy(first, last, prompt, ends, self._table.checks)
         else:
             self._run_in_parts(self._plan(first, last, members, prompt), members, prompt)
@@ -146,7 +146,7 @@ class Turns:
             widths.append(known - running.seen)
             if heads:
                 lag = seen - running.seen_heads[heads - 1]
-                # Of a rejected draft, the heads that read it compute their positions again.
+                # Heads that read a rejected draft compute those positions again.
                 head_widths.append(max(lag, heads) if running.drafts else lag)
         requests = [running.request for _, running in members]
         lossless = any(request.lossless for request in requests)
@@ -211,11 +211,11 @@ class Turns:
 
 def take(running: Running, ids: list[int], accepted: int | None) -> Reason | None:
     """Add a round's tokens to a reply, up to where it ends. Returns why it ended, or None."""
-    request, stats, left = running.request, running.handle.stats, running.tokens_left
+    stats, left = running.handle.stats, running.tokens_left
     reason: Reason | None = None
     if len(ids) >= left:
         ids, reason = ids[:left], "length"
-    stop = next((i for i, token in enumerate(ids) if token in request.stop_tokens), None)
+    stop = next((i for i, token in enumerate(ids) if token in running.stops), None)
     if stop is not None:
         ids, reason = ids[: stop + 1], "stop"
     running.tokens += ids

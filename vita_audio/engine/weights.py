@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from vita_audio.models import Qwen2MTPForCausalLM
 
 CACHED = 32 << 20
-"""Weights of so many bytes may stay in a CPU's caches."""
+"""Weights of fewer bytes may stay in a CPU's caches."""
 POSITION_COST = 0.15
-"""What a further position then adds to a pass, as a share of it; 0.14 to 0.19 were measured."""
+"""What each further position then adds to a pass, as a share of it; 0.14 to 0.19 were measured."""
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 """Rotary embeddings that depend on the position alone."""
 
@@ -192,8 +192,8 @@ class Weights:
 
     @cached_property
     def round_cost(self) -> RoundCost:
-        """Of a lossless round: by the bytes that are read; on a CPU whose caches may hold all weights, by arithmetic
-        too."""
+        """Cost of a lossless round: by the bytes it reads, and by its arithmetic where a CPU's caches may hold the
+        weights."""
         cached = self.device.type == "cpu" and self.backbone_bytes < CACHED
         return RoundCost(self.head_bytes / self.backbone_bytes, POSITION_COST if cached else 0.0)
 
