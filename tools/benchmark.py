@@ -27,6 +27,7 @@ BENCHMARKS = {
     "codec-streams": "codec_streams",
     "memory": "memory",
     "long-stream": "long_stream",
+    "lossless": "lossless",
     "sts": "sts",
     "serve": "serve",
     "gpu": "gpu",

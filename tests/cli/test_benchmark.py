@@ -107,6 +107,22 @@ def test_a_long_reply_is_followed_alone_and_in_company(main, tiny_world, codec_f
         main(["long-stream", *model, "--seconds", "600", "--talkers", "1"])
 
 
+def test_lossless_replies_are_compared_with_vanillas(main, tiny_world, codec_flags, capsys, tmp_path):
+    model = ["--model_name_or_path", str(tiny_world.model_dir), *codec_flags, "--device", "cpu"]
+    questions = tmp_path / "typed.jsonl"
+    content = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    questions.write_text(json.dumps({"messages": content}) + "\n")
+    size = ["--max_new_tokens", "20", "--repeats", "2"]
+    main(["lossless", *model, "--questions", str(questions), *size])
+    (figures,) = json.loads(capsys.readouterr().out.splitlines()[-1]).values()
+    assert figures["replies"] == figures["equal"] == 1
+    assert figures["ratio"] > 0
+    assert figures["ratio_after_first_round"] > 0
+    questions.write_text("")
+    with pytest.raises(ValueError, match=r"typed\.jsonl: holds no sample"):
+        main(["lossless", *model, "--questions", str(questions), *size])
+
+
 def test_the_benchmark_of_the_engine_asks_for_a_model(main, refusal):
     assert refusal(main, "decode").startswith("give --model or --sizes")
 
