@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_requests import golden_request
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vita_audio.engine import Engine, Request, Sampling, cpu_kernels, kernels
@@ -184,6 +184,8 @@ def places_of(weights, state):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @given(seed=st.integers(0, 10_000))
+@example(seed=32)  # sampled lossless replies whose heads lag behind in company
+@example(seed=192)
 @settings(max_examples=15, deadline=None)
 def test_a_reply_does_not_depend_on_its_company(dtype, seed):
     """Not in one bit: greedy replies of a random model are long chains of close choices."""

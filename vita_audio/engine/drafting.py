@@ -34,7 +34,7 @@ class DraftLength:
         most: number of heads.
     """
 
-    HOPE = 0.9
+    HOPE = 0.95
     """Assumed chance of a draft that was not tried lately, so that longer drafts are tried again."""
     PRIOR = 2
     """Outcomes that this assumption counts as."""

@@ -66,9 +66,13 @@ class Running:
         return len(self.tokens) - self.seen
 
     @property
-    def behind(self) -> list[int]:
-        """How many positions each head lags behind the backbone."""
-        return [self.seen - seen for seen in self.seen_heads]
+    def drafts_wanted(self) -> int:
+        """How many tokens a lossless request drafts next."""
+        assert self.draft_length is not None
+        if self.request.sampling.do_sample:
+            # The number of drafts decides which random numbers are used for what, and company how far heads lag.
+            return self.draft_length.best()
+        return self.draft_length.best([self.seen - seen for seen in self.seen_heads])
 
     @property
     def tokens_left(self) -> int:

@@ -103,7 +103,7 @@ class Turns:
 
     def _heads_in_use(self, running: Running) -> int:
         if running.draft_length is not None:
-            return running.draft_length.best(running.behind)
+            return running.drafts_wanted
         return min(Schedule.parse(running.request.schedule).longest_head_run, self._weights.num_heads)
 
     def _catch_up(self, row: int, heads: int, seen: int) -> None:
@@ -132,7 +132,7 @@ class Turns:
     def _next_step(self, running: Running) -> tuple[int, int]:
         if running.draft_length is None:
             return next(running.rounds)
-        return 1, running.draft_length.best(running.behind)
+        return 1, running.drafts_wanted
 
     def _plan(
         self, first: int, last: int, members: Sequence[tuple[int, Running]], prompt: Tensor | None
