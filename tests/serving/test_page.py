@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
+from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import soundfile
@@ -10,6 +13,7 @@ import torch
 from playwright.sync_api import sync_playwright
 
 from vita_audio.audio import load_audio
+from vita_audio.inference import AudioChunk
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -57,6 +61,27 @@ def test_a_question_into_the_microphone_is_answered_and_can_be_interrupted(page,
     page.wait_for_selector("li.model >> nth=1", timeout=30_000)  # the microphone asks again
     page.click("#talk")
     assert page.inner_text("#talk") == "Start talking"
+
+
+def test_a_reply_can_be_interrupted_while_its_next_sound_is_late(page, running, monkeypatch):
+    stream = running.service.pipeline.backend.stream
+
+    def late(request):
+        with closing(stream(request)) as events:
+            chunks = (event for event in events if isinstance(event, AudioChunk) and len(event.samples))
+            sound = next(chunks)
+            sound = replace(sound, samples=sound.samples[:2400])  # 0.1 s
+            while True:
+                yield sound
+                time.sleep(2)
+
+    monkeypatch.setattr(running.service.pipeline.backend, "stream", late)
+    page.fill("#text", "hello")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("li.model small:has-text('first sound')", timeout=30_000)
+    page.wait_for_timeout(700)
+    page.click("#interrupt")
+    page.wait_for_selector("li.model small:has-text('interrupted after 0.1 s')", timeout=5_000)
 
 
 def test_a_question_can_be_typed_with_the_keyboard_alone(page):

@@ -111,9 +111,11 @@ function interrupt() {
   silence(true);
 }
 
-// Ends the sound. The server learns how much was heard, so that the model remembers no more than that.
+// Ends the sound, or the wait for more of it. The server learns how much was heard, so that the model remembers no more
+// than that.
 function silence(tell) {
-  if (player?.playing && itemPlaying) {
+  const goesOn = !at("interrupt").disabled && (player?.playing || !at("interrupt").dataset.done);
+  if (goesOn && itemPlaying && player.begins !== null) {
     const heard = player.stop();
     note(itemPlaying, `interrupted after ${(heard / 1000).toFixed(1)} s`);
     if (tell) send("conversation.item.truncate", { item_id: itemPlaying, content_index: 0, audio_end_ms: heard });
