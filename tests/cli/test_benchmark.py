@@ -107,7 +107,9 @@ def test_a_long_reply_is_followed_alone_and_in_company(main, tiny_world, codec_f
         main(["long-stream", *model, "--seconds", "600", "--talkers", "1"])
 
 
-def test_lossless_replies_are_compared_with_vanillas(main, tiny_world, codec_flags, capsys, tmp_path):
+def test_lossless_replies_are_compared_with_vanillas(
+    main, tiny_world, codec_flags, capsys, tmp_path, refusal
+):
     model = ["--model_name_or_path", str(tiny_world.model_dir), *codec_flags, "--device", "cpu"]
     questions = tmp_path / "typed.jsonl"
     content = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
@@ -118,6 +120,11 @@ def test_lossless_replies_are_compared_with_vanillas(main, tiny_world, codec_fla
     assert figures["replies"] == figures["equal"] == 1
     assert figures["ratio"] > 0
     assert figures["ratio_after_first_round"] > 0
+    main(["lossless", *model, "--questions", str(questions), "--max_new_tokens", "1", "--repeats", "1"])
+    (figures,) = json.loads(capsys.readouterr().out.splitlines()[-1]).values()
+    assert figures["ratio_after_first_round"] is None
+    none = ["--questions", str(questions), "--repeats", "0"]
+    assert refusal(main, "lossless", *model, *none).startswith("--repeats 0: give 1 or more")
     questions.write_text("")
     with pytest.raises(ValueError, match=r"typed\.jsonl: holds no sample"):
         main(["lossless", *model, "--questions", str(questions), *size])

@@ -28,6 +28,12 @@ SETS = [[], ["-mavx2", "-mfma"], ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mav
 TYPES = [torch.bfloat16, torch.float32]
 
 
+def draws(seed):
+    """Whole numbers from ``low`` to ``high``, at random."""
+    chance = torch.Generator().manual_seed(seed)
+    return lambda low, high: int(torch.randint(low, high + 1, (1,), generator=chance))
+
+
 @pytest.fixture(autouse=True)
 def two_threads():
     torch.set_num_threads(2)
@@ -189,11 +195,7 @@ def places_of(weights, state):
 @settings(max_examples=15, deadline=None)
 def test_a_reply_does_not_depend_on_its_company(dtype, seed):
     """Not in one bit: greedy replies of a random model are long chains of close choices."""
-    chance = torch.Generator().manual_seed(seed)
-
-    def some(low, high):
-        return int(torch.randint(low, high + 1, (1,), generator=chance))
-
+    some = draws(seed)
     model = random_model(2).to(dtype)
     alone = Engine(model, max_rows=1, max_length=200)
     together = Engine(model, max_rows=3, max_length=200, prompt_chunk=16)
@@ -220,11 +222,7 @@ def test_a_reply_does_not_depend_on_its_company(dtype, seed):
 @settings(max_examples=15, deadline=None)
 def test_rounds_in_one_call_are_those_in_parts(dtype, seed):
     """Replies that end early, in company and in conversations, with and without the rows of speech."""
-    chance = torch.Generator().manual_seed(seed)
-
-    def some(low, high):
-        return int(torch.randint(low, high + 1, (1,), generator=chance))
-
+    some = draws(seed)
     model = random_model(3).to(dtype)
     with torch.no_grad():
         model.lm_head.weight[:50] *= 0.7  # so that speech goes on for a while

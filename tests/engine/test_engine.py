@@ -210,7 +210,7 @@ def test_speech_rows_change_nothing_where_the_choice_lies_among_them(model):
     assert not any(handle.stats.disagreements for handle in handles)
 
 
-@pytest.mark.parametrize("stops", [[None], [5.0], ["7"]])
+@pytest.mark.parametrize("stops", [[None], [5.0], ["7"], torch.tensor([5.0])])
 def test_stop_tokens_that_are_no_ids_are_refused(model, stops):
     engine = Engine(model, max_rows=1, max_length=100)
     with pytest.raises(ValueError, match=r"stop_tokens=.*: give token ids"):

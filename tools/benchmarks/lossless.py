@@ -95,9 +95,10 @@ def main(argv: Sequence[str]) -> None:
         for number, name in enumerate(("", "_after_first_round")):
             speeds = [[mode.speeds[number] for mode in both] for both in rounds]
             slow, fast = (round(statistics.median(column), 1) for column in zip(*speeds, strict=True))
-            ratio = statistics.median(fast / slow for slow, fast in speeds)
-            figures |= {f"tokens_per_second{name}": [slow, fast], f"ratio{name}": round(ratio, 3)}
-            cells += [f"{slow:.0f} → {fast:.0f}", f"{ratio:.2f}"]
+            ratios = [fast / slow for slow, fast in speeds if slow]  # a reply may end in its first round
+            ratio = round(statistics.median(ratios), 3) if ratios else None
+            figures |= {f"tokens_per_second{name}": [slow, fast], f"ratio{name}": ratio}
+            cells += [f"{slow:.0f} → {fast:.0f}", "–" if ratio is None else f"{ratio:.2f}"]
         table.add_row(file.stem, str(len(vanilla.replies)), str(equal), *cells, f"{accepted:.0%}")
         summary[file.stem] = figures
     console.print(table)
@@ -122,7 +123,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     RUNTIME.add_to(parser)
     CODEC.add_to(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("limit", "max_new_tokens", "repeats"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: give 1 or more")
+    return args
 
 
 def compare(

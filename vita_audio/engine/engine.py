@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import index
 from typing import TYPE_CHECKING
 
 import torch
@@ -246,8 +247,10 @@ class Engine:
             raise ValueError(
                 f"embeds: give {len(request.prompt)} rows of {self._weights.d}, got {tuple(request.embeds.shape)}"
             )
-        if not all(hasattr(token, "__index__") for token in request.stop_tokens):
-            raise ValueError(f"stop_tokens={request.stop_tokens}: give token ids")
+        try:
+            tuple(map(index, request.stop_tokens))
+        except TypeError:
+            raise ValueError(f"stop_tokens={request.stop_tokens}: give token ids") from None
         Schedule.parse(request.schedule)
 
     def _admit(self) -> None:
